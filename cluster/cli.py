@@ -1,0 +1,208 @@
+"""secateur: prune neural networks on a cluster. One run goes from data to report; run it again to go on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster import connect, submit
+from cluster.engine import RayEngine
+from cluster.packed_cli import packed_app
+from pipeline import commands, stages, state
+from pipeline.console import Display, main_module, one_message, show_bench, show_scan
+from pipeline.data import shards
+from pipeline.distributed import configure_process
+from pipeline.errors import UserError
+from pipeline.results import final, tracking
+from pipeline.results import report as reports
+from pipeline.results.bench import bench_run
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+shards_app = typer.Typer(help="Make, take over and check WebDataset shards.", no_args_is_help=True)
+app.add_typer(shards_app, name="shards")
+app.add_typer(packed_app, name="packed")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, as in runs/demo.")]
+Address = Annotated[str | None, typer.Option(help="Ray dashboard, as in http://127.0.0.1:8265.")]
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train, scan, prune and retrain in rounds, report; goes on where it was stopped."""
+    commands.run(commands.load(config, _checked(config, overrides)), RayEngine())
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
+    commands.show(commands.load(config, overrides))
+
+
+@app.command()
+def scan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Only the sensitivity scan, with what it needs before it (shards, dense network)."""
+    loaded = commands.load(config, _checked(config, overrides))
+    engine = RayEngine()
+    with Display() as display, state.open_run(loaded) as here:
+        try:
+            made_from = stages.shards_stage(loaded, here, display)
+            made_from = stages.train_stage("dense", made_from, loaded, engine, here, display)
+            stages.scan_stage(made_from, loaded, engine, here, display)
+        finally:
+            engine.close()
+    show_scan(here.read("scan", "scan.json"))
+
+
+@app.command()
+def report(run_dir: RunPath) -> None:
+    """Write report.html of a finished run again."""
+    commands.config_of(run_dir)
+    if not (run_dir / "result.json").is_file():
+        raise UserError(f"run '{run_dir}' has no result.json yet: run the command that started it again to finish it")
+    print(reports.write(run_dir))
+
+
+@app.command()
+def bench(
+    run_dir: RunPath, repeats: Annotated[int, typer.Option(help="Timed passes of each network.", min=5)] = 100
+) -> None:
+    """Measure dense, pruned, compact and CSR networks of a finished run on this machine, and export ONNX."""
+    config = commands.config_of(run_dir)
+    configure_process(config)
+    with state.open_run(config) as here:
+        found = bench_run(Path(here.root), repeats)
+        final.update(here, latency_ms=found["summary"])
+    show_bench(found)
+
+
+@app.command()
+def sync(
+    run_dir: RunPath, uri: Annotated[str | None, typer.Option(help="Tracking server; the run's by default.")] = None
+) -> None:
+    """Bring MLflow up to date from the run's folder; twice is the same as once."""
+    config = commands.config_of(run_dir)
+    if uri is not None:
+        config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+    synced = tracking.sync(run_dir, config)
+    print(f"MLflow at {synced.tracking_uri}: experiment {synced.experiment_id}, run {synced.run_id}")
+
+
+@app.command("submit")
+def submit_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log and end with the job's exit code.")] = True,
+) -> None:
+    """Run it as a Ray job; submitting it again resumes."""
+    raise SystemExit(submit.submit(config, overrides or [], address, wait))
+
+
+@app.command()
+def ui(
+    runs_dir: Annotated[Path, typer.Argument(help="Folder that holds runs and mlflow.db.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+) -> None:
+    """Browse runs in the MLflow UI."""
+    database = runs_dir.resolve() / "mlflow.db"
+    if not database.is_file():
+        raise UserError(
+            f"'{database}' does not exist: no run has been tracked there yet; give the runs_dir of your runs"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        f"sqlite:///{database}",
+        "--port",
+        str(port),
+    ]
+    print(f"http://127.0.0.1:{port}", flush=True)
+    os.execv(command[0], command)  # Ctrl-C and SIGTERM then reach the server itself
+
+
+@shards_app.command("build")
+def shards_build(
+    config: ConfigPath, out: Annotated[Path, typer.Argument(help="Folder for the shards.")], overrides: Overrides = None
+) -> None:
+    """Write WebDataset shards and manifest.json from the config's data source."""
+    loaded = commands.load(config, overrides)
+    with Display() as display:
+        made = shards.build(loaded.data, loaded.seed, str(out), _counting(display))
+    _describe(made)
+
+
+@shards_app.command("index")
+def shards_index(
+    root: Annotated[Path, typer.Argument(help="Folder with train*.tar, val*.tar, test*.tar.")],
+    label: Annotated[str, typer.Option(help="cls, or the name of a field of json.")] = "cls",
+    classes: Annotated[int | None, typer.Option(help="Number of classes; by default the largest label + 1.")] = None,
+    val_fraction: Annotated[float, typer.Option(help="Held out of train where there is no val.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Draws val.")] = 0,
+) -> None:
+    """Make a manifest.json for shards that another program wrote."""
+    with Display() as display:
+        made, notes = shards.index(
+            str(root),
+            label=label,
+            val_fraction=val_fraction,
+            seed=seed,
+            num_classes=classes,
+            progress=_counting(display),
+        )
+    for note in notes:
+        print(f"warning: {note}")
+    _describe(made)
+
+
+@shards_app.command("verify")
+def shards_verify(root: Annotated[Path, typer.Argument(help="Folder with manifest.json.")]) -> None:
+    """Check shards against their manifest, down to every image."""
+    with Display() as display:
+        problems = shards.verify(str(root), _counting(display))
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise UserError(f"{len(problems)} problems in '{root}': replace the shards named above, or index again")
+    print("all shards are as their manifest says")
+
+
+def _counting(display: Display) -> shards.Progress:
+    return lambda text, done, total: display({"shards": text, "done": done, "total": total})
+
+
+def _describe(manifest: shards.Manifest) -> None:
+    parts = ", ".join(
+        f"{split}: {sum(shard.samples for shard in parts):,} samples in {len(parts)} shards"
+        for split, parts in manifest.splits.items()
+    )
+    held = f"; val: {len(manifest.holdout):,} samples held out of train" if manifest.holdout is not None else ""
+    print(f"{parts}{held}; {manifest.num_classes} classes")
+
+
+def _checked(config: Path, overrides: list[str] | None) -> list[str]:
+    """Refuse relative paths in a job, whose working directory is gone when it ends."""
+    if connect.in_job():
+        from pipeline import config as settings
+
+        connect.require_shared_paths(
+            settings.load(config, overrides),
+            "a job's working directory is temporary and the next submission does not see it",
+        )
+    return overrides or []
+
+
+def main() -> None:
+    """Run the command line: 0 when done, 2 for a mistake that the user can mend, 130 for Ctrl-C."""
+    command = main_module(["secateur", *(shlex.quote(part) for part in sys.argv[1:])])
+    with one_message(resume=command):
+        app()

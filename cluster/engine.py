@@ -1,0 +1,38 @@
+"""The engine on Ray: trainings on Ray Train, the scan on Ray Tune. Ray is started when it is first needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster import connect, sweep
+from cluster import train as training
+from pipeline.config import Config
+from pipeline.engine import OnLevel, Trials
+from pipeline.session import Progress
+from pipeline.state import Run
+
+
+class RayEngine:
+    """`pipeline.stages.Engine` on a Ray cluster."""
+
+    def __init__(self) -> None:
+        self.ray: Any = None
+
+    def train(self, stage: str, config: Config, run: Run, progress: Progress) -> None:
+        """Run a stage on a worker group of Ray Train."""
+        self._connect(config, run)
+        training.train(self.ray, stage, config, run, progress)
+
+    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel) -> dict[str, float]:
+        """Run the scan as trials of Ray Tune."""
+        self._connect(config, run)
+        return sweep.scan(self.ray, todo, config, run, on_level)
+
+    def _connect(self, config: Config, run: Run) -> None:
+        self.ray = connect.connect(config)
+        connect.check_shared(self.ray, run.root)
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        if self.ray is not None:
+            self.ray.shutdown()

@@ -1,0 +1,160 @@
+"""Ray Train: one worker group for all that a stage does; the work itself is `pipeline.stages.work`.
+
+Checkpoints live in the run directory and are found there by whoever starts next: Ray's restart of a
+worker group, or a new driver on another cluster. Ray's own record of a training is therefore thrown away.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import uuid
+import warnings
+from typing import Any
+
+import torch
+
+from pipeline import config as settings
+from pipeline.config import Config
+from pipeline.distributed import choose_device, configure_process, current_world
+from pipeline.engine import work
+from pipeline.errors import Agreed, RunStopped, UserError
+from pipeline.session import Progress, open_session
+from pipeline.state import Run
+
+
+def worker(job: dict[str, Any]) -> None:
+    """What Ray runs on each worker. A failure that would repeat is told to the driver, and ends the training."""
+    import ray
+    import ray.train
+
+    config = settings.parse(job["config"])
+    configure_process(config)
+    context = ray.train.get_context()
+    board = job["board"]
+
+    def progress(event: dict[str, Any]) -> None:
+        if context.get_world_rank() == 0:
+            board.push.remote(event)
+
+    warnings.showwarning = lambda message, *_, **__: progress({"warning": str(message)})
+    if ray.get(board.ended.remote()) is not None:
+        return  # Ray started the group again after the failure below
+    try:
+        device = choose_device(config, context.get_local_rank())
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        run = Run(job["root"], job["fence"])
+        work(job["stage"], open_session(config, current_world(device), run, progress))
+    except (UserError, RunStopped) as error:
+        ray.get(board.end.remote({"user": isinstance(error, UserError), "message": str(error)}))
+        if context.get_world_size() > 1 and not isinstance(error, Agreed):
+            raise  # this rank may be alone with it: Ray ends the others, which wait for this one
+
+
+def train(ray: Any, stage: str, config: Config, run: Run, progress: Progress) -> None:
+    """Run a stage on cluster.workers Ray Train workers. Raises UserError or RunStopped as the workers did."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    wanted = config.cluster
+    name = f"{config.name}-{stage}-{uuid.uuid4().hex[:8]}"
+    resources = {"CPU": wanted.cpus_per_worker}
+    if wanted.gpus_per_worker:
+        resources["GPU"] = wanted.gpus_per_worker
+    with Board(ray, progress) as board:
+        job = {
+            "stage": stage,
+            "config": config.model_dump(mode="json"),
+            "root": run.root,
+            "fence": run.fence,
+            "board": board.actor,
+        }
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config=job,
+            torch_config=TorchConfig(backend="nccl" if wanted.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=wanted.workers, use_gpu=wanted.gpus_per_worker > 0, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=run.path("ray"),
+                failure_config=FailureConfig(max_failures=wanted.max_failures, controller_failure_limit=3),
+            ),
+        )
+        handler = signal.getsignal(signal.SIGINT)
+        failure: Exception | None = None
+        try:
+            trainer.fit()
+        except SystemExit as error:
+            # Ray's own handler of Ctrl-C aborts the training and then leaves with code 0.
+            raise KeyboardInterrupt from error
+        except ray.train.TrainingFailedError as error:
+            failure = error
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            shutil.rmtree(run.path("ray", name), ignore_errors=True)
+        ended = ray.get(board.actor.ended.remote())
+    if ended is not None:
+        raise UserError(ended["message"]) if ended["user"] else RunStopped(ended["message"])
+    if failure is not None:
+        raise RunStopped(
+            f"{stage}: training failed after cluster.max_failures={wanted.max_failures} retries: {failure}"
+        ) from failure
+
+
+class Board:
+    """Events from rank 0 to the driver: a small actor that is read every half second."""
+
+    def __init__(self, ray: Any, progress: Progress) -> None:
+        self.ray, self.progress = ray, progress
+        self.actor = ray.remote(num_cpus=0)(_Events).remote()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> Board:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+        self.ray.kill(self.actor)
+
+    def _poll(self) -> None:
+        while True:
+            last = self._stop.wait(0.5)
+            try:
+                for event in self.ray.get(self.actor.take.remote(), timeout=60):
+                    self.progress(event)
+            except self.ray.exceptions.GetTimeoutError:
+                continue  # a busy machine; the events wait in the actor
+            except self.ray.exceptions.RayError:
+                return  # The cluster is going away; the training says why.
+            if last:
+                return
+
+
+class _Events:
+    """The actor's state: events not yet taken."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.reason: dict[str, Any] | None = None
+
+    def end(self, reason: dict[str, Any]) -> None:
+        """Note why a rank ended; the first reason stands."""
+        self.reason = self.reason or reason
+
+    def ended(self) -> dict[str, Any] | None:
+        """Why a rank ended, if one did."""
+        return self.reason
+
+    def push(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        taken, self.events = self.events, []
+        return taken

@@ -1,0 +1,1 @@
+"""The pruning method: data, criteria, rounds, retraining, results. Never imports Ray."""

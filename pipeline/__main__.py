@@ -1,0 +1,48 @@
+"""The method without Ray: `python -m pipeline run CONFIG`, or under `torchrun -m pipeline run CONFIG`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import commands
+from pipeline.console import main_module, one_message
+from pipeline.distributed import configure_process, torchrun_world
+from pipeline.local import LocalEngine
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train, scan, prune and retrain, report; goes on where it was stopped."""
+    loaded = commands.load(config, overrides)
+    configure_process(loaded)
+    with torchrun_world(loaded) as world:
+        engine = LocalEngine(world)
+        if world.first:
+            commands.run(loaded, engine)
+        else:
+            engine.follow()
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show what a run would do, and run nothing."""
+    commands.show(commands.load(config, overrides))
+
+
+def main() -> None:
+    """Run the command line."""
+    with one_message(resume=main_module(["python -m pipeline", *sys.argv[1:]])):
+        app()
+
+
+if __name__ == "__main__":
+    main()

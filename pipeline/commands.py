@@ -1,0 +1,57 @@
+"""What the command lines do, with Ray (`secateur`, `python -m cluster`) or without (`python -m pipeline`)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline import config as settings
+from pipeline import plan, stages
+from pipeline.config import Config
+from pipeline.console import Display, show_plan, show_result
+from pipeline.distributed import configure_process
+from pipeline.engine import Engine
+from pipeline.errors import UserError
+from pipeline.state import run_root
+
+
+def load(path: Path, overrides: list[str] | None) -> Config:
+    """The config of a command, with local paths made absolute: workers may run in other folders."""
+    config = settings.load(path, overrides)
+
+    def absolute(value: str | None) -> str | None:
+        return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))
+
+    data = config.data.model_copy(
+        update={"root": absolute(config.data.root), "class_index": absolute(config.data.class_index)}
+    )
+    model = config.model.model_copy(update={"checkpoint": absolute(config.model.checkpoint)})
+    return config.model_copy(update={"runs_dir": absolute(config.runs_dir), "data": data, "model": model})
+
+
+def run(config: Config, engine: Engine) -> dict[str, Any]:
+    """Carry a run to its end, show its progress and its result."""
+    configure_process(config)
+    with Display() as display:
+        try:
+            result = stages.run(config, engine, display)
+        finally:
+            engine.close()
+    show_result(result, str(Path(run_root(config)) / "report.html"))
+    return result
+
+
+def show(config: Config) -> None:
+    """Print what a run would do."""
+    made = plan.make(config)
+    plan.require_plan_possible(made)
+    show_plan(made, config)
+
+
+def config_of(run_dir: Path) -> Config:
+    """The config of an existing run, its runs_dir being where the run lies now."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"'{run_dir}' is not a run: it has no config.yaml; give a folder such as runs/demo")
+    config = settings.load(run_dir / "config.yaml")
+    return config.model_copy(update={"runs_dir": str(run_dir.resolve().parent), "name": run_dir.resolve().name})

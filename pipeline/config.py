@@ -1,0 +1,377 @@
+"""Every setting, typed and frozen: defaults, then a YAML file, then `a.b=c` overrides."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from yaml import YAMLError
+
+from pipeline.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Density = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A group of settings; frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Data(Section):
+    """Where images come from and how they become batches."""
+
+    source: Literal["digits", "idx", "folder", "imagenet", "shards"] = Field(
+        "digits",
+        description="digits: scikit-learn's 1,797 real digits, nothing to download; idx: files of the MNIST family, "
+        ".gz or not; folder: train/<class>/* and val or test/<class>/*, a folder or one tar; imagenet: a folder of "
+        "ILSVRC 2012's original tars, unpacked or not, whose val is our test; shards: WebDataset shards with a "
+        "manifest.json (`secateur shards build` or `index`).",
+    )
+    root: str | None = Field(None, description="Folder, tar or URL that the source reads; not used by digits.")
+    classes: Positive | None = Field(None, description="Number of classes; by default what the source holds.")
+    class_index: str | None = Field(
+        None, description="JSON file {index: [folder name, title]} that numbers class folders, as ImageNet's does."
+    )
+    label: str = Field("cls", description="Where a foreign shard keeps the label: cls, or the name of a json field.")
+    channels: Literal[1, 3] = Field(1, description="1 reads every image as greyscale, 3 as RGB.")
+    resize: Positive | None = Field(None, description="Short side, in pixels, an image is brought to when decoded.")
+    size: Positive = Field(28, description="Height and width, in pixels, of the network's input (centre crop).")
+    mean: tuple[float, ...] = Field((0.0,), description="Per channel, subtracted after scaling pixels to 0..1.")
+    std: tuple[float, ...] = Field((1.0,), description="Per channel, divided by after the mean is taken off.")
+    augment: tuple[Literal["shift", "crop", "resized-crop", "flip"], ...] = Field(
+        (),
+        description="Training only, drawn from (seed, epoch, sample). shift: move by up to `shift` pixels, zeros come "
+        "in; crop: a random window of `size`; resized-crop: area 8-100%, aspect 3/4-4/3; flip: left-right.",
+    )
+    shift: Annotated[int, Field(ge=0)] = Field(2, description="Largest move of the `shift` augmentation, in pixels.")
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.1, description="Share of train held out as val, drawn by seed and stratified by class."
+    )
+    test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.2, description="digits only, which comes without a test part: the share held out as test."
+    )
+    shard_samples: Positive = Field(5000, description="Samples in a shard that `shards build` writes.")
+    shrink: Positive | None = Field(
+        None, description="Short side, in pixels, that `shards build` brings larger images down to, as JPEG."
+    )
+    quality: Annotated[int, Field(ge=1, le=100)] = Field(90, description="JPEG quality of the images `shrink` writes.")
+    lanes: Positive = Field(
+        8,
+        description="Fixed number of parallel streams an epoch is cut into; the order depends on it, never on the "
+        "number of workers. At least as many as workers.",
+    )
+    shuffle_bytes: Positive = Field(
+        16 * 2**20, description="Memory of a lane's shuffle window: how far a sample can move from its stored place."
+    )
+    cache_bytes: Annotated[int, Field(ge=0)] = Field(
+        2**30,
+        description="A split whose decoded images fit is decoded once and kept in memory; else it streams. "
+        "The order is the same.",
+    )
+    decode_threads: Positive = Field(2, description="Threads that decode images in each process.")
+    eval_batch: Positive = Field(250, description="Samples a forward pass takes in evaluation.")
+    max_bad_fraction: Fraction = Field(0.01, description="More unreadable images than this share stops the run.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Data:
+        if self.source != "digits" and self.root is None:
+            raise ValueError(f"source '{self.source}' reads from data.root, which is not set: add data.root=PATH")
+        if len(self.mean) not in (1, self.channels) or len(self.std) not in (1, self.channels):
+            raise ValueError(f"mean and std take 1 or {self.channels} numbers, one a channel")
+        if min(self.std) <= 0:
+            raise ValueError("std must be above 0")
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize={self.resize} is smaller than size={self.size}: the crop would not fit")
+        if self.shrink is not None and self.shrink < (self.resize or self.size):
+            raise ValueError(
+                f"shrink={self.shrink} is smaller than resize (or size), {self.resize or self.size}: images would be "
+                "blurred, raise it"
+            )
+        return self
+
+
+class Model(Section):
+    """The network."""
+
+    factory: str = Field(
+        "lenet_300_100",
+        description="lenet_300_100, lenet_5 (Caffe's), alexnet_caffe (two groups), vgg_16, or an import path: "
+        "torchvision.models.squeezenet1_1, my_module:build.",
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the factory.")
+    checkpoint: str | None = Field(
+        None, description="Weights to start from: .safetensors, or .pth/.pt loaded with weights_only."
+    )
+
+
+class Train(Section):
+    """How weights are updated, in dense training or in the retraining of a round."""
+
+    epochs: Annotated[int, Field(ge=0)] = Field(10, description="Passes over train; 0 trains nothing.")
+    steps: Positive | None = Field(None, description="Ends a training early, after so many updates.")
+    batch_size: Positive = Field(128, description="Samples in an update, over all workers; a multiple of data.lanes.")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (with momentum) or adamw.")
+    lr: Annotated[float, Field(gt=0.0)] = Field(0.1, description="Learning rate at the start (after warm-up).")
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="SGD's momentum; AdamW's beta1.")
+    nesterov: bool = Field(False, description="Nesterov's form of the momentum (sgd).")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="L2 regularisation of all parameters, biases included, as Caffe does (adamw: decoupled)."
+    )
+    l1: Annotated[float, Field(ge=0.0)] = Field(0.0, description="L1 regularisation of the prunable weights.")
+    schedule: Literal["constant", "cosine", "step", "inv"] = Field(
+        "cosine",
+        description="cosine falls to 0; step multiplies by `gamma` at `milestones`; inv is Caffe's "
+        "lr*(1 + gamma*step)^-power.",
+    )
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Epochs of linear warm-up from 0.")
+    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="Shares of the training at which `step` falls.")
+    gamma: Annotated[float, Field(gt=0.0)] = Field(0.1, description="Factor of `step`, or gamma of `inv`.")
+    power: float = Field(0.75, description="Power of `inv`.")
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Of the cross-entropy.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs forward and loss under autocast.")
+    channels_last: bool = Field(False, description="Memory format of weights and images, faster on GPUs.")
+    checkpoint_steps: Positive = Field(500, description="Updates between checkpoints; one is also kept at each end.")
+
+
+class Scan(Section):
+    """The sensitivity scan: each tensor pruned alone, no retraining (figure 6)."""
+
+    levels: Annotated[tuple[Density, ...], Field(min_length=1)] = Field(
+        (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01),
+        description="Densities at which each tensor is tried, falling.",
+    )
+    samples: Positive | None = Field(None, description="Uses so many of val's samples; by default all of them.")
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.01, description="The drop in val accuracy, one for all tensors, at which a tensor's quality is read off."
+    )
+
+    @model_validator(mode="after")
+    def _falling(self) -> Scan:
+        if list(self.levels) != sorted(set(self.levels), reverse=True):
+            raise ValueError("levels must fall, each once: 0.5, 0.2, 0.1")
+        return self
+
+
+class Prune(Section):
+    """Which weights go, and when."""
+
+    criterion: str = Field("magnitude", description="Scores for weights, higher keeps: magnitude, random.")
+    allocation: str = Field(
+        "paper",
+        description="A budget to a density for each tensor: paper (|w| / (quality x std), one threshold), "
+        "pooled, uniform, erk, explicit.",
+    )
+    densities: dict[str, Density] = Field(
+        default_factory=dict, description="explicit: density for each tensor, by name or pattern (fc*.weight)."
+    )
+    schedule: Literal["one-shot", "geometric", "cubic", "list"] = Field(
+        "geometric", description="How the density falls over the rounds."
+    )
+    rounds: Positive = Field(4, description="Rounds of prune and retrain (geometric, cubic).")
+    list: tuple[Density, ...] = Field((), description="schedule list: the density after each round.")
+    sigma: Literal["first", "renewed"] = Field(
+        "first", description="paper: each layer's std from the dense weights, or from the survivors of each round."
+    )
+    include: tuple[str, ...] = Field(
+        ("*",), description="Patterns of whole tensor names (fc1.weight, features.*) that may be pruned."
+    )
+    exclude: tuple[str, ...] = Field((), description="Patterns of whole tensor names (*.fc.weight) that stay dense.")
+    min_weights: Annotated[int, Field(ge=0)] = Field(1, description="Weights that every tensor keeps at the least.")
+    dense_control: bool = Field(
+        True, description="Also train the dense network on for the same steps: the reference of the verdict."
+    )
+
+    @model_validator(mode="after")
+    def _list_given(self) -> Prune:
+        if self.schedule == "list":
+            if not self.list:
+                raise ValueError("schedule=list needs prune.list, the density after each round: [0.5, 0.2, 0.1]")
+            if list(self.list) != sorted(self.list, reverse=True):
+                raise ValueError(f"prune.list={[*self.list]} must fall from round to round")
+        if self.allocation == "explicit" and not self.densities:
+            raise ValueError("allocation=explicit needs prune.densities: {fc1.weight: 0.08, ...}")
+        return self
+
+
+class Target(Section):
+    """What the run is after."""
+
+    mode: Literal["compression", "thresholds"] = Field(
+        "compression",
+        description="compression: reach target.compression; thresholds: the paper's quality x std as they are, the "
+        "size follows.",
+    )
+    compression: Annotated[float, Field(ge=1.0)] = Field(12.0, description="Prunable weights over kept weights.")
+    margin: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.003,
+        description="The verdict is `no loss` if the upper 95% bound of the drop is within this (0.003 = 0.3 points).",
+    )
+
+
+class Cluster(Section):
+    """What Ray is asked for."""
+
+    address: str | None = Field(None, description="Ray cluster to join: auto, or host:port; by default a local one.")
+    workers: Positive = Field(1, description="Processes that train together.")
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each worker.")
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs reserved for each worker.")
+    cpus_per_trial: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each scan trial.")
+    gpus_per_trial: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs, or a share of one, for a trial.")
+    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="Lost workers that a training survives.")
+    ray_logs: bool = Field(False, description="Also show what Ray's own processes print.")
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="Mirror the run to MLflow.")
+    uri: str | None = Field(None, description="Tracking server; by default sqlite in runs_dir/mlflow.db.")
+    experiment: str = Field("secateur", description="Experiment the run is filed under.")
+
+
+class Config(Section):
+    """One run, from data to report."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
+        description="Name of the run, and of its folder under runs_dir."
+    )
+    runs_dir: str = Field("runs", description="Folder that holds runs; shared and absolute on a cluster.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="The one seed that sets everything.")
+    threads: Positive = Field(1, description="torch's threads in each process; sums, and so bits, depend on it.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where the process has one.")
+    data: Data = Field(default_factory=lambda: Data.model_validate({}))
+    model: Model = Field(default_factory=lambda: Model.model_validate({}))
+    dense: Train = Field(default_factory=lambda: Train.model_validate({}), description="Training of the dense network.")
+    scan: Scan = Field(default_factory=lambda: Scan.model_validate({}))
+    prune: Prune = Field(default_factory=lambda: Prune.model_validate({}))
+    retrain: Train = Field(
+        default_factory=lambda: Train.model_validate({"lr": 0.01}), description="Retraining in each round."
+    )
+    target: Target = Field(default_factory=lambda: Target.model_validate({}))
+    cluster: Cluster = Field(default_factory=lambda: Cluster.model_validate({}))
+    tracking: Tracking = Field(default_factory=lambda: Tracking.model_validate({}))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        for part, train in (("dense", self.dense), ("retrain", self.retrain)):
+            if train.batch_size % self.data.lanes:
+                raise ValueError(
+                    f"{part}.batch_size={train.batch_size} must be a multiple of data.lanes={self.data.lanes}: each "
+                    "step takes equally many samples from every lane"
+                )
+        if self.cluster.workers > self.data.lanes:
+            raise ValueError(
+                f"cluster.workers={self.cluster.workers} is more than data.lanes={self.data.lanes}: a worker would "
+                "have no samples; raise data.lanes"
+            )
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and merge `a.b=c` overrides into it.
+
+    Raises UserError with the setting, its value and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"config '{path}' does not exist{hint}")
+    try:
+        tree: Any = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"config '{path}' is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"config '{path}' must be a mapping of settings (name: ..., data: ...), not a list")
+    for override in overrides or []:
+        key, sign, _ = override.partition("=")
+        if not sign or not key:
+            raise UserError(f"override '{override}' is not of the form key=value, as in cluster.workers=2")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException, ValueError) as error:
+            raise UserError(f"override '{override}' cannot be read: {_one_line(error)}") from error
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config '{path}': {_one_line(error)}") from error
+    return parse(values, origin=f"config '{path}'")
+
+
+def parse(values: Any, origin: str = "config") -> Config:
+    """Validate a tree of plain values. Raises UserError that lists every setting that is wrong."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise UserError(f"{origin}: " + "; ".join(lines)) from error
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML text, every setting present."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def differences(ours: Config, theirs: Config, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Settings that differ, as `a.b: 1 -> 2`, leaving out those under a prefix in `ignore`."""
+    before, after = flatten(ours), flatten(theirs)
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(key == p or key.startswith(p + ".") for p in ignore)
+    ]
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", config.model_dump(mode="json"))
+    return flat
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(problem: Any) -> str:
+    """One sentence for one problem that pydantic found."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"])
+        leaf = str(problem["loc"][-1])
+        near = difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
+        parent = ".".join(str(part) for part in problem["loc"][:-1])
+        hint = f"did you mean '{parent + '.' if parent else ''}{near[0]}'?" if near else f"known: {', '.join(known)}"
+        return f"unknown setting '{where}'; {hint}"
+    if problem["type"] == "missing":
+        return f"setting '{where}' is missing; add {where}=..."
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
+    fields: dict[str, FieldInfo] = Config.model_fields
+    for part in loc[:-1]:
+        annotation = fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, Section)
+        fields = annotation.model_fields
+    return list(fields)

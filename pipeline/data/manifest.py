@@ -1,0 +1,220 @@
+"""manifest.json: what stands in the shards beside it, so that any sample can be reached without a search."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from pydantic import TypeAdapter, ValidationError
+from webdataset.tariterators import base_plus_ext
+
+from pipeline.data import storage
+from pipeline.data.parts import check_tar_end
+from pipeline.errors import UserError
+
+NAME = "manifest.json"
+VERSION = 1
+SPLITS = ("train", "val", "test")
+IMAGES = ("jpg", "jpeg", "png")
+_INTEGER = re.compile(rb"\s*[+-]?[0-9]{1,18}\s*")
+_META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset's reader passes over
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: `offsets[i]` is the byte at which sample i's first header starts, `labels[i]` its class."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    offsets: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The shards of a data set.
+
+    `num_classes` is the size of the label space. `label` is where a sample keeps its label (cls, or a
+    field of its json). `holdout` is set only where no val shards exist: the (shard, sample) numbers of
+    train that are val. `made_from` is a hash of what the shards were made from.
+    """
+
+    version: int
+    classes: tuple[str, ...]
+    num_classes: int
+    label: str
+    splits: dict[str, tuple[Shard, ...]]
+    holdout: tuple[tuple[int, int], ...] | None
+    made_from: str
+
+    def save(self, root: str) -> None:
+        """Write manifest.json into `root`, one line a shard."""
+        fields = dataclasses.asdict(self)
+        splits = fields.pop("splits")
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in fields.items()]
+        blocks = [
+            f"  {json.dumps(split)}: [\n" + ",\n".join(f"   {json.dumps(shard)}" for shard in shards) + "\n  ]"
+            for split, shards in splits.items()
+        ]
+        text = "{\n" + "\n".join(lines) + '\n "splits": {\n' + ",\n".join(blocks) + "\n }\n}\n"
+        storage.write_bytes(storage.join(root, NAME), text.encode())
+
+
+def load_manifest(root: str) -> Manifest:
+    """Read and check `root`/manifest.json. Raises UserError with the remedy where it is missing or wrong."""
+    url = storage.join(root, NAME)
+    again = "run `secateur shards index` (or `shards build`) again"
+    try:
+        value = storage.read_json(url)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"'{url}' does not exist: make shards with `secateur shards build`, or describe shards made elsewhere "
+            "with `secateur shards index`"
+        ) from error
+    if isinstance(value, dict) and value.get("version") != VERSION:
+        raise UserError(f"'{url}' has version {value.get('version')!r}, this program reads {VERSION}: {again}")
+    try:
+        manifest = TypeAdapter(Manifest).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"'{url}' is damaged at '{where}' ({first['msg']}): {again}") from error
+    problem = _inconsistency(manifest)
+    if problem:
+        raise UserError(f"'{url}' is damaged: {problem}: {again}")
+    return manifest
+
+
+def _inconsistency(manifest: Manifest) -> str | None:
+    if not {"train", "test"} <= manifest.splits.keys() <= set(SPLITS):
+        return f"splits are {sorted(manifest.splits)}"
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        if "/" in shard.name or shard.name.startswith("."):
+            return f"shard name '{shard.name}' leads out of the folder"
+        if not shard.samples == len(shard.offsets) == len(shard.labels):
+            counts = f"{shard.samples} samples, {len(shard.offsets)} offsets, {len(shard.labels)} labels"
+            return f"shard {shard.name} has {counts}"
+        if list(shard.offsets) != sorted(set(shard.offsets)) or (shard.offsets and shard.offsets[-1] >= shard.bytes):
+            return f"shard {shard.name} has offsets that do not rise"
+    train = manifest.splits["train"]
+    for shard_number, sample in manifest.holdout or ():
+        if not (0 <= shard_number < len(train) and 0 <= sample < train[shard_number].samples):
+            return f"holdout names sample {sample} of shard {shard_number}, which is not there"
+    if manifest.holdout is None and "val" not in manifest.splits:
+        return "there is neither a val part nor a holdout"
+    return None
+
+
+def parse_label(sample: Mapping[str, Any], label: str) -> int:
+    """The label of a sample (member suffix -> bytes). Raises ValueError that says what is wrong."""
+    if label == "cls":
+        if "cls" not in sample:
+            raise ValueError("has no .cls member")
+        if not _INTEGER.fullmatch(sample["cls"]):
+            raise ValueError(f"has the label {sample['cls'][:40]!r}, which is not an integer")
+        number = int(sample["cls"])
+    else:
+        if "json" not in sample:
+            raise ValueError("has no .json member")
+        try:
+            fields = json.loads(sample["json"])
+        except (ValueError, RecursionError) as error:
+            raise ValueError("has a .json member that is not valid JSON") from error
+        if not isinstance(fields, dict) or label not in fields:
+            raise ValueError(f"has no field '{label}' in its .json member")
+        number = fields[label]
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(f"has the label {number!r}, which is not an integer")
+    if number < 0:
+        raise ValueError(f"has the label {number}, which is negative")
+    return number
+
+
+class _Hashing:
+    """Passes reads on and hashes them: a shard is scanned and hashed in one pass."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+
+    def read(self, count: int = -1) -> bytes:
+        data = self._stream.read(count)
+        self.digest.update(data)
+        self.bytes += len(data)
+        return data
+
+
+def scan_shard(root: str, name: str, label: str, num_classes: int | None) -> Shard:
+    """Describe one tar by a single pass over it.
+
+    Raises UserError naming shard and key: empty, torn, not a tar, a sample without image or label, two
+    images, a label outside 0..num_classes-1.
+    """
+    url = storage.join(root, name)
+    offsets: list[int] = []
+    samples: list[dict[str, Any]] = []
+    with storage.open_range(url) as stream:
+        hashing = _Hashing(stream)
+        try:
+            with tarfile.open(fileobj=hashing, mode="r|", bufsize=2**18) as archive:  # type: ignore[call-overload]
+                for member in archive:
+                    _collect(url, archive, member, offsets, samples, wanted="cls" if label == "cls" else "json")
+                    archive.members = []  # or every header stays in memory
+                end = archive.offset
+        except tarfile.TarError as error:
+            raise UserError(f"shard '{url}' is empty, cut short or not an uncompressed tar ({error})") from error
+        while hashing.read(2**20):
+            pass
+    check_tar_end(url, end)
+    if not samples:
+        raise UserError(f"shard '{url}' holds no samples: remove it, or make it again")
+    labels = tuple(_checked(url, sample, label, num_classes) for sample in samples)
+    return Shard(name, len(samples), hashing.bytes, hashing.digest.hexdigest(), tuple(offsets), labels)
+
+
+def _collect(
+    url: str, archive: tarfile.TarFile, member: tarfile.TarInfo, offsets: list[int], samples: list[dict[str, Any]],
+    wanted: str,
+) -> None:  # fmt: skip
+    """Add a tar member to the samples, grouped by key as WebDataset's reader groups them."""
+    if not member.isreg() or _META.match(member.name):
+        return
+    key, suffix = base_plus_ext(member.name)
+    if key is None:
+        return
+    suffix = suffix.lower()
+    if not samples or samples[-1]["__key__"] != key:
+        offsets.append(member.offset)
+        samples.append({"__key__": key})
+    if suffix in samples[-1]:
+        raise UserError(f"shard '{url}': sample '{key}' has two .{suffix} members: give every sample its own key")
+    data = b""
+    if suffix == wanted:
+        content = archive.extractfile(member)
+        assert content is not None
+        data = content.read()
+    samples[-1][suffix] = data
+
+
+def _checked(url: str, sample: Mapping[str, Any], label: str, num_classes: int | None) -> int:
+    where = f"shard '{url}': sample '{sample['__key__']}'"
+    images = [suffix for suffix in IMAGES if suffix in sample]
+    if len(images) != 1:
+        problem = "no image" if not images else "two images"
+        raise UserError(f"{where} has {problem}: it needs exactly one member .jpg, .jpeg or .png")
+    try:
+        number = parse_label(sample, label)
+    except ValueError as error:
+        raise UserError(f"{where} {error}: mend it, or set data.label to where labels are") from error
+    if num_classes is not None and number >= num_classes:
+        raise UserError(f"{where} has the label {number}, but there are {num_classes} classes (0..{num_classes - 1})")
+    return number

@@ -1,0 +1,283 @@
+"""Build, describe and check WebDataset shards.
+
+A data set is a folder of ordinary tars (`key.jpg|png` + `key.cls`) and a manifest.json, written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset import TarWriter
+
+from pipeline.config import Data
+from pipeline.data import images, placement, storage
+from pipeline.data import sources as sources_module
+from pipeline.data.manifest import IMAGES, NAME, SPLITS, VERSION, Manifest, Shard, load_manifest, scan_shard
+from pipeline.data.parts import Part, Source
+from pipeline.data.stream import read_members
+from pipeline.errors import UserError
+from pipeline.seeding import generator
+
+__all__ = ["Manifest", "Shard", "build", "index", "load_manifest", "verify"]
+
+Progress = Callable[[str, int, int], None]
+
+_PARTIAL = "manifest.partial.json"
+_SORTED_LEAST = 20  # fewer samples say little about their order
+
+
+def build(config: Data, seed: int, root: str, progress: Progress | None = None) -> Manifest:
+    """Write the shards of a source into `root` and return their manifest.
+
+    val is drawn from train by seed, each class in proportion; every split is shuffled over all its
+    shards. Finished shards are kept when a killed build is run again, and the bytes come out the same.
+    Raises UserError where the source is wrong or `root` holds shards of something else.
+    """
+    source = sources_module.open_source(config, seed)
+    made_from = _made_from(config, seed, source)
+    if storage.exists(storage.join(root, NAME)):
+        manifest = load_manifest(root)
+        if manifest.made_from != made_from:
+            raise _other(root, NAME)
+        return manifest
+    storage.remove_leftovers(root)
+    done = _load_partial(root, made_from)
+    parts = _split(config, seed, source)
+    total = sum(-(-len(numbers) // config.shard_samples) for _, numbers in parts.values())
+    splits: dict[str, list[Shard]] = {split: [] for split in parts}
+    written = 0
+    for split, (part, numbers) in parts.items():
+        order = generator(seed, "order", split).permutation(numbers)
+        for start in range(0, len(order), config.shard_samples):
+            name = f"{split}-{start // config.shard_samples:05d}.tar"
+            chosen = order[start : start + config.shard_samples]
+            shard = _finished(root, name, done.get(name), part.labels[chosen])
+            if shard is None:
+                shard = _write_shard(root, name, part, chosen)
+                done[name] = shard.sha256
+                storage.write_json(storage.join(root, _PARTIAL), {"made_from": made_from, "shards": done})
+            splits[split].append(shard)
+            written += 1
+            if progress:
+                progress(f"shard {name}", written, total)
+    manifest = Manifest(
+        VERSION, source.classes, source.num_classes, "cls", {k: tuple(v) for k, v in splits.items()}, None, made_from
+    )
+    manifest.save(root)
+    storage.remove(storage.join(root, _PARTIAL))
+    return manifest
+
+
+def _made_from(config: Data, seed: int, source: Source) -> str:
+    facts: dict[str, Any] = {
+        "source": source.fingerprint,
+        "classes": source.classes,
+        "num_classes": source.num_classes,
+        "train": hashlib.sha256(source.train.labels.tobytes()).hexdigest(),
+        "test": hashlib.sha256(source.test.labels.tobytes()).hexdigest(),
+        "val_fraction": config.val_fraction,
+        "shard_samples": config.shard_samples,
+        "seed": seed,
+        "version": VERSION,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _other(root: str, name: str) -> UserError:
+    return UserError(
+        f"'{storage.join(root, name)}' belongs to shards made from other data or settings (source, seed, "
+        "val_fraction, test_fraction, shard_samples, classes): choose another folder, or delete this one"
+    )
+
+
+def _load_partial(root: str, made_from: str) -> dict[str, str]:
+    """Names and hashes of the shards that an earlier build of the same finished."""
+    url = storage.join(root, _PARTIAL)
+    if not storage.exists(url):
+        return {}
+    partial = storage.read_json(url)
+    if partial["made_from"] != made_from:
+        raise _other(root, _PARTIAL)
+    return dict(partial["shards"])
+
+
+def _split(config: Data, seed: int, source: Source) -> dict[str, tuple[Part, NDArray[np.int64]]]:
+    """For each split, the part it is taken from and the sample numbers in that part."""
+    labels = source.train.labels
+    val = draw_val(labels, config.val_fraction, seed)
+    train = np.setdiff1d(np.arange(len(labels)), val)
+    return {
+        "train": (source.train, train),
+        "val": (source.train, val),
+        "test": (source.test, np.arange(len(source.test.labels))),
+    }
+
+
+def draw_val(labels: NDArray[np.int64], val_fraction: float, seed: int) -> NDArray[np.int64]:
+    """Sorted numbers of the samples held out of train. UserError if either side would be empty."""
+    total = round(val_fraction * len(labels))
+    if not 0 < total < len(labels):
+        raise UserError(
+            f"data.val_fraction={val_fraction} of {len(labels)} train samples leaves {len(labels) - total} to train "
+            f"on and {total} for val: change it, or add data"
+        )
+    return placement.stratified(labels, total, generator(seed, "val"))
+
+
+def _finished(root: str, name: str, sha256: str | None, labels: NDArray[np.int64]) -> Shard | None:
+    """The shard, if an earlier build wrote it and it is still whole."""
+    url = storage.join(root, name)
+    if sha256 is None or not storage.exists(url) or storage.sha256(url) != sha256:
+        return None
+    shard = scan_shard(root, name, "cls", None)
+    assert shard.labels == tuple(labels.tolist()), name
+    return shard
+
+
+class _HashingWriter:
+    """Passes writes on, hashes and counts them."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.bytes += len(data)
+        return self._stream.write(data)
+
+
+def _write_shard(root: str, name: str, part: Part, numbers: NDArray[np.int64]) -> Shard:
+    offsets = []
+    with storage.create(storage.join(root, name)) as stream:
+        hashing = _HashingWriter(stream)
+        # Fixed owner, mode and time: the bytes depend on the samples alone.
+        with TarWriter(hashing, user="", group="", mtime=0, encoder=False, compress=False) as writer:
+            for number in numbers.tolist():
+                data = part.read(number)
+                image = sources_module.extension(data, part.names[number])
+                offsets.append(int(writer.tarstream.offset))
+                cls = str(part.labels[number]).encode()
+                writer.write({"__key__": _key(number, part.names[number]), image: data, "cls": cls})
+    labels = tuple(part.labels[numbers].tolist())
+    return Shard(name, len(numbers), hashing.bytes, hashing.digest.hexdigest(), tuple(offsets), labels)
+
+
+def _key(number: int, name: str) -> str:
+    """A key without dots (WebDataset ends a key at the first) that still tells which file the image was."""
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(name).stem)[:60]
+    return f"{number:08d}-{stem}" if stem else f"{number:08d}"
+
+
+def index(
+    root: str,
+    label: str = "cls",
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    num_classes: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Manifest, list[str]]:
+    """Describe shards made elsewhere: write manifest.json and return it, with warnings.
+
+    Shards are files train*.tar, val*.tar and test*.tar in `root`. Without test shards, val counts as
+    test (ILSVRC's habit) and val is held out of train by seed; without val shards too. Warns of shards
+    sorted by class, whose batches would be poorly mixed. Raises UserError naming shard and key.
+    """
+    names = storage.list_files(root)
+    found = {split: [n for n in names if n.startswith(split) and n.endswith(".tar")] for split in SPLITS}
+    packed = [n for n in names if n.startswith(SPLITS) and re.search(r"\.(tgz|tar\.\w+)$", n)]
+    if packed:
+        raise UserError(f"'{storage.join(root, packed[0])}' is compressed: shards must be plain tars, unpack it first")
+    if not found["test"]:
+        found["test"], found["val"] = found["val"], []
+    for split in ("train", "test"):
+        if not found[split]:
+            wanted = "train*.tar" if split == "train" else "test*.tar or val*.tar"
+            raise UserError(f"'{root}' has no {wanted}: name shards after the part they belong to")
+    total = sum(map(len, found.values()))
+    splits: dict[str, tuple[Shard, ...]] = {}
+    done = 0
+    for split in [s for s in SPLITS if found[s]]:
+        shards = []
+        for name in found[split]:
+            shards.append(scan_shard(root, name, label, num_classes))
+            done += 1
+            if progress:
+                progress(f"shard {name}", done, total)
+        splits[split] = tuple(shards)
+    classes = num_classes or 1 + max(max(s.labels) for shards in splits.values() for s in shards)
+    holdout = None if "val" in splits else _holdout(splits["train"], val_fraction, seed)
+    facts = [label, classes, holdout, [[s.name, s.sha256] for shards in splits.values() for s in shards]]
+    made_from = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    manifest = Manifest(VERSION, tuple(map(str, range(classes))), classes, label, splits, holdout, made_from)
+    manifest.save(root)
+    return manifest, [w for shards in splits.values() for w in _sorted_warnings(root, shards)]
+
+
+def _holdout(train: tuple[Shard, ...], val_fraction: float, seed: int) -> tuple[tuple[int, int], ...]:
+    labels = np.concatenate([np.asarray(shard.labels, np.int64) for shard in train])
+    place = [(number, sample) for number, shard in enumerate(train) for sample in range(shard.samples)]
+    return tuple(place[number] for number in draw_val(labels, val_fraction, seed).tolist())
+
+
+def _sorted_warnings(root: str, shards: tuple[Shard, ...]) -> Iterator[str]:
+    """A warning for each shard whose neighbours share a label far more often than mixed ones would."""
+    _, counts = np.unique(np.concatenate([shard.labels for shard in shards]), return_counts=True)
+    mixed = float(np.sum((counts / counts.sum()) ** 2))
+    for shard in shards:
+        same = placement.same_label_neighbours(np.asarray(shard.labels))
+        if shard.samples >= _SORTED_LEAST and same > (1 + mixed) / 2:
+            yield (
+                f"shard '{storage.join(root, shard.name)}' is sorted by class ({same:.0%} of neighbours share a "
+                f"label, {mixed:.0%} if mixed): batches will be poorly mixed; write the shards in shuffled order"
+            )
+
+
+def verify(root: str, progress: Progress | None = None) -> list[str]:
+    """Read every shard against the manifest and decode every image; one line for each problem found.
+
+    Raises UserError where the manifest itself is missing or damaged.
+    """
+    manifest = load_manifest(root)
+    shards = [shard for split in SPLITS for shard in manifest.splits.get(split, ())]
+    problems: list[str] = []
+    for done, shard in enumerate(shards, 1):
+        problems += _verify_shard(root, shard, manifest)
+        if progress:
+            progress(f"shard {shard.name}", done, len(shards))
+    return problems
+
+
+def _verify_shard(root: str, shard: Shard, manifest: Manifest) -> list[str]:
+    url = storage.join(root, shard.name)
+    if not storage.exists(url):
+        return [f"shard '{url}' is missing"]
+    problems = []
+    if storage.size(url) != shard.bytes:
+        problems.append(f"shard '{url}' has {storage.size(url)} bytes, the manifest says {shard.bytes}")
+    elif storage.sha256(url) != shard.sha256:
+        problems.append(f"shard '{url}' has another SHA-256 than the manifest says")
+    try:
+        found = scan_shard(root, shard.name, manifest.label, manifest.num_classes)
+    except UserError as error:
+        return [*problems, str(error)]
+    if found.samples != shard.samples:
+        problems.append(f"shard '{url}' holds {found.samples} samples, the manifest says {shard.samples}")
+    bad = []
+    for sample in read_members([(url, 0, None)]):
+        try:
+            images.decode(next(sample[suffix] for suffix in IMAGES if suffix in sample), 3, None)
+        except images.BadImage:
+            bad.append(sample["__key__"])
+    if bad:
+        more = ", ..." if len(bad) > 5 else ""
+        problems.append(f"shard '{url}' has {len(bad)} unreadable image(s): {', '.join(bad[:5])}{more}")
+    return problems

@@ -1,0 +1,243 @@
+"""Where images come from before they are shards: digits, the idx files of MNIST, class folders, ImageNet."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import math
+import os
+import struct
+import warnings
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.config import Data
+from pipeline.data import imagenet, placement, storage
+from pipeline.data.images import shrink
+from pipeline.data.parts import IMAGE_ENDINGS, Entry, Part, Source, read_class_index, tar_files
+from pipeline.errors import UserError
+from pipeline.seeding import generator
+
+
+def open_source(config: Data, seed: int) -> Source:
+    """The source that the settings name. Raises UserError naming the file and the remedy."""
+    if config.source == "digits":
+        source = _digits(config, seed)
+    elif config.source == "idx":
+        source = _idx(config)
+    elif config.source == "folder":
+        source = _folder(config)
+    elif config.source == "imagenet":
+        source = imagenet.open_imagenet(config)
+    else:
+        raise UserError(
+            "data.source=shards is not built from anything: run `secateur shards index` on data.root, or choose "
+            "another source"
+        )
+    if config.shrink is not None:
+        source = _shrunk(source, config.shrink, config.quality)
+    if config.classes is None:
+        return source
+    if config.classes < source.num_classes:
+        raise UserError(
+            f"data.classes={config.classes} is fewer than the {source.num_classes} classes of the source: leave it "
+            "out, or raise it"
+        )
+    return replace(source, num_classes=config.classes)
+
+
+def _shrunk(source: Source, short: int, quality: int) -> Source:
+    """The source with every image's short side brought down to `short` pixels as it is read."""
+
+    def smaller(part: Part) -> Part:
+        return replace(part, read=lambda number: shrink(part.read(number), short, quality))
+
+    fingerprint = f"{source.fingerprint} shrink={short} quality={quality}"
+    return replace(source, train=smaller(source.train), test=smaller(source.test), fingerprint=fingerprint)
+
+
+def extension(data: bytes, name: str) -> str:
+    """png or jpg by content; a file that is neither keeps what its name says, and counts as bad when read."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    return "png" if name.lower().endswith(".png") else "jpg"
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _array_part(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Part:
+    return Part(labels, ("",) * len(labels), lambda i: _png(images[i]))
+
+
+def _hash(*arrays: NDArray[np.generic]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(str(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _digits(config: Data, seed: int) -> Source:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.round(bunch.images * 255 / 16).astype(np.uint8)
+    labels = bunch.target.astype(np.int64)
+    # Rounded up, as scikit-learn's own split does: 360 of 1,797 for 0.2.
+    total = math.ceil(config.test_fraction * len(labels))
+    test = placement.stratified(labels, total, generator(seed, "test"))
+    train = np.setdiff1d(np.arange(len(labels)), test)
+    return Source(
+        tuple(str(name) for name in bunch.target_names),
+        10,
+        _array_part(images[train], labels[train]),
+        _array_part(images[test], labels[test]),
+        _hash(images, labels),
+    )
+
+
+def _idx(config: Data) -> Source:
+    assert config.root is not None
+    arrays = {}
+    for part, prefix in (("train", "train"), ("test", "t10k")):
+        images = _read_idx(config.root, f"{prefix}-images-idx3-ubyte", dimensions=3)
+        labels = _read_idx(config.root, f"{prefix}-labels-idx1-ubyte", dimensions=1)
+        if len(images) != len(labels):
+            raise UserError(
+                f"'{config.root}': {prefix} has {len(images)} images but {len(labels)} labels: fetch both files again"
+            )
+        arrays[part] = (images, labels.astype(np.int64))
+    num_classes = 1 + max(int(labels.max()) for _, labels in arrays.values())
+    return Source(
+        tuple(map(str, range(num_classes))),
+        num_classes,
+        _array_part(*arrays["train"]),
+        _array_part(*arrays["test"]),
+        _hash(*arrays["train"], *arrays["test"]),
+    )
+
+
+def _read_idx(root: str, name: str, dimensions: int) -> NDArray[np.uint8]:
+    """An idx file of unsigned bytes, .gz or not. Raises UserError where it is missing, torn or something else."""
+    names = (name, name + ".gz")
+    url = next((storage.join(root, n) for n in names if storage.exists(storage.join(root, n))), None)
+    if url is None:
+        raise UserError(f"data.root='{root}' holds neither {names[0]} nor {names[1]}: add it, or set data.root")
+    header_bytes = 4 + 4 * dimensions
+    with storage.open_range(url) as raw:
+        stream = gzip.GzipFile(fileobj=raw) if url.endswith(".gz") else raw
+        try:
+            header = stream.read(header_bytes)
+            if len(header) < header_bytes or header[:4] != bytes([0, 0, 8, dimensions]):
+                raise UserError(f"'{url}' does not start as an idx file of bytes with {dimensions} dimension(s) does")
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            expected = math.prod(shape)
+            # One byte more than is due shows a file that is too long; a bomb is never unpacked whole.
+            data = stream.read(expected + 1)
+        except (EOFError, OSError, zlib.error) as error:
+            raise UserError(f"'{url}' is damaged or cut short ({error}): fetch it again") from error
+    if len(data) != expected or expected == 0:
+        found = "more" if len(data) > expected else str(len(data))
+        raise UserError(
+            f"'{url}' says {'x'.join(map(str, shape))} = {expected} bytes but holds {found}: fetch it again"
+        )
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _folder(config: Data) -> Source:
+    assert config.root is not None
+    path = storage.local_path(config.root)
+    if path.is_dir():
+        entries = _list_folder(path)
+    elif path.is_file():
+        entries = list(tar_files(config.root, _wanted, title=f"data.root='{config.root}'"))
+    else:
+        raise UserError(f"data.root='{config.root}' does not exist: set it to a folder or a tar of train/<class>/*")
+    parts: dict[str, list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        parts.setdefault(entry.name.split("/", 1)[0], []).append(entry)
+    held_out = "test" if "test" in parts else "val"  # ILSVRC calls what is looked at once `val`
+    for part in ("train", held_out):
+        if part not in parts:
+            found = ", ".join(sorted(parts)) or "no images at all"
+            wanted = "train/<class>/*" if part == "train" else "test/<class>/* or val/<class>/*"
+            raise UserError(f"data.root='{config.root}' has no {wanted} (.jpeg, .jpg, .png); found: {found}")
+    classes, numbers = _class_numbers(config, parts["train"])
+    return Source(
+        classes,
+        len(classes),
+        _entry_part(config.root, parts["train"], numbers, config.class_index),
+        _entry_part(config.root, parts[held_out], numbers, config.class_index),
+        hashlib.sha256(
+            "\n".join(f"{e.name} {e.size}" for part in ("train", held_out) for e in parts[part]).encode()
+        ).hexdigest(),
+    )
+
+
+def _entry_part(root: str, entries: list[Entry], numbers: dict[str, int], index: str | None) -> Part:
+    unknown = sorted({entry.name.split("/")[1] for entry in entries} - numbers.keys())
+    if unknown:
+        part = entries[0].name.split("/")[0]
+        where = f"data.class_index='{index}'" if index else "train"
+        raise UserError(
+            f"'{root}': {part} has {len(unknown)} class folder(s) that {where} does not know "
+            f"({', '.join(unknown[:5])}): rename or remove them, or complete the class index"
+        )
+    labels = np.array([numbers[entry.name.split("/")[1]] for entry in entries], np.int64)
+    return Part(labels, tuple(entry.name for entry in entries), lambda i: entries[i].read())
+
+
+def _class_numbers(config: Data, train: list[Entry]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Class titles by number, and the number of each class folder."""
+    if config.class_index is None:
+        folders = tuple(sorted({entry.name.split("/")[1] for entry in train}))
+        return folders, {folder: number for number, folder in enumerate(folders)}
+    return read_class_index(config.class_index)
+
+
+def _wanted(name: str) -> bool:
+    """Whether a path in the source is an image of a part; hidden files are not. UserError outside a class folder."""
+    parts = name.split("/")
+    if parts[0] not in ("train", "val", "test") or any(part.startswith(".") for part in parts):
+        return False
+    if not name.lower().endswith(IMAGE_ENDINGS):
+        return False
+    if len(parts) < 3:
+        raise UserError(f"image '{name}' lies outside a class folder: move it to {parts[0]}/<class>/")
+    return True
+
+
+def _list_folder(root: Path) -> list[Entry]:
+    entries, escaped = [], []
+    inside = root.resolve()
+    for folder, folders, files in os.walk(root):
+        # Links to folders are not followed: they may run in circles or lead out.
+        escaped += [f"{folder}/{name}" for name in folders if os.path.islink(os.path.join(folder, name))]
+        for file in files:
+            path = Path(folder, file)
+            name = path.relative_to(root).as_posix()
+            if not _wanted(name):
+                continue
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                escaped.append(name)
+                continue
+            entries.append(Entry(name, path.stat().st_size, str(path), 0))
+    if escaped:
+        warnings.warn(
+            f"'{root}': {len(escaped)} link(s) to folders or out of data.root were left out, the first is "
+            f"'{escaped[0]}': copy the files in, or set data.root to where they are",
+            stacklevel=2,
+        )
+    return entries

@@ -1,0 +1,262 @@
+"""One split of a data set: where its samples lie, and how they become batches, from memory or as they stream."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import Data
+from pipeline.data import images, storage, stream
+from pipeline.data.images import Pixels
+from pipeline.data.manifest import Manifest
+from pipeline.data.stream import Piece, Raw
+from pipeline.errors import UserError
+from pipeline.seeding import uniform
+
+Progress = Callable[[str, int, int], None]
+Numbers = NDArray[np.int64]
+T = TypeVar("T")
+R = TypeVar("R")
+
+_GAP = 2**20  # bytes; a longer stretch of unwanted samples is jumped over, a shorter one read and dropped
+_SMALL = 8 * 2**10  # bytes; threads that decode smaller images only wait for each other, so one does all
+_CHUNK = 64  # images a thread decodes at a time when a split is brought to memory
+
+
+@dataclass
+class Batch:
+    """n samples: images uint8 (n, C, size, size), labels int64 (n,), weights float32 (n,), indices int64 (n,).
+
+    A bad image keeps its slot: zeros, with weight 0. `indices` are sample numbers within the split.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    indices: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """A whole split, decoded: one array (N, C, size, size), or a list of canvases where training crops at random."""
+
+    images: Pixels | list[Pixels]
+    good: NDArray[np.bool_]
+
+
+def open_split(config: Data, root: str, manifest: Manifest, split: str) -> Split:
+    """The split `train`, `val` or `test` of the shards in `root`.
+
+    Raises UserError where a shard is missing or has another size than the manifest says, or a label is
+    outside of the classes.
+    """
+    assert split in ("train", "val", "test"), split
+    opened = Split(config, root, manifest, split)
+    opened.check()
+    return opened
+
+
+class Split:
+    """The samples of a split, numbered 0..n-1 in manifest order; a held-out val looks as a stored one does.
+
+    `labels` int64 (n,); `counts` samples in each shard; `window` how many places a lane's order may
+    move a sample; `bad` the images found unreadable so far by this process, `shard/key` to reason.
+    """
+
+    def __init__(self, config: Data, root: str, manifest: Manifest, name: str) -> None:
+        self.config = config
+        self.name = name
+        self.label = manifest.label
+        self.num_classes = config.classes or manifest.num_classes
+        self.bad: dict[str, str] = {}
+        held_out = manifest.holdout is not None and name != "test"
+        self.shards = manifest.splits["train" if held_out else name]
+        self.urls = [storage.join(root, shard.name) for shard in self.shards]
+        kept = _kept(manifest, name)
+        self.counts = [len(samples) for samples in kept]
+        self.labels: Numbers = _gather([shard.labels for shard in self.shards], kept)
+        # Where sample i is: shard, number in the shard, first byte and the byte after its last.
+        self._shard = np.repeat(np.arange(len(kept)), self.counts)
+        self._place: Numbers = np.concatenate(kept)
+        self._start = _gather([shard.offsets for shard in self.shards], kept)
+        self._stop = _gather([(*shard.offsets[1:], shard.bytes) for shard in self.shards], kept)
+        self._stored = sum(shard.bytes for shard in self.shards) // sum(shard.samples for shard in self.shards)
+        self.window = max(1, config.shuffle_bytes // self._stored)
+        self._lock = threading.Lock()
+        self._memory: _Memory | None = None
+        self._streams = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def check(self) -> None:
+        """UserError where a shard is missing or has another size, or a label is outside of the classes."""
+        for shard, url, count in zip(self.shards, self.urls, self.counts, strict=True):
+            if not count:
+                continue
+            problem = None
+            if not storage.exists(url):
+                problem = "is missing"
+            elif storage.size(url) != shard.bytes:
+                problem = f"has {storage.size(url)} bytes where the manifest says {shard.bytes}"
+            if problem:
+                raise UserError(
+                    f"shard '{url}' {problem}: `secateur shards verify` lists all that differs; restore the shard, "
+                    "or build or index again"
+                )
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
+        if len(wrong):
+            number = int(wrong[0])
+            raise UserError(
+                f"shard '{self.urls[self._shard[number]]}': sample {self._place[number]} has the label "
+                f"{self.labels[number]}, but there are {self.num_classes} classes (0..{self.num_classes - 1}): "
+                "set data.classes, or index the shards again"
+            )
+
+    def read(self, numbers: Numbers, places: Numbers | None = None) -> Iterator[Raw]:
+        """The stored images of samples in turn, or as output places[i] for input i; ranged reads, nothing decoded."""
+        return stream.read_pieces(self._pieces(numbers), self.label, places)
+
+    def _pieces(self, numbers: Numbers) -> list[Piece]:
+        """Ranges of shards that hold `numbers` in turn: a new one at another shard, a step back or a long gap."""
+        if not len(numbers):
+            return []
+        shard, place = self._shard[numbers], self._place[numbers]
+        start, stop = self._start[numbers], self._stop[numbers]
+        breaks = (np.diff(shard) != 0) | (np.diff(place) <= 0) | (start[1:] - stop[:-1] > _GAP)
+        edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(numbers)]
+        return [
+            Piece(self.urls[shard[a]], int(start[a]), int(stop[b - 1]), place[a:b], self.labels[numbers[a:b]])
+            for a, b in itertools.pairwise(edges)
+        ]
+
+    def canvas(self, raw: Raw) -> Pixels | None:
+        """The decoded image, or None for a bad one, which is noted in `bad`."""
+        try:
+            return images.decode(raw.data, self.config.channels, self.config.resize)
+        except images.BadImage as error:
+            self.bad[f"{raw.url}/{raw.key}"] = str(error)
+            return None
+
+    def load(self, progress: Progress | None = None) -> bool:
+        """Bring the split to memory if it fits data.cache_bytes; whether it is there. Done once."""
+        with self._lock:
+            if self._memory is None and not self._streams:
+                self._memory = self._decode_all(progress)
+                self._streams = self._memory is None
+        return self._memory is not None
+
+    def _decode_all(self, progress: Progress | None) -> _Memory | None:
+        """Decode every image, or None as soon as it is clear that they do not fit."""
+        config, total = self.config, len(self)
+        whole = self.name == "train" and images.needs_canvas(config)
+        if not whole and total * config.channels * config.size**2 > config.cache_bytes:
+            return None
+        fixed = (total, config.channels, config.size, config.size)
+        store: Pixels | list[Pixels] = [] if whole else np.zeros(fixed, np.uint8)
+        good = np.zeros(total, np.bool_)
+        done = used = 0
+
+        def work(raws: list[Raw]) -> list[Pixels | None]:
+            found = [self.canvas(raw) for raw in raws]
+            return found if whole else [None if c is None else images.fit(c, config.size) for c in found]
+
+        decoded = self._in_background(work, stream.chunks(self.read(np.arange(total)), _CHUNK))
+        with contextlib.closing(decoded):
+            for canvas in itertools.chain.from_iterable(decoded):
+                good[done] = canvas is not None
+                if not isinstance(store, list):
+                    store[done] = 0 if canvas is None else canvas
+                else:
+                    store.append(np.zeros(fixed[1:], np.uint8) if canvas is None else canvas)
+                    used += store[-1].nbytes
+                    # Judged by the first image before the rest is read, and again if later ones are larger.
+                    if max(used, store[0].nbytes * total) > config.cache_bytes:
+                        return None
+                done += 1
+                if progress and (done % _CHUNK == 0 or done == total):
+                    progress(f"decoding {self.name}", done, total)
+        assert done == total, (done, total)
+        return _Memory(store, good)
+
+    def batch(self, numbers: Numbers, raws: list[Raw] | None, stream_seed: int | None) -> Batch:
+        """Make a batch of samples: from `raws`, or from memory (None). Augmented from `stream_seed`, if given."""
+        config = self.config
+        draws = None
+        if stream_seed is not None and config.augment:
+            draws = uniform(stream_seed, numbers, images.DRAWS)
+        if raws is None:
+            assert self._memory is not None
+            good = self._memory.good[numbers]
+        else:
+            good = np.ones(len(numbers), np.bool_)
+        if raws is None and self.gathers:
+            assert self._memory is not None
+            pixels = np.asarray(self._memory.images)[numbers]
+        else:
+            pixels = np.zeros((len(numbers), config.channels, config.size, config.size), np.uint8)
+            for i, number in enumerate(numbers.tolist()):
+                canvas = self.canvas(raws[i]) if raws is not None else self._memory.images[number]  # type: ignore[union-attr]
+                if canvas is None:
+                    good[i] = False
+                elif draws is not None:
+                    pixels[i] = images.window(canvas, config, draws[i])
+                else:
+                    pixels[i] = images.fit(canvas, config.size)
+        if draws is not None:
+            pixels = np.ascontiguousarray(images.finish(pixels, config, draws))
+        return Batch(
+            torch.from_numpy(pixels),
+            torch.from_numpy(self.labels[numbers]),
+            torch.from_numpy(good.astype(np.float32)),
+            torch.from_numpy(numbers.copy()),
+        )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether images lie in memory in the network's size, so that a batch is one indexing."""
+        return self._memory is not None and not isinstance(self._memory.images, list)
+
+    def batches(self, order: Iterator[Numbers], read: Callable[[], Iterator[Raw]], seed: int | None) -> Iterator[Batch]:
+        """Batches of the sample numbers in `order`; where the split streams, `read` gives the images in that order."""
+        if not self.load():
+            return self._in_background(lambda work: self.batch(*work, seed), _with_images(order, read()))
+        if self.gathers:
+            return (self.batch(numbers, None, seed) for numbers in order)
+        return self._in_background(lambda numbers: self.batch(numbers, None, seed), order)
+
+    def _in_background(self, function: Callable[[T], R], items: Iterator[T]) -> Generator[R, None, None]:
+        """function(item) for each, in order and a few early: one thread reads, data.decode_threads compute."""
+        if self._stored < _SMALL:
+            return stream.prefetch((function(item) for item in items), ahead=3)
+        threads = self.config.decode_threads
+        return stream.ordered_map(function, stream.prefetch(items, ahead=2), threads, ahead=threads + 1)
+
+
+def _kept(manifest: Manifest, name: str) -> list[Numbers]:
+    """For each shard, which of its samples belong to the split, rising."""
+    if manifest.holdout is None or name == "test":
+        return [np.arange(shard.samples, dtype=np.int64) for shard in manifest.splits[name]]
+    held_out = np.array(manifest.holdout, np.int64).reshape(-1, 2)
+    kept = []
+    for number, shard in enumerate(manifest.splits["train"]):
+        held = np.sort(held_out[held_out[:, 0] == number, 1])
+        kept.append(held if name == "val" else np.setdiff1d(np.arange(shard.samples), held))
+    return kept
+
+
+def _gather(values: list[tuple[int, ...]], kept: list[Numbers]) -> Numbers:
+    return np.concatenate([np.asarray(v, np.int64)[k] for v, k in zip(values, kept, strict=True)])
+
+
+def _with_images(order: Iterator[Numbers], raws: Iterator[Raw]) -> Iterator[tuple[Numbers, list[Raw]]]:
+    for numbers in order:
+        yield numbers, [next(raws) for _ in range(len(numbers))]

@@ -1,0 +1,178 @@
+"""From shards to samples: the stages of the reader, as webdataset pipelines, and ordered work in threads."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tarfile
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset import DataPipeline
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pipeline.data import storage
+from pipeline.data.manifest import IMAGES, parse_label
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+Members = dict[str, Any]  # one sample: __key__, __url__, then suffix -> bytes
+_END: Any = object()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of one shard: bytes `start`..`stop` hold samples `first` and on, of which `wanted` (rising) are used."""
+
+    url: str
+    start: int
+    stop: int
+    wanted: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """An image as stored, not decoded."""
+
+    url: str
+    key: str
+    data: bytes
+
+
+def read_members(ranges: list[tuple[str, int, int | None]]) -> Iterator[Members]:
+    """The samples in ranges (url, start, stop) of shards, undecoded. UserError where a tar is torn."""
+    sources = [{"url": url, "start": start, "stop": stop} for url, start, stop in ranges]
+    return iter(DataPipeline(lambda: iter(sources), _open_ranges, tar_file_expander, group_by_keys, _whole))
+
+
+def read_pieces(pieces: list[Piece], label: str, places: NDArray[np.int64] | None = None) -> Iterator[Raw]:
+    """The wanted samples of pieces in turn, or put in the order of `places` (input i is output places[i]).
+
+    Holds no more samples than `places` moves them. Raises UserError where a shard is not what the
+    manifest says.
+    """
+    ranges = [{"url": piece.url, "start": piece.start, "stop": piece.stop} for piece in pieces]
+    stages = [_open_ranges, tar_file_expander, group_by_keys, _whole, functools.partial(_pick, pieces, label)]
+    if places is not None:
+        stages.append(functools.partial(reorder, places))
+    return iter(DataPipeline(lambda: iter(ranges), *stages))
+
+
+def _open_ranges(ranges: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Our opener: through storage, never through WebDataset's URL handlers, which can run a shell."""
+    for item in ranges:
+        try:
+            stream = storage.open_range(item["url"], item["start"], item["stop"])
+        except FileNotFoundError as error:
+            raise _mismatch(item["url"], "is missing") from error
+        with stream:
+            yield {"url": item["url"], "stream": stream}
+
+
+def _whole(samples: Iterable[Members]) -> Iterator[Members]:
+    """Passes samples on; a torn tar becomes a UserError that names it."""
+    try:
+        yield from samples
+    except tarfile.TarError as error:
+        raise _mismatch(str(error.args[-1]), f"is cut short or damaged ({error.args[0]})") from error
+
+
+def _pick(pieces: list[Piece], label: str, samples: Iterable[Members]) -> Iterator[Raw]:
+    """The wanted samples of each piece, checked against what the manifest says."""
+    stream = iter(samples)
+    for piece in pieces:
+        here = int(piece.wanted[0])
+        for wanted, number in zip(piece.wanted.tolist(), piece.labels.tolist(), strict=True):
+            while True:
+                sample = next(stream, None)
+                if sample is None or sample["__url__"] != piece.url:
+                    raise _mismatch(piece.url, f"ends before sample {wanted}")
+                here += 1
+                if here > wanted:
+                    break
+            data = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
+            if data is None or _label(piece.url, sample, label) != number:
+                raise _mismatch(piece.url, f"holds another sample {wanted} ('{sample['__key__']}')")
+            yield Raw(piece.url, sample["__key__"], data)
+
+
+def _label(url: str, sample: Members, label: str) -> int:
+    try:
+        return parse_label(sample, label)
+    except ValueError as error:
+        raise _mismatch(url, f"has a sample '{sample['__key__']}' that {error}") from error
+
+
+def _mismatch(url: str, problem: str) -> UserError:
+    return UserError(
+        f"shard '{url}' {problem}, which the manifest does not say: `secateur shards verify` lists what differs; "
+        "restore the shard, or build or index again"
+    )
+
+
+def reorder(places: NDArray[np.int64], items: Iterable[T]) -> Iterator[T]:
+    """Give input i out as output places[i]; `places` is a permutation."""
+    waiting: dict[int, T] = {}
+    due = 0
+    for place, item in zip(places.tolist(), items, strict=True):
+        waiting[place] = item
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
+    assert not waiting, len(waiting)
+
+
+def chunks(items: Iterable[T], count: int) -> Iterator[list[T]]:
+    """Lists of `count` items, the last one shorter."""
+    chunk: list[T] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == count:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def prefetch(items: Iterator[T], ahead: int) -> Generator[T, None, None]:
+    """The same items, taken by one background thread up to `ahead` early. Closing it ends the thread."""
+    try:
+        yield from ordered_map(lambda _: next(items, _END), itertools.repeat(None), threads=1, ahead=ahead)
+    finally:
+        _close(items)
+
+
+def ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Generator[R, None, None]:
+    """function(item) for each, computed up to `ahead` early in threads, in order. Closing it ends the threads."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="secateur-data")
+    pending: deque[Future[R]] = deque()
+    source = iter(items)
+    try:
+        while True:
+            while len(pending) < ahead:
+                item = next(source, _END)
+                if item is _END:
+                    break
+                pending.append(pool.submit(function, item))
+            if not pending:
+                return
+            result = pending.popleft().result()
+            if result is _END:  # prefetch's items have run out
+                return
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        _close(source)
+
+
+def _close(items: Iterator[Any]) -> None:
+    """End a generator now, and with it the files and threads it holds."""
+    if isinstance(items, Generator):
+        items.close()

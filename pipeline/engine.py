@@ -1,0 +1,33 @@
+"""What runs work on processes: the interface that `LocalEngine` and Ray's engine fill, and the work itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from pipeline import rounds
+from pipeline.config import Config
+from pipeline.session import Progress, Session
+from pipeline.state import Run
+
+# For each tensor, the levels still to measure (their densities), or those measured.
+Trials = dict[str, list[dict[str, Any]]]
+OnLevel = Callable[[str, dict[str, Any]], None]
+
+
+class Engine(Protocol):
+    """What runs work on other processes. Both calls raise UserError or RunStopped with one message."""
+
+    def train(self, stage: str, config: Config, run: Run, progress: Progress) -> None:
+        """Run `work(stage, ...)` on cluster.workers processes that train together."""
+
+    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel) -> dict[str, float]:
+        """Measure the missing levels of each tensor in `todo`; returns the dense network's figures."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+
+
+def work(stage: str, opened: Session) -> None:
+    """What every worker of a training does, whichever engine started it."""
+    {"dense": rounds.dense, "rounds": rounds.prune}[stage](opened)

@@ -1,0 +1,22 @@
+"""The two ways a run ends early on purpose."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    The message names the setting or file, its value and the remedy. The command line prints it
+    without a traceback and exits with code 2.
+    """
+
+
+class RunStopped(Exception):
+    """Training cannot go on and trying again would end the same way. State on disk is kept."""
+
+
+class Agreed(RunStopped):
+    """Raised on every rank at the same step, so that no rank is left waiting for another.
+
+    A guard that failed, a gradient that is not finite, too many unreadable images.
+    """

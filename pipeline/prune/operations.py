@@ -1,0 +1,65 @@
+"""The operations that channels are followed through, by kind; any other is left alone."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+SAME = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+ADAPTIVE_POOLS = (
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+)  # fmt: skip
+POINTWISE: set[Any] = {
+    torch.relu, torch.sigmoid, torch.tanh, F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu,
+    F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.softsign, F.logsigmoid,
+    "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "clamp", "clamp_", torch.clamp, "abs", torch.abs,
+    operator.neg, "contiguous", "clone",
+}  # fmt: skip
+BINARY: set[Any] = {
+    operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub", "sub_",
+    operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, torch.div, "div", "div_",
+    torch.maximum, torch.minimum,
+}  # fmt: skip
+PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
+DROPOUT_FUNCTIONS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
+ADAPTIVE_FUNCTIONS: set[Any] = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+MAX_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+AVG_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+
+def is_shape(node: fx.Node) -> bool:
+    """Whether a step gives the whole shape of a tensor."""
+    by_method = node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
+    return by_method or (node.target is getattr and str(node.args[1]) == "shape")
+
+
+def not_channels(axis: Any, rank: int) -> bool:
+    """Whether an index into a shape of `rank` sizes picks none of axis 1."""
+    return isinstance(axis, int) and rank > 0 and axis not in (1, 1 - rank)
+
+
+def as_function(target: Any) -> Callable[..., Tensor]:
+    """A function, or the method of a tensor that has this name."""
+    found: Callable[..., Tensor] = getattr(Tensor, target) if isinstance(target, str) else target
+    return found
+
+
+def in_place(node: fx.Node) -> bool:
+    """Whether a pointwise step changes its input: by its name (relu_), operator (+=) or `inplace=True`."""
+    if any(given is True for given in (*node.args[1:], *node.kwargs.values())):
+        return True
+    if isinstance(node.target, str):
+        return node.target.endswith("_")
+    return node.target in (F.relu_, operator.iadd, operator.isub, operator.imul)

@@ -1,0 +1,160 @@
+"""What is known of a network's channels: units, constants, and the arithmetic that constants follow."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+Numbers = NDArray[np.int64]
+
+
+class Units:
+    """Numbers for units; `join` makes two the same, `pin` says that one stays whatever reads it."""
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+        self._pinned: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def new(self, count: int) -> Numbers:
+        """`count` units that are not joined with any."""
+        start = len(self._parent)
+        self._parent.extend(range(start, start + count))
+        return np.arange(start, start + count, dtype=np.int64)
+
+    def pin(self, units: Numbers) -> None:
+        """These stay."""
+        self._pinned.update(units.tolist())
+
+    def join(self, first: Numbers, second: Numbers) -> None:
+        """Each of `first` becomes one with its partner in `second`."""
+        for a, b in zip(first.tolist(), second.tolist(), strict=True):
+            self._parent[self._root(a)] = self._root(b)
+
+    def roots(self, units: Numbers) -> Numbers:
+        """The one number that stands for each unit and for all that it was joined with."""
+        return np.array([self._root(unit) for unit in units.tolist()], dtype=np.int64)
+
+    def pinned(self) -> Numbers:
+        """The roots of all that was pinned."""
+        return self.roots(np.array(sorted(self._pinned), dtype=np.int64))
+
+    def _root(self, unit: int) -> int:
+        while self._parent[unit] != unit:
+            self._parent[unit] = self._parent[self._parent[unit]]
+            unit = self._parent[unit]
+        return unit
+
+
+@dataclass
+class Signal:
+    """A tensor of the graph, position by position along axis 1: its unit, and its number where that never changes.
+
+    `known` is (C,) bool and `value` (C,) float64, both on the CPU; value is 0 where not known. `storage` is the step
+    that made the memory it lies in: what is done in place there is done to every signal of that memory.
+    """
+
+    units: Numbers
+    known: Tensor
+    value: Tensor
+    storage: fx.Node
+
+    def __post_init__(self) -> None:
+        self.known = self.known & self.value.isfinite()
+        self.value = torch.where(self.known, self.value, 0.0)
+
+
+@dataclass
+class Layer:
+    """A linear or convolution layer between units.
+
+    `reads` is (groups, outputs of a group, inputs of a group): whether the weight there is not all 0. `fold[j]`: input
+    j is a constant, `value[j]`, whose whole effect is a number to add to the bias. A depthwise layer's outputs are its
+    inputs' own units.
+    """
+
+    name: str
+    module: Any
+    inputs: Numbers
+    outputs: Numbers
+    reads: Tensor
+    fold: Tensor
+    value: Tensor
+    depthwise: bool
+
+
+@dataclass
+class Carrier:
+    """A module with a parameter for each channel that passes by: a batch norm, a PReLU."""
+
+    name: str
+    module: Any
+    units: Numbers
+
+
+def zero_padded(layer: Any) -> bool:
+    """Whether a layer sees zeros beyond the border, so that a constant is not constant there."""
+    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros" or layer.padding == "valid":
+        return False
+    if layer.padding == "same":
+        return any(size > 1 for size in layer.kernel_size)
+    return any(size > 0 for size in layer.padding)
+
+
+def constant_part(layer: Any, chosen: Tensor, value: Tensor) -> Tensor:
+    """What the `chosen` inputs add to each output, (outputs,) float64 on the CPU, where input j always is value[j]."""
+    weight = layer.weight.detach()
+    groups = getattr(layer, "groups", 1)
+    outputs, inputs = len(weight) // groups, weight.shape[1]
+    total = torch.zeros(len(weight), dtype=torch.float64)
+    matter = chosen & (value != 0)
+    for group in torch.unique(matter.nonzero().flatten() // inputs).tolist():
+        columns = matter[group * inputs : (group + 1) * inputs].nonzero().flatten()
+        rows = slice(group * outputs, (group + 1) * outputs)
+        kernels = weight[rows][:, columns.to(weight.device)].double().flatten(2).cpu() if weight.ndim > 2 else (
+            weight[rows][:, columns.to(weight.device)].double().unsqueeze(2).cpu()
+        )  # fmt: skip
+        total[rows] = kernels.sum(2) @ value[group * inputs + columns]
+    return total
+
+
+def max_keeps(padding: int | Sequence[int], dilation: int | Sequence[int]) -> bool:
+    """Whether max pooling keeps a constant: always, but for a dilated window that could lie in the padding alone."""
+    return _none(padding) or dilation == 1 or (not isinstance(dilation, int) and set(dilation) == {1})
+
+
+def average_keeps(padding: int | Sequence[int], count_padding: bool, divisor: int | None) -> bool:
+    """Whether average pooling keeps a constant."""
+    return divisor is None and (_none(padding) or not count_padding)
+
+
+def bind(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def tied(module: fx.GraphModule) -> set[int]:
+    """The modules, by id, that share a parameter with another or whose parameter the network also uses directly."""
+    owners: dict[int, set[int]] = {}
+    for part in module.modules():
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(id(part))
+    direct = Counter(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in direct:
+            owners[id(parameter)].add(0)
+    return {owner for shared in owners.values() if len(shared) > 1 for owner in shared}
+
+
+def _none(padding: int | Sequence[int]) -> bool:
+    return padding == 0 or (not isinstance(padding, int) and not any(padding))

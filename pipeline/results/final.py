@@ -1,0 +1,190 @@
+"""The end of a run: the files handed over, the verdict, result.json and the report."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from pipeline import cost, models, rounds, session
+from pipeline.config import Config
+from pipeline.data import shards, storage
+from pipeline.models import Prunable
+from pipeline.prune import round_plan
+from pipeline.results import packed, report, schema, stats
+from pipeline.state import Run
+from pipeline.train import checkpoint
+
+HISTOGRAM_BINS = 80
+PACKAGES = ("torch", "torchvision", "ray", "webdataset", "mlflow", "boto3", "numpy")
+STAGES = ("shards", "dense", "scan", "rounds")
+
+
+def finish(config: Config, here: Run, prunable: list[Prunable], started: float) -> dict[str, Any]:
+    """Write final/, result.json and report.html; returns the result. `started` is of time.monotonic()."""
+    number = len(round_plan.densities(config))
+    kept = checkpoint.load(here, f"{rounds.round_folder(number)}/checkpoint")
+    dense = checkpoint.load(here, "dense/checkpoint")
+    model_bytes = save_safetensors(kept.weights)
+    here.commit_bytes(model_bytes, "final", "model.safetensors")
+    here.check_fence()
+    sizes = packed.write(Path(here.path("final", "model.packed")), kept.weights)
+    here.commit(histograms(prunable, dense.weights, kept), "final", "histograms.json")
+    dense_bytes = sum(tensor.numel() * tensor.element_size() for tensor in dense.weights.values())
+    result = assemble(config, here, prunable, sizes, model_bytes, dense_bytes)
+    result["seconds"]["final"] = round(time.monotonic() - started, 3)
+    write_result(here, result)
+    return result
+
+
+def update(here: Run, **fields: Any) -> dict[str, Any]:
+    """Fill fields of result.json that are known later (mlflow, latency_ms), and render the report again."""
+    result: dict[str, Any] = {**here.read("result.json"), **fields}
+    write_result(here, result)
+    return result
+
+
+def write_result(here: Run, result: dict[str, Any]) -> None:
+    """Check result.json against its schema, write it, and render the report from it."""
+    schema.validate(result)
+    here.commit(result, "result.json")
+    report.write(Path(here.root))
+
+
+def assemble(
+    config: Config,
+    here: Run,
+    prunable: list[Prunable],
+    sizes: packed.PackedSizes,
+    model_bytes: bytes,
+    dense_bytes: int,
+) -> dict[str, Any]:
+    """The content of result.json; what is not built or not measured is null."""
+    test = here.read("final", "test.json")
+    all_rounds = [here.read(rounds.round_folder(n + 1), "metrics.json") for n in range(count_rounds(config))]
+    last = all_rounds[-1]
+    judged = mcnemar(here, "dense_control" if config.prune.dense_control else "dense")
+    layers = layer_rows(config, here, prunable, sizes)
+    flops = sum(row["flops"] for row in layers)
+    return {
+        "name": config.name,
+        "network": config.model.factory,
+        "seed": config.seed,
+        "verdict": stats.verdict(*judged.drop_ci95, config.target.margin),
+        "test_looks": len(storage.read_bytes(here.path("test_looks.jsonl")).splitlines()),
+        "weights_total": last["weights"],
+        "weights_kept": last["kept"],
+        "compression": last["compression"],
+        "density": last["density"],
+        "flops_density": sum(row["flops"] * row["flops_density"] for row in layers) / flops if flops else None,
+        "val": {"dense": here.read("dense", "metrics.json")["val"], "pruned": last["val"]},
+        "test": {
+            "samples": test["samples"],
+            "dense": test["dense"],
+            "dense_control": test.get("dense_control"),
+            "pruned": test["pruned"],
+            "mcnemar": {
+                "only_dense_right": judged.only_reference_right,
+                "only_pruned_right": judged.only_pruned_right,
+                "p_value": judged.p_value,
+                "drop_ci95": list(judged.drop_ci95),
+            },
+        },
+        "layers": layers,
+        "bytes": {
+            "dense_fp32": dense_bytes,
+            "packed": sizes.total,
+            "packed_index": sizes.index,
+            "dense_gzip": len(gzip.compress(model_bytes, 6, mtime=0)),
+        },
+        "latency_ms": None,
+        "rounds": [
+            {
+                "round": r["round"],
+                "attempt": r["attempt"],
+                "planned_density": r["planned_density"],
+                "density": r["density"],
+                "accepted": r["accepted"],
+                "val_top1": r["val"]["top1"],
+                "seconds": r["seconds"],
+            }
+            for r in all_rounds
+        ],
+        "seconds": {stage: stage_seconds(here, stage) for stage in (*STAGES, "final")},
+        "mlflow": None,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def layer_rows(config: Config, here: Run, prunable: list[Prunable], sizes: packed.PackedSizes) -> list[dict[str, Any]]:
+    """One row a prunable tensor, in the paper's columns. flops_density = density x input density (PAPER, tables)."""
+    number = count_rounds(config)
+    last = here.read(rounds.round_folder(number), "metrics.json")
+    plan = here.read(rounds.round_folder(number), "plan.json")
+    kept = {row["name"]: row for row in last["layers"]}
+    thresholds = {row["name"]: row["threshold"] for row in plan["tensors"]}
+    activity = {row["name"]: row for row in here.read("final", "activity.json")}
+    manifest = shards.load_manifest(session.data_root(config, here))
+    model = models.build(config.model, manifest.num_classes, config.seed)
+    flops = cost.flops(model, session.input_shape(config))
+    return [
+        {
+            "name": tensor.name,
+            "kind": tensor.kind,
+            "weights": tensor.weights,
+            "kept": kept[tensor.name]["kept"],
+            "density": kept[tensor.name]["density"],
+            "flops": flops[tensor.name],
+            "activation_density": activity[tensor.name]["output_density"],
+            "flops_density": kept[tensor.name]["density"] * activity[tensor.name]["input_density"],
+            "threshold": thresholds[tensor.name],
+            "packed_bits_per_kept": sizes.bits_per_kept.get(tensor.name),
+        }
+        for tensor in prunable
+    ]
+
+
+def mcnemar(here: Run, reference: str) -> stats.McNemar:
+    """The paired comparison of pruned against the reference on the readable test samples."""
+    with np.load(io.BytesIO(storage.read_bytes(here.path("final", "test_answers.npz"))), allow_pickle=False) as saved:
+        valid = saved["valid"]
+        return stats.mcnemar(saved[f"{reference}_right"][valid], saved["pruned_right"][valid])
+
+
+def histograms(prunable: list[Prunable], dense: dict[str, Tensor], kept: checkpoint.Checkpoint) -> dict[str, Any]:
+    """Each tensor's weights before pruning and, of those kept, after (figure 7)."""
+    rows = []
+    for tensor in prunable:
+        before = dense[tensor.name].flatten().double().numpy()
+        after = kept.weights[tensor.name][kept.masks[tensor.name]].flatten().double().numpy()
+        reach = float(np.quantile(np.abs(np.concatenate([before, after])), 0.999)) or 1.0
+        edges = np.linspace(-reach, reach, HISTOGRAM_BINS + 1)
+        rows.append(
+            {
+                "name": tensor.name,
+                "edges": edges.tolist(),
+                "before": np.histogram(before, edges)[0].tolist(),
+                "after": np.histogram(after, edges)[0].tolist(),
+            }
+        )
+    return {"tensors": rows}
+
+
+def count_rounds(config: Config) -> int:
+    """Rounds of the run."""
+    return len(round_plan.densities(config))
+
+
+def stage_seconds(here: Run, stage: str) -> float | None:
+    """Seconds that a finished stage took, or None where it was not run."""
+    if not here.has(stage, "finished.json"):
+        return None
+    return float(here.read(stage, "finished.json")["seconds"])

@@ -1,0 +1,111 @@
+"""A thread of the driver that keeps MLflow up to date while a run goes on, and never stands in its way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.results import tracking
+from pipeline.results.contents import mirrored_files
+from pipeline.results.tracking import Synced
+
+_LONGEST_WAIT = 60.0  # seconds between tries while the server is away
+
+
+class Mirror:
+    """Calls `tracking.sync` when a file of the run has changed.
+
+    A problem is told once, through `on_problem`, and tried again at growing intervals; nothing is raised into the
+    run. `on_problem` is called from this thread, or from the caller of `close`.
+    """
+
+    def __init__(
+        self, run_dir: Path | str, config: Config, on_problem: Callable[[str], None], poll_seconds: float = 2.0
+    ) -> None:
+        self._run_dir, self._config, self._on_problem = Path(run_dir), config, on_problem
+        self._poll = poll_seconds
+        self._state = threading.Condition()
+        self._asked = self._answered = 0  # syncs asked for by `flush`, and the last of them that was tried
+        self._closing = False
+        self._failed = False  # the last try
+        self._problem = ""
+        self._latest: Synced | None = None
+        self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
+        self._thread.start()
+
+    @property
+    def latest(self) -> Synced | None:
+        """Where the run stood in MLflow after the last sync that worked."""
+        return self._latest
+
+    def flush(self, timeout: float) -> Synced | None:
+        """Sync now and wait for it, at most `timeout` seconds. None if it failed or took longer."""
+        with self._state:
+            self._asked += 1
+            mine = self._asked
+            self._state.notify_all()
+            done = self._state.wait_for(lambda: self._answered >= mine or not self._thread.is_alive(), timeout)
+            return self._latest if done and self._answered >= mine and not self._failed else None
+
+    def close(self, timeout: float = 60.0) -> Synced | None:
+        """A last sync, at most `timeout` seconds, and the end of the thread.
+
+        None if MLflow could not be brought up to date; `on_problem` then names the command that does.
+        """
+        with self._state:
+            self._closing = True
+        synced = self.flush(timeout)
+        if synced is None:
+            self._on_problem(
+                f"MLflow does not hold all of this run; when its server answers: secateur sync {self._run_dir}"
+            )
+        return synced
+
+    def _work(self) -> None:
+        seen: object = None
+        failures = 0
+        due = 0.0  # when a sync that failed is tried again
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._asked > self._answered, self._poll)
+                asked, closing = self._asked, self._closing
+            now = self._fingerprint()
+            requested = asked > self._answered
+            if requested or (now and now != seen and time.monotonic() >= due):
+                if self._try():
+                    seen, failures = now, 0
+                else:
+                    failures += 1
+                    due = time.monotonic() + min(_LONGEST_WAIT, self._poll * 2**failures)
+                    if failures == 1 and not closing:
+                        self._on_problem(f"{self._problem}. The run goes on; MLflow is tried again from time to time")
+            with self._state:
+                self._answered = asked
+                self._failed = failures > 0
+                self._state.notify_all()
+                if closing and asked >= self._asked:
+                    return
+
+    def _try(self) -> bool:
+        try:
+            self._latest = tracking.sync(self._run_dir, self._config)
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong in MLflow, the run must not end by it
+            self._problem = f"MLflow: {error}" if str(error) else f"MLflow: {error!r}"
+            return False
+        return True
+
+    def _fingerprint(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, bytes and time of each file that is mirrored; empty before the run directory is set up."""
+        if not (self._run_dir / "run.json").is_file():
+            return ()
+        found = []
+        for name in mirrored_files(self._run_dir):
+            try:
+                state = (self._run_dir / name).stat()
+            except OSError:  # replaced or deleted since the listing; the next look sees it
+                continue
+            found.append((name, state.st_size, state.st_mtime_ns))
+        return tuple(found)

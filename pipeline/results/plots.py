@@ -1,0 +1,255 @@
+"""The paper's figures for one run, each a matplotlib Figure; `figures.to_svg` and `to_png` write them out.
+
+Arguments are what the run directory holds (see `contents.py`); accuracies there are fractions, here percent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from pipeline.results.figures import GRID, INK, MUTED, PALETTE, new, styled
+
+Part = Mapping[str, Any]
+_MARKERS = "osD^vPX*"
+_KEPT_TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1)
+
+
+def sensitivity(scan: Part) -> Figure:
+    """Figure 6: accuracy on val when one tensor alone is cut to so many % of its weights, nothing retrained."""
+    tensors = list(scan["tensors"])
+    panels = [
+        (title, group)
+        for title, group in (
+            ("Convolutional", [t for t in tensors if is_convolution(t["kind"])]),
+            ("Fully connected", [t for t in tensors if not is_convolution(t["kind"])]),
+        )
+        if group
+    ]
+    with styled():
+        names = max((min(len(group), 16) for _, group in panels), default=0)
+        shares = [2 if len(group) > 16 else 1 for _, group in panels]  # a long legend takes half of its panel
+        height = max(3.4, 0.9 + 0.17 * names)
+        figure, axes = new(10.5, height, 1, max(1, len(panels)), sharey=True, width_ratios=shares or None)
+        for axis, (title, group) in zip(axes, panels, strict=False):
+            _sensitivity_panel(axis, group, scan)
+            axis.set_title(title if len(panels) > 1 else "")
+        axes[0].set_ylabel(f"top-1 accuracy on {scan.get('split', 'val')} (%)")
+    return figure
+
+
+def is_convolution(kind: str) -> bool:
+    """Whether a layer's kind ("Conv2d", "conv", ...) belongs in the convolutional panel."""
+    return kind.lower().startswith("conv")
+
+
+def _sensitivity_panel(axis: Axes, group: Sequence[Part], scan: Part) -> None:
+    few = len(group) <= len(PALETTE)
+    # Many tensors: colour tells the depth, from first (dark) to last (light); eight colours cannot name 26 lines.
+    shades = matplotlib.colormaps["plasma"]
+    axis.axhline(100 * scan["dense"]["top1"], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
+    for i, tensor in enumerate(group):
+        colour = PALETTE[i] if few else shades(0.05 + 0.8 * i / (len(group) - 1))
+        levels = sorted(tensor["levels"], key=lambda level: -level["density"])
+        kept = [100 * level["density"] for level in levels]
+        mark = _MARKERS[i % len(_MARKERS)] if few else ""
+        axis.plot(
+            kept,
+            [100 * level["top1"] for level in levels],
+            color=colour,
+            marker=mark,
+            markersize=4,
+            linewidth=1.6 if few else 1.2,
+            label=_short(tensor["name"]),
+        )
+        banded = [level for level in levels if level.get("low") is not None and level.get("high") is not None]
+        if few and banded:
+            x = [100 * level["density"] for level in banded]
+            low, high = ([100 * level[end] for level in banded] for end in ("low", "high"))
+            axis.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
+    smallest = 100 * min((level["density"] for t in group for level in t["levels"]), default=0.01)
+    _kept_axis(axis, smallest)
+    axis.set_xlabel("weights of the tensor kept (%)")
+    columns = 1 if len(group) <= 16 else 2
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=columns, labelspacing=0.25, handlelength=1.6)
+
+
+def _kept_axis(axis: Axes, smallest: float) -> None:
+    """Percent kept, falling to the right: logarithmic where the levels go below 10%, where the curves bend."""
+    if smallest < 10:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator([t for t in _KEPT_TICKS if t >= smallest * 0.9]))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xlim(115, smallest * 0.87)
+    else:
+        axis.set_xlim(102, max(0.0, smallest - 2))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def rounds(dense: Part, metrics: Sequence[Part], control: Part | None = None) -> Figure:
+    """Top-1 accuracy on val against compression, a point a round: with the drop before retraining, and close up."""
+    with styled():
+        figure, (whole, close) = new(10.5, 3.3, 1, 2)
+        kept = sorted((m for m in metrics if m.get("accepted", True)), key=lambda m: m["compression"])
+        undone = [m for m in metrics if not m.get("accepted", True)]
+        x = [m["compression"] for m in kept]
+        before = [100 * m["val_before_retrain"]["top1"] for m in kept]
+        after = [100 * m["val"]["top1"] for m in kept]
+        whole.vlines(x, before, after, color=GRID, linewidth=2.5, zorder=1)
+        whole.plot(x, before, "v", color=PALETTE[1], linestyle="none", label="pruned, before retraining")
+        for m in kept:
+            spot = (m["compression"], 100 * m["val"]["top1"])
+            close.annotate(f"{m['round']}", spot, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        for axis, title in ((whole, "Before and after retraining"), (close, "After retraining, close up, by round")):
+            axis.axhline(100 * dense["val"]["top1"], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
+            if control is not None:
+                level = 100 * control["val"]["top1"]
+                axis.axhline(level, color=MUTED, linewidth=1.3, linestyle=(0, (1, 1.5)), label="dense control")
+            axis.plot(x, after, "o-", color=PALETTE[0], label="pruned and retrained")
+            if undone:
+                spots = [m["compression"] for m in undone], [100 * m["val"]["top1"] for m in undone]
+                axis.plot(*spots, "x", color=PALETTE[1], linestyle="none", label="undone")
+            _compression_axis(axis, [1.0, *x, *(m["compression"] for m in undone)])
+            axis.margins(y=0.14)
+            axis.set_title(title)
+            axis.set_xlabel("compression (weights / weights kept)")
+        whole.set_ylabel("top-1 accuracy on val (%)")
+        whole.legend(loc="lower left")
+    return figure
+
+
+def _compression_axis(axis: Axes, values: Sequence[float]) -> None:
+    largest = max(values)
+    axis.set_xscale("log")
+    steps = [m * 10**e for e in range(5) for m in (1, 1.5, 2, 3, 5, 7)]
+    axis.xaxis.set_major_locator(FixedLocator([s for s in steps if s <= largest * 1.12]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axis.set_xlim(0.93, largest * 1.12)
+
+
+def histograms(data: Part) -> dict[str, Figure]:
+    """Figure 7, by tensor name: weights before pruning (one peak at 0) and the kept ones after (two lobes)."""
+    return {tensor["name"]: _histogram(tensor) for tensor in data["tensors"]}
+
+
+def _histogram(tensor: Part) -> Figure:
+    with styled():
+        figure, axes = new(5.2, 1.9, 1, 2, sharex=True)
+        edges = tensor["edges"]
+        for axis, part, colour, title in (
+            (axes[0], "before", MUTED, "dense"),
+            (axes[1], "after", PALETTE[0], "pruned, retrained"),
+        ):
+            axis.stairs(tensor[part], edges, fill=True, color=colour, alpha=0.85)
+            axis.set_title(title, fontsize=8, fontweight="normal")
+            axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+            axis.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
+            axis.set_xlabel("weight")
+            axis.grid(visible=False, axis="x")
+            axis.set_xlim(edges[0], edges[-1])
+        axes[0].set_ylabel("count")
+    return figure
+
+
+def layers(result: Part) -> Figure:
+    """Weights kept in each layer, in percent."""
+    rows = list(result["layers"])
+    with styled():
+        figure, (axis,) = new(10.5, 0.9 + 0.24 * max(2, len(rows)))
+        kept = [100 * row["density"] for row in rows]
+        places = range(len(rows))
+        axis.barh(places, [100] * len(rows), color=GRID, height=0.66)
+        axis.barh(places, kept, color=PALETTE[0], height=0.66)
+        for place, row, percent in zip(places, rows, kept, strict=True):
+            text = f"{percent:.3g}%  of {_count(row['weights'])}"
+            axis.annotate(text, (percent, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+        overall = 100 * result["density"]
+        axis.axvline(overall, color=PALETTE[1], linewidth=1.2, linestyle=(0, (4, 3)))
+        axis.set_yticks(list(places), [_short(row["name"]) for row in rows], color=INK)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xlim(0, 100)
+        axis.grid(visible=False, axis="y")
+        axis.set_xlabel("weights kept (%)")
+        axis.legend(handles=[_line(PALETTE[1], f"all layers: {overall:.3g}%", dashed=True)], loc="lower right")
+    return figure
+
+
+def training(dense: Part | None, metrics: Sequence[Part], control: Part | None = None) -> Figure:
+    """Loss and val accuracy by epoch: dense training, then each round's retraining, one after the other."""
+    segments = [("dense", dense), *((f"round {m['round']}", m) for m in metrics)]
+    with styled():
+        figure, axes = new(10.5, 4.6, 2, 1, sharex=True)
+        start, ends = 0, []
+        for i, (_, part) in enumerate(segments):
+            history = part["history"] if part is not None else []
+            colour = MUTED if i == 0 else PALETTE[0]
+            epochs = [start + k + 1 for k in range(len(history))]
+            _curve(axes[0], epochs, [h["loss"] for h in history], colour, percent=False)
+            _curve(axes[1], epochs, [h["val_top1"] for h in history], colour, percent=True)
+            start += len(history)
+            ends.append(start)
+        after_dense = ends[0]
+        if control is not None:
+            epochs = [after_dense + k + 1 for k in range(len(control["history"]))]
+            _curve(axes[0], epochs, [h["loss"] for h in control["history"]], PALETTE[1], percent=False, dashed=True)
+            _curve(axes[1], epochs, [h["val_top1"] for h in control["history"]], PALETTE[1], percent=True, dashed=True)
+        for axis in axes:
+            for end in ends[:-1]:
+                axis.axvline(end + 0.5, color=GRID, linewidth=1)
+        _name_segments(axes[0], [name for name, _ in segments], ends)
+        axes[0].set_ylabel("training loss")
+        axes[1].set_ylabel("top-1 on val (%)")
+        axes[1].set_xlabel("epoch")
+        axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        lines = [_line(MUTED, "dense"), _line(PALETTE[0], "pruned, retraining")]
+        if control is not None:
+            lines.append(_line(PALETTE[1], "dense control", dashed=True))
+        axes[1].legend(handles=lines, loc="lower right")
+    return figure
+
+
+def _curve(
+    axis: Axes, x: Sequence[int], y: Sequence[float | None], colour: str, *, percent: bool, dashed: bool = False
+) -> None:
+    values = [math.nan if value is None else (100 * value if percent else value) for value in y]
+    axis.plot(x, values, color=colour, marker=".", markersize=4, linestyle=(0, (3, 2)) if dashed else "-")
+
+
+def _name_segments(axis: Axes, names: Sequence[str], ends: Sequence[int]) -> None:
+    """The segments' names above the axis, unless there are too many to read."""
+    if len(names) > 10:
+        return
+    for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True):
+        if end > start:
+            middle = (start + end + 1) / 2
+            place = axis.get_xaxis_transform()
+            axis.text(middle, 1.02, name, transform=place, ha="center", va="bottom", fontsize=7.5, color=MUTED)
+
+
+def _line(colour: str, label: str, dashed: bool = False) -> Line2D:
+    return Line2D([], [], color=colour, linestyle=(0, (3, 2)) if dashed else "-", label=label)
+
+
+def _short(name: str, longest: int = 28) -> str:
+    """A tensor's name without `.weight`, the middle cut out where it is long; a leading `_` would hide it from a
+    legend."""
+    name = name.removesuffix(".weight")
+    name = name if len(name) <= longest else f"{name[: longest // 2]}…{name[-longest // 2 + 1 :]}"
+    return f" {name}" if name.startswith("_") else name
+
+
+def _count(value: float) -> str:
+    """1234567 as 1.23M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:g}"

@@ -1,0 +1,95 @@
+"""Is a loss of accuracy real? Paired statistics on the same samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import bdtr
+
+Z95 = 1.959963984540054  # the 97.5% point of the normal distribution
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """A paired comparison. Drops are fractions, accuracy(reference) - accuracy(pruned); positive is a loss."""
+
+    only_reference_right: int
+    only_pruned_right: int
+    p_value: float
+    drop: float
+    drop_ci95: tuple[float, float]
+
+
+def mcnemar(reference_right: NDArray[np.bool_], pruned_right: NDArray[np.bool_]) -> McNemar:
+    """Compare two networks' answers to the same samples; both arrays are bool, shape (samples,).
+
+    p_value: exact and two-sided, the discordant samples against Binomial(discordant, 1/2); 1 where there are none.
+    drop_ci95: Tango's score interval (1998).
+    """
+    assert reference_right.dtype == pruned_right.dtype == np.bool_
+    assert reference_right.shape == pruned_right.shape
+    samples = len(reference_right)
+    assert samples > 0
+    lost = int(np.count_nonzero(reference_right & ~pruned_right))
+    won = int(np.count_nonzero(pruned_right & ~reference_right))
+    tail = float(bdtr(min(lost, won), lost + won, 0.5))
+    return McNemar(lost, won, min(1.0, 2.0 * tail), (lost - won) / samples, tango(lost, won, samples))
+
+
+def tango(lost: int, won: int, samples: int, z: float = Z95) -> tuple[float, float]:
+    """Score interval for (lost - won) / samples from paired data (Tango 1998, Statistics in Medicine 17:891).
+
+    The differences that a score test would not reject; it holds up with few discordant pairs, and with none, where
+    it is +-z^2 / (samples + z^2).
+    """
+    drop = (lost - won) / samples
+
+    def score(difference: float) -> float:
+        """(observed - expected) / its standard deviation, if the true difference were `difference`; falling."""
+        linear = (2 * samples - lost + won) * difference - lost - won
+        root = math.sqrt(max(0.0, linear**2 + 8 * samples * won * difference * (1 - difference)))
+        # The share of pairs won, most likely under `difference`: the upper root of a quadratic, without cancellation.
+        if linear > 0:
+            share = 2 * won * difference * (1 - difference) / (linear + root)
+        else:
+            share = (root - linear) / (4 * samples)
+        variance = samples * (2 * share + difference * (1 - difference))
+        distance = samples * (drop - difference)
+        return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
+
+    def where(target: float, low: float, high: float) -> float:
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if score(middle) > target else (low, middle)
+        return (low + high) / 2
+
+    lower = -1.0 if won == samples else where(z, -1.0, drop)
+    upper = 1.0 if lost == samples else where(-z, drop, 1.0)
+    return lower, upper
+
+
+def verdict(low: float, high: float, margin: float) -> Literal["no loss", "loss", "undecided"]:
+    """What the 95% interval (low, high) of the drop says, all as fractions.
+
+    `no loss` if the upper bound is within the margin, even where the lower one is above 0: a loss that is real but
+    smaller than what was declared to matter. Else `loss` if the lower bound is above 0; else `undecided`.
+    """
+    if high <= margin:
+        return "no loss"
+    return "loss" if low > 0 else "undecided"
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95% score interval of a proportion, k of n (Wilson 1927); n > 0."""
+    assert n > 0
+    assert 0 <= k <= n
+    z2 = Z95**2
+    centre = (k + z2 / 2) / (n + z2)
+    reach = Z95 / (n + z2) * math.sqrt(k * (n - k) / n + z2 / 4)
+    low = 0.0 if k == 0 else max(0.0, centre - reach)  # exactly 0 and 1 at the ends, whatever the rounding
+    high = 1.0 if k == n else min(1.0, centre + reach)
+    return low, high

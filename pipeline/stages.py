@@ -1,0 +1,194 @@
+"""A run from data to report, as its driver sees it: shards, dense, scan, rounds, final.
+
+Each stage is skipped where its finished marker says that it was made from the same things. What needs
+several processes is handed to an engine: this process alone or torchrun's (`LocalEngine`), or Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pipeline import models, session
+from pipeline.config import Config
+from pipeline.data import shards
+from pipeline.engine import Engine, Trials
+from pipeline.models import Prunable
+from pipeline.names import lookup
+from pipeline.prune import allocation, criteria, round_plan, sensitivity
+from pipeline.results import final
+from pipeline.results.mirror import Mirror
+from pipeline.session import Progress
+from pipeline.state import Run, fingerprint, open_run
+from pipeline.train import checkpoint
+
+MLFLOW_PATIENCE_S = 60.0  # how long the end of a run waits for a tracking server
+
+
+def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
+    """Carry a run to its end and return its result.json.
+
+    Raises UserError (the user can mend it) or RunStopped; in both cases the state on disk is kept and
+    the same command goes on from it.
+    """
+    with open_run(config) as here:
+        mirror = None
+        if config.tracking.enabled:
+            mirror = Mirror(here.root, config, lambda text: progress({"warning": text}))
+        try:
+            check_names(config)
+            made_from = shards_stage(config, here, progress)
+            if not here.has("rounds", "finished.json"):
+                check_network(config, here)
+            made_from = train_stage("dense", made_from, config, engine, here, progress)
+            if round_plan.needs_scan(config):
+                made_from = scan_stage(made_from, config, engine, here, progress)
+            made_from = train_stage("rounds", made_from, config, engine, here, progress)
+            result = final_stage(made_from, config, here, progress)
+            if mirror is not None and result["mlflow"] is None:
+                synced = mirror.flush(MLFLOW_PATIENCE_S)
+                if synced is not None:
+                    where = {"tracking_uri": synced.tracking_uri, "run_id": synced.run_id}
+                    result = final.update(here, mlflow=where)
+        finally:
+            if mirror is not None:
+                mirror.close(MLFLOW_PATIENCE_S)
+        return result
+
+
+def check_names(config: Config) -> None:
+    """Raise UserError for a criterion or allocation that does not exist, before anything is spent on the run."""
+    lookup(criteria.CRITERIA, config.prune.criterion, "prune.criterion")
+    lookup(allocation.ALLOCATIONS, config.prune.allocation, "prune.allocation")
+
+
+def check_network(config: Config, here: Run) -> None:
+    """Raise UserError if the network, its checkpoint, the patterns or the budget will not do, before training."""
+    classes = shards.load_manifest(session.data_root(config, here)).num_classes
+    model = models.build(config.model, classes, config.seed)
+    session.check_output(model, config, classes)
+    prunable, _ = models.survey(model, config.prune.include, config.prune.exclude)
+    total = sum(tensor.weights for tensor in prunable)
+    for number in range(1, len(round_plan.densities(config)) + 1):
+        round_plan.budget(config, number, total)
+
+
+def shards_stage(config: Config, here: Run, progress: Progress) -> str:
+    """Build the run's shards, or take the user's; returns what they are made from."""
+    started = time.monotonic()
+    if config.data.source == "shards":
+        manifest = shards.load_manifest(session.data_root(config, here))
+        source = fingerprint("shards", manifest.made_from)
+    else:
+        source = fingerprint("shards", config.seed, config.data.model_dump(mode="json", include=BUILD_SETTINGS))
+    if here.finished("shards", source):
+        progress({"stage": "shards", "skipped": True})
+        return source
+    progress({"stage": "shards"})
+    if config.data.source != "shards":
+        manifest = shards.build(
+            config.data,
+            config.seed,
+            here.path("shards"),
+            lambda text, done, total: progress({"shards": text, "done": done, "total": total}),
+        )
+    facts = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
+    if manifest.holdout is not None:
+        facts |= {"val": len(manifest.holdout), "train": facts["train"] - len(manifest.holdout)}
+    data = {**facts, "classes": manifest.num_classes, "present": len(manifest.classes)}
+    here.commit({**data, "source": config.data.source, "root": config.data.root, "bad": {}}, "data.json")
+    here.finish("shards", source, time.monotonic() - started)
+    return source
+
+
+# The settings that decide which bytes `shards build` writes.
+BUILD_SETTINGS = {
+    "source", "root", "classes", "class_index", "val_fraction", "test_fraction", "shard_samples", "shrink", "quality",
+}  # fmt: skip
+
+
+def train_stage(stage: str, made_from: str, config: Config, engine: Engine, here: Run, progress: Progress) -> str:
+    """Run `dense` or `rounds` on the engine; returns what the stage is made from."""
+    started = time.monotonic()
+    made_from = fingerprint(stage, made_from, stage_settings(stage, config))
+    if here.finished(stage, made_from):
+        progress({"stage": stage, "skipped": True})
+        return made_from
+    progress({"stage": stage})
+    engine.train(stage, config, here, progress)
+    here.finish(stage, made_from, time.monotonic() - started)
+    return made_from
+
+
+def scan_stage(made_from: str, config: Config, engine: Engine, here: Run, progress: Progress) -> str:
+    """Scan every prunable tensor at every level; levels already known are not measured again."""
+    started = time.monotonic()
+    made_from = fingerprint("scan", made_from, stage_settings("scan", config))
+    if here.finished("scan", made_from):
+        progress({"stage": "scan", "skipped": True})
+        return made_from
+    prunable = survey(config, here)
+    known: Trials = {}
+    if here.has("scan", "trials.json"):
+        saved = here.read("scan", "trials.json")
+        known = saved["levels"] if saved["made_from"] == made_from else {}
+    todo = {t.name: [{"density": d} for d in missing_levels(config, known.get(t.name, []))] for t in prunable}
+    total = len(prunable) * len(config.scan.levels)
+    progress({"stage": "scan", "done": sum(map(len, known.values())), "total": total})
+
+    def on_level(name: str, level: dict[str, Any]) -> None:
+        levels = known.setdefault(name, [])
+        if any(level["density"] == before["density"] for before in levels):
+            return  # a trial that was lost and started again measures its first levels twice
+        levels.append(level)
+        here.commit({"made_from": made_from, "levels": known}, "scan", "trials.json")
+        progress({"scan": name, **level, "done": sum(map(len, known.values())), "total": total})
+
+    dense = engine.scan({name: levels for name, levels in todo.items() if levels}, config, here, on_level)
+    weights = checkpoint.load(here, "dense/checkpoint").weights
+    here.commit(sensitivity.join(known, prunable, weights, dense, config), "scan", "scan.json")
+    here.finish("scan", made_from, time.monotonic() - started)
+    return made_from
+
+
+def final_stage(made_from: str, config: Config, here: Run, progress: Progress) -> dict[str, Any]:
+    """Export the pruned network, judge it, and write result.json and the report."""
+    started = time.monotonic()
+    made_from = fingerprint("final", made_from, config.target.margin)
+    if here.finished("final", made_from) and here.has("result.json"):
+        progress({"stage": "final", "skipped": True})
+        result: dict[str, Any] = here.read("result.json")
+        return result
+    progress({"stage": "final"})
+    result = final.finish(config, here, survey(config, here), started)
+    here.finish("final", made_from, time.monotonic() - started)
+    return result
+
+
+def survey(config: Config, here: Run) -> list[Prunable]:
+    """The prunable tensors of the run's network."""
+    manifest = shards.load_manifest(session.data_root(config, here))
+    model = models.build(config.model, manifest.num_classes, config.seed)
+    return models.survey(model, config.prune.include, config.prune.exclude)[0]
+
+
+def missing_levels(config: Config, known: list[dict[str, Any]]) -> list[float]:
+    """The densities of the scan that have not been measured yet."""
+    done = {level["density"] for level in known}
+    return [density for density in config.scan.levels if density not in done]
+
+
+def stage_settings(stage: str, config: Config) -> dict[str, Any]:
+    """The settings that decide what a stage computes, beyond what the stages before it were made from."""
+    everything = config.model_dump(mode="json")
+    common = {key: everything[key] for key in ("seed", "threads", "device", "model")}
+    data = {key: value for key, value in everything["data"].items() if key not in ("cache_bytes", "decode_threads")}
+    parts = {
+        "dense": {**common, "data": data, "dense": everything["dense"]},
+        "scan": {
+            "scan": everything["scan"],
+            **{key: everything["prune"][key] for key in ("criterion", "include", "exclude")},
+        },
+        "rounds": {key: everything[key] for key in ("prune", "retrain", "target")},
+    }
+    return parts[stage]

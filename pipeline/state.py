@@ -1,0 +1,144 @@
+"""The run directory: what is finished, from what it was made, and who may write."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import config as settings
+from pipeline.config import Config
+from pipeline.data import storage
+from pipeline.errors import RunStopped, UserError
+
+# Settings that change how a run is carried out, but not what it computes: they may differ when it resumes.
+OPERATIONAL = ("runs_dir", "cluster", "tracking", "data.decode_threads", "data.cache_bytes")
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of plain values: the same values give the same text."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the right to write into it.
+
+    `fence` is the number that the lease had when this writer started. A later driver raises it, and
+    then every commit of this writer is refused: orphans of a killed run cannot write.
+    """
+
+    root: str
+    fence: int
+
+    def path(self, *parts: str) -> str:
+        """Where a file of the run lies."""
+        return storage.join(self.root, *parts)
+
+    def commit(self, value: Any, *parts: str) -> None:
+        """Write a JSON file atomically, if this writer still holds the run."""
+        self.check_fence()
+        storage.write_json(self.path(*parts), value)
+
+    def commit_bytes(self, data: bytes, *parts: str) -> None:
+        """Write a file atomically, if this writer still holds the run."""
+        self.check_fence()
+        storage.write_bytes(self.path(*parts), data)
+
+    def read(self, *parts: str) -> Any:
+        """A JSON file of the run."""
+        return storage.read_json(self.path(*parts))
+
+    def has(self, *parts: str) -> bool:
+        """Whether a file of the run exists."""
+        return storage.exists(self.path(*parts))
+
+    def finished(self, stage: str, made_from: str) -> dict[str, Any] | None:
+        """The marker of a finished stage, if it was made from the same things."""
+        if not self.has(stage, "finished.json"):
+            return None
+        marker: dict[str, Any] = self.read(stage, "finished.json")
+        return marker if marker.get("made_from") == made_from else None
+
+    def finish(self, stage: str, made_from: str, seconds: float, **facts: Any) -> None:
+        """Mark a stage as finished; written after everything else of the stage."""
+        marker = {"made_from": made_from, "seconds": round(seconds, 3), "finished_ms": now_ms(), **facts}
+        self.commit(marker, stage, "finished.json")
+
+    def check_fence(self) -> None:
+        """Raise RunStopped if another driver has taken the run over."""
+        lease = self.read("lease.json")
+        if lease["fence"] != self.fence:
+            raise RunStopped(
+                f"run '{self.root}' was taken over by process {lease['pid']} on {lease['host']}; this one stops"
+            )
+
+
+def now_ms() -> int:
+    """Milliseconds since the epoch, as MLflow counts time."""
+    return time.time_ns() // 1_000_000
+
+
+def run_root(config: Config) -> str:
+    """The folder of the run that `config` describes."""
+    return storage.join(config.runs_dir, config.name)
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Create or reopen a run and hold its lease.
+
+    Raises UserError when the run was made with other settings, or is being written by a live process.
+    """
+    root = Path(run_root(config))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"runs_dir={config.runs_dir} cannot be written: {error.strerror}") from error
+    with _lock(root) as previous:
+        lease = {"fence": previous + 1, "pid": os.getpid(), "host": socket.gethostname(), "since_ms": now_ms()}
+        _check_config(root, config)
+        storage.write_json(str(root / "lease.json"), lease)
+        if not (root / "run.json").exists():
+            identity = {"uid": uuid.uuid4().hex, "name": config.name, "created_ms": now_ms()}
+            storage.write_json(str(root / "run.json"), identity)
+        storage.write_bytes(str(root / "config.yaml"), settings.dump(config).encode())
+        yield Run(str(root), previous + 1)
+
+
+@contextmanager
+def _lock(root: Path) -> Iterator[int]:
+    """Hold the run's lock file and yield the last fencing number. The kernel frees it if the process dies."""
+    with open(root / ".lock", "a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            path = root / "lease.json"
+            lease = storage.read_json(str(path)) if path.exists() else {"pid": "?", "host": "?"}
+            raise UserError(
+                f"run '{root}' is being written by process {lease['pid']} on {lease['host']}: wait for it, stop it, "
+                "or use another name=..."
+            ) from error
+        path = root / "lease.json"
+        yield storage.read_json(str(path))["fence"] if path.exists() else 0
+
+
+def _check_config(root: Path, config: Config) -> None:
+    if not (root / "config.yaml").exists():
+        return
+    before = settings.load(root / "config.yaml")
+    changed = settings.differences(before, config, ignore=OPERATIONAL)
+    if changed:
+        raise UserError(
+            f"run '{root}' was started with other settings ({'; '.join(changed)}): use another name=..., or remove "
+            "the folder to start over"
+        )

@@ -1,0 +1,79 @@
+"""Masked all-reduce: gradients of pruned weights do not travel.
+
+All ranks hold the same masks, so the gradients that matter are the same entries on each of them: a DDP
+communication hook gathers these from a bucket, all-reduces only them, and puts them back among zeros.
+At density d the bytes on the wire are d times those of plain DDP, and the gradients are those of plain
+DDP multiplied by the masks.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+WORTH_IT = 0.5  # above this density, gathering and scattering cost more than the bytes they save
+
+
+class MaskedAllReduce:
+    """The state of the hook: for each bucket, which of its entries travel.
+
+    `masks` maps parameters to bool tensors of their shape, True where a weight is kept; parameters without
+    a mask travel whole. `sent` and `dense` count the gradient entries of the last step, and what plain DDP
+    would have sent.
+    """
+
+    def __init__(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
+        self.masks = {id(parameter): mask for parameter, mask in masks.items()}
+        self.indices: dict[tuple[int, ...], Tensor] = {}
+        self.sent = self.dense = 0
+
+    def kept_entries(self, bucket: dist.GradBucket) -> Tensor:
+        """Positions, in the bucket's flat buffer, of the entries that travel; int64, rising."""
+        parameters = bucket.parameters()
+        key = tuple(id(parameter) for parameter in parameters)
+        if key not in self.indices:
+            # The buffer holds the parameters' gradients one after the other, each in its own memory order.
+            kept = [
+                torch.ones(parameter.numel(), dtype=torch.bool, device=parameter.device)
+                if (mask := self.masks.get(id(parameter))) is None
+                else _in_memory_order(mask.to(parameter.device), parameter)
+                for parameter in parameters
+            ]
+            self.indices[key] = torch.cat(kept).nonzero().flatten()
+        return self.indices[key]
+
+
+# No `from __future__ import annotations` here: DDP checks the annotations of a hook as objects.
+def masked_hook(state: MaskedAllReduce, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """All-reduce the kept entries of a bucket; the mean over ranks, as DDP's own."""
+    buffer, entries = bucket.buffer(), state.kept_entries(bucket)
+    if bucket.index() == 0:
+        state.sent = state.dense = 0
+    state.sent += len(entries)
+    state.dense += len(buffer)
+    kept = buffer[entries].div_(dist.get_world_size())
+
+    def put_back(reduced: torch.futures.Future[list[Tensor]]) -> Tensor:
+        return buffer.zero_().index_copy_(0, entries, reduced.value()[0])
+
+    future: torch.futures.Future[Tensor] = dist.all_reduce(kept, async_op=True).get_future().then(put_back)
+    return future
+
+
+def use_masks(wrapped: DistributedDataParallel, masks: Mapping[nn.Parameter, Tensor]) -> MaskedAllReduce | None:
+    """Register the hook on a DDP model where its masks leave few enough weights; returns its state."""
+    total = sum(mask.numel() for mask in masks.values())
+    if not total or sum(int(mask.sum()) for mask in masks.values()) > WORTH_IT * total:
+        return None
+    state = MaskedAllReduce(masks)
+    wrapped.register_comm_hook(state, masked_hook)
+    return state
+
+
+def _in_memory_order(mask: Tensor, parameter: Tensor) -> Tensor:
+    """A mask's entries in the order in which the parameter's lie in memory (channels_last differs from C order)."""
+    laid_out = torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
+    order = sorted(range(parameter.ndim), key=parameter.stride, reverse=True)
+    return laid_out.permute(order).reshape(-1)

@@ -1,0 +1,113 @@
+"""Checkpoints: one folder with weights, masks, optimizer and position, and a manifest of SHA-256 written last.
+
+A folder without a manifest, or with a file that does not match it, is torn: it is passed over with a
+warning and the checkpoint before it is used. Random state needs no file, since every draw is derived
+from the seed and the position (`pipeline.seeding`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from pipeline.data import storage
+from pipeline.errors import UserError
+from pipeline.prune import masks as masking
+from pipeline.state import Run
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """What a training needs to go on: tensors by name, and plain values."""
+
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def save(run: Run, folder: str, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint into `folder` (relative to the run). The manifest makes it valid."""
+    files = {
+        "weights.safetensors": save_safetensors(_plain(checkpoint.weights)),
+        "optimizer.safetensors": save_safetensors(_plain(checkpoint.optimizer)),
+        "masks.bin": masking.pack_bits(checkpoint.masks),
+        "state.json": json.dumps(checkpoint.state, sort_keys=True).encode(),
+    }
+    for name, data in files.items():
+        run.commit_bytes(data, folder, name)
+    manifest = {
+        "format": FORMAT,
+        "masked": {name: list(mask.shape) for name, mask in checkpoint.masks.items()},
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        },
+    }
+    run.commit(manifest, folder, "manifest.json")
+
+
+def load(run: Run, folder: str) -> Checkpoint:
+    """Read a checkpoint. Raises UserError that says what is wrong with it."""
+    where = run.path(folder)
+    if not run.has(folder, "manifest.json"):
+        raise UserError(f"checkpoint '{where}' has no manifest.json: it was never completed")
+    manifest = run.read(folder, "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"checkpoint '{where}' has a manifest of another format than {FORMAT}: it cannot be read")
+    files: dict[str, bytes] = {}
+    for name, facts in manifest["files"].items():
+        path = run.path(folder, name)
+        data = storage.read_bytes(path) if storage.exists(path) else b""
+        if len(data) != facts["bytes"] or hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            raise UserError(f"checkpoint '{where}' is torn: {name} does not match its SHA-256 in the manifest")
+        files[name] = data
+    shapes = {name: tuple(shape) for name, shape in manifest["masked"].items()}
+    return Checkpoint(
+        weights=load_safetensors(files["weights.safetensors"]),
+        masks=masking.unpack_bits(files["masks.bin"], shapes),
+        optimizer=load_safetensors(files["optimizer.safetensors"]),
+        state=json.loads(files["state.json"]),
+    )
+
+
+def step_folder(phase: str, step: int) -> str:
+    """Where the checkpoint that a phase makes after `step` updates lies."""
+    return f"{phase}/steps/{step:08d}"
+
+
+def latest(run: Run, phase: str) -> Checkpoint | None:
+    """The newest whole step checkpoint of a phase, or None."""
+    steps = Path(run.path(phase, "steps"))
+    for folder in sorted(steps.glob("[0-9]*"), reverse=True) if steps.is_dir() else []:
+        try:
+            return load(run, f"{phase}/steps/{folder.name}")
+        except UserError as error:
+            warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
+    return None
+
+
+def keep_last(run: Run, phase: str, count: int) -> None:
+    """Remove all but the last `count` step checkpoints of a phase."""
+    run.check_fence()
+    steps = Path(run.path(phase, "steps"))
+    folders = sorted(steps.glob("[0-9]*")) if steps.is_dir() else []
+    for folder in folders[: len(folders) - count]:
+        shutil.rmtree(folder)
+    if count == 0 and steps.is_dir():
+        steps.rmdir()
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that share no memory, which safetensors asks for (tied weights are stored twice)."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

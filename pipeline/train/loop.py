@@ -1,0 +1,210 @@
+"""The training loop: plain SPMD PyTorch, the same under Ray Train, under torchrun, and alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import seeding
+from pipeline.config import Train
+from pipeline.data.loader import Batch, TrainLoader
+from pipeline.errors import Agreed
+from pipeline.prune import masks as masking
+from pipeline.session import Session
+from pipeline.train import allreduce, checkpoint, recipe
+from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.evaluate import forward
+
+KEPT_CHECKPOINTS = 2
+MASK64 = 2**64 - 1
+
+
+@dataclass
+class Position:
+    """Where a training stands; saved with every checkpoint."""
+
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of this epoch: loss sum, samples, bad
+    order: int = 0  # digest of which samples were seen at which step of this epoch
+    seconds: float = 0.0
+
+
+class Training:
+    """One training of one model: dense, or the retraining of a round.
+
+    `phase` names its folder in the run; `order` names its stream of batches and of random numbers, so that
+    the dense control can be given exactly what the pruned network got.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        model: nn.Module,
+        settings: Train,
+        phase: str,
+        order: str,
+        prunable: list[str],
+        masks: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.session, self.model, self.settings, self.phase, self.order = session, model, settings, phase, order
+        self.world, self.config = session.world, session.config
+        self.loader = TrainLoader(
+            session.split("train"),
+            session.config.data,
+            batch_size=settings.batch_size,
+            seed=seeding.derive(session.config.seed, "order", order),
+            rank=session.world.rank,
+            world=session.world.size,
+        )
+        self.parameters = dict(model.named_parameters())
+        self.weights = [self.parameters[name] for name in prunable]
+        self.masks = masks or {}
+        self.applier = masking.Applier(
+            [self.parameters[name].data for name in self.masks],
+            [mask.to(session.world.device) for mask in self.masks.values()],
+        )
+        self.optimizer = recipe.make_optimizer(settings, list(self.parameters.values()))
+        self.total = recipe.total_steps(settings, self.loader.steps_per_epoch)
+        self.position = Position()
+        self.running = torch.zeros(3, dtype=torch.float64, device=session.world.device)
+        self.order_here = 0
+
+    def fit(self) -> Position:
+        """Train from the last whole step checkpoint, or from the start, to the end."""
+        self._resume()
+        wrapped: nn.Module = self.model
+        if self.world.size > 1:
+            wrapped = DistributedDataParallel(self.model)
+            allreduce.use_masks(wrapped, {self.parameters[name]: mask for name, mask in self.masks.items()})
+        self.model.train()
+        self.applier.apply()
+        clock = time.monotonic()
+        while self.position.step < self.total:
+            epoch, first = divmod(self.position.step, self.loader.steps_per_epoch)
+            for batch in self.loader.epoch(epoch, first):
+                self._update(wrapped, batch)
+                self.position.step += 1
+                last = self.position.step in (self.total, (epoch + 1) * self.loader.steps_per_epoch)
+                if last or self.position.step % self.settings.checkpoint_steps == 0:
+                    self._collect()
+                    self.position.seconds += time.monotonic() - clock
+                    clock = time.monotonic()
+                if last:
+                    self._end_epoch(epoch)
+                if self.position.step % self.settings.checkpoint_steps == 0 and self.position.step < self.total:
+                    self._save()
+                if self.position.step == self.total:
+                    break
+        self.position.seconds += time.monotonic() - clock
+        return self.position
+
+    def _update(self, wrapped: nn.Module, batch: Batch) -> None:
+        """One optimizer update. Raises Agreed, on every rank, before an update that is not finite."""
+        step, device = self.position.step, self.world.device
+        # Dropout draws from the step alone, so a resumed training draws what the undisturbed one drew.
+        torch.manual_seed(seeding.derive(self.config.seed, "dropout", self.order, step, self.world.rank))
+        rate = recipe.learning_rate(self.settings, step, self.loader.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        labels, valid = batch.labels.to(device), batch.weights.to(device)
+        logits = forward(wrapped, batch.images.to(device, non_blocking=True), self.config, self.settings.precision)
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.settings.label_smoothing)
+        total = (losses * valid).sum()
+        # DDP averages gradients over ranks, which may hold unequal shares of the batch; a bad image counts as a
+        # sample with loss 0, so the divisor is the same on every rank without another all-reduce.
+        self.optimizer.zero_grad(set_to_none=True)
+        (total * (self.world.size / self.settings.batch_size)).backward()
+        if self.settings.l1:
+            recipe.add_l1(self.weights, self.settings.l1)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise Agreed(
+                f"{self.phase}: the gradient of step {step} is not finite (lr {rate:.3g}); no update was made. Lower "
+                "the learning rate, or look for bad inputs"
+            )
+        self.optimizer.step()
+        self.applier.apply()
+        self.order_here += seeding.order_digest(step, batch.indices.numpy())
+        bad = (valid == 0).sum()
+        self.running += torch.stack([total.detach().double(), len(valid) - bad.double(), bad.double()])
+
+    def _collect(self) -> None:
+        """Add the ranks' sums since the last time to the epoch's totals."""
+        gathered = self.world.sum(self.running).tolist()
+        self.position.totals = [old + new for old, new in zip(self.position.totals, gathered, strict=True)]
+        self.running.zero_()
+        here = torch.tensor([_wrap(self.order_here)], dtype=torch.int64, device=self.world.device)
+        self.position.order = _wrap(self.position.order + int(self.world.sum(here)))
+        self.order_here = 0
+
+    def _end_epoch(self, epoch: int) -> None:
+        loss, samples, bad = self.position.totals
+        self.world.agree(self.session.too_many_bad("train", int(bad), int(samples + bad)))
+        val = self.session.evaluate(self.model, "val").metrics()
+        entry = {
+            "epoch": epoch + 1,
+            "step": self.position.step,
+            "loss": loss / max(1.0, samples),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "val_top1": val["top1"],
+            "order": f"{self.position.order & MASK64:016x}",
+            "seconds": round(self.position.seconds - sum(before["seconds"] for before in self.position.history), 3),
+        }
+        self.position.history.append(entry)
+        self.position.totals = [0.0, 0.0, 0.0]
+        self.position.order = 0
+        self.session.progress({"phase": self.phase, "epochs": self.settings.epochs, "steps": self.total, **entry})
+
+    def _save(self) -> None:
+        """Write a step checkpoint from rank 0 and drop all but the last ones."""
+        if not self.world.first:
+            return
+        state = {
+            "phase": self.phase,
+            "step": self.position.step,
+            "history": self.position.history,
+            "totals": self.position.totals,
+            "order": self.position.order,
+            "seconds": self.position.seconds,
+        }
+        names = list(self.parameters)
+        saved = Checkpoint(
+            dict(self.model.state_dict()), self.masks, recipe.optimizer_tensors(self.optimizer, names), state
+        )
+        checkpoint.save(self.session.run, checkpoint.step_folder(self.phase, self.position.step), saved)
+        checkpoint.keep_last(self.session.run, self.phase, KEPT_CHECKPOINTS)
+
+    def _resume(self) -> None:
+        saved = checkpoint.latest(self.session.run, self.phase)
+        steps = saved.state["step"] if saved else 0
+        if not self.world.same(steps):
+            raise Agreed(f"the ranks see different checkpoints of {self.phase}: runs_dir must be a shared folder")
+        if saved is None:
+            return
+        if masking.digest(saved.masks) != masking.digest(self.masks):
+            raise Agreed(f"{self.phase}: the masks of its step checkpoint are not those of its plan")
+        self.model.load_state_dict(saved.weights)
+        recipe.load_optimizer_tensors(self.optimizer, list(self.parameters), saved.optimizer)
+        state = saved.state
+        self.position = Position(state["step"], state["history"], state["totals"], state["order"], state["seconds"])
+        self.session.progress({"phase": self.phase, "resumed": steps, "steps": self.total})
+
+
+def steps_per_epoch(session: Session, settings: Train) -> int:
+    """Updates in one pass over train."""
+    loader = TrainLoader(
+        session.split("train"), session.config.data, batch_size=settings.batch_size, seed=0, rank=0, world=1
+    )
+    return loader.steps_per_epoch
+
+
+def _wrap(value: int) -> int:
+    """An integer modulo 2^64, as a signed one."""
+    return ((value + 2**63) & MASK64) - 2**63

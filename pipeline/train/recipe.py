@@ -1,0 +1,92 @@
+"""The recipe of a training as plain functions: learning rates, optimizers, regularisers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Train
+
+
+def total_steps(recipe: Train, steps_per_epoch: int) -> int:
+    """Updates in the whole training."""
+    planned = recipe.epochs * steps_per_epoch
+    return min(planned, recipe.steps) if recipe.steps else planned
+
+
+def learning_rate(recipe: Train, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of update `step` (from 0). `inv` is Caffe's policy for LeNet."""
+    warmup = recipe.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return recipe.lr * (step + 1) / (warmup + 1)
+    total = total_steps(recipe, steps_per_epoch)
+    share = (step - warmup) / max(1.0, total - warmup)
+    match recipe.schedule:
+        case "constant":
+            return recipe.lr
+        case "cosine":
+            return recipe.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+        case "step":
+            return recipe.lr * recipe.gamma ** sum(share >= milestone for milestone in recipe.milestones)
+        case "inv":
+            return recipe.lr * (1.0 + recipe.gamma * step) ** -recipe.power
+
+
+def make_optimizer(recipe: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD or AdamW over all parameters, in one fused call a step."""
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=recipe.lr, betas=(recipe.momentum, 0.999), weight_decay=recipe.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=True,
+    )
+
+
+def add_l1(weights: Sequence[nn.Parameter], strength: float) -> None:
+    """Add the gradient of strength * sum |w| to the gradients of `weights`."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    signs = torch._foreach_sign([weight.detach() for weight in weights if weight.grad is not None])
+    torch._foreach_add_(gradients, list(signs), alpha=strength)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: `fc1.weight/momentum_buffer`."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}/{key}": value.detach().clone()
+        for index, slots in state.items()
+        for key, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        state.setdefault(names.index(parameter), {})[key] = value
+    whole = optimizer.state_dict()
+    whole["state"] = state
+    optimizer.load_state_dict(whole)
+
+
+def momentum_buffers(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> list[list[Tensor]]:
+    """For each weight, the optimizer's tensors of the weight's own shape (momentum, second moments)."""
+    return [
+        [
+            value
+            for value in optimizer.state[weight].values()
+            if isinstance(value, Tensor) and value.shape == weight.shape
+        ]
+        for weight in weights
+    ]

@@ -1,0 +1,117 @@
+"""The command line: what each command prints, and one message with exit code 2 for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import ROOT, alone_on_the_network, environment, program
+
+from cluster.cli import main as cluster_main
+from pipeline.__main__ import main as pipeline_main
+
+
+@pytest.mark.parametrize("module", ["cluster", "pipeline"])
+def test_plan_prints_config_tensors_and_rounds_and_runs_nothing(tiny_yaml: Path, module: str) -> None:
+    done = program(module, "plan", str(tiny_yaml), "prune.allocation=erk", ray=False)
+    assert done.returncode == 0, done.stderr
+    for words in ("allocation: erk", "fc1.weight", "19,200", "fc1.bias", "8,366", "1,293 train"):
+        assert words in done.stdout
+    assert not (tiny_yaml.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["run", "CONFIG", "prune.round=3"], ["prune.round", "did you mean 'prune.rounds'"]),
+        (["run", "CONFIG", "prune.allocation=globl"], ["prune.allocation", "globl", "known"]),
+        (["run", "CONFIG", "prune.criterion=magnitud"], ["prune.criterion", "magnitude"]),
+        (["run", "CONFIG", "model.factory=torchvision.models.squeezenet9"], ["squeezenet9", "did you mean"]),
+        (["run", "CONFIG", "model.factory=nowhere:build"], ["model.factory", "nowhere"]),
+        (["run", "CONFIG", "prune.exclude=[fc9.*]"], ["fc9.*"]),
+        (["run", "CONFIG", "target.compression=1000000"], ["target.compression"]),
+        (["run", "CONFIG", "data.source=idx", "data.root=/nowhere"], ["/nowhere"]),
+        (["run", "CONFIG", "device=cuda"], ["device=cuda", "no GPU"]),
+        (["run", "missing.yaml"], ["missing.yaml", "does not exist"]),
+        (["report", "nowhere"], ["nowhere", "is not a run"]),
+        (["sync", "nowhere"], ["nowhere", "is not a run"]),
+        (["ui", "nowhere"], ["mlflow.db", "does not exist"]),
+        (["shards", "verify", "nowhere"], ["nowhere", "manifest.json"]),
+        (["submit", "CONFIG"], ["below the current folder"]),
+    ],
+)
+def test_a_mistake_is_one_message_and_code_2(
+    tiny_yaml: Path,
+    args: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    args = [str(tiny_yaml) if arg == "CONFIG" else arg for arg in args]
+    monkeypatch.setattr(sys, "argv", ["secateur", *args])
+    with pytest.raises(SystemExit) as ended:
+        pipeline_main() if args[0] == "run" else cluster_main()
+    written = capfd.readouterr()
+    assert ended.value.code == 2, written
+    errors = [line for line in written.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, written.err
+    assert all(word in errors[0] for word in words), errors[0]
+    assert "Traceback" not in written.out + written.err
+
+
+def test_shards_are_built_verified_and_a_damaged_one_is_named(tiny_yaml: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    built = program("cluster", "shards", "build", str(tiny_yaml), str(out), ray=False)
+    assert built.returncode == 0, built.stderr
+    assert "train: 1,293 samples" in built.stdout
+    assert program("cluster", "shards", "verify", str(out), ray=False).returncode == 0
+    tar = next(out.glob("val-*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-5000])
+    harmed = program("cluster", "shards", "verify", str(out), ray=False)
+    assert harmed.returncode == 2
+    assert tar.name in harmed.stdout
+
+
+def test_ctrl_c_keeps_the_state_and_prints_the_command_that_goes_on(tiny_yaml: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "run", str(tiny_yaml), "dense.epochs=100000"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    steps = tiny_yaml.parent / "runs/tiny/dense/steps"
+    deadline = time.monotonic() + 120
+    while not list(steps.glob("*/manifest.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"To go on: python -m pipeline run {tiny_yaml} dense.epochs=100000" in errors
+    assert "Traceback" not in errors
+    assert list(steps.glob("*/manifest.json"))
+
+
+def test_torchrun_gives_the_kept_counts_and_the_sample_order_of_one_process(tiny_yaml: Path) -> None:
+    one = program("pipeline", "run", str(tiny_yaml), "name=one", ray=False)
+    assert one.returncode == 0, one.stderr
+    prefix = alone_on_the_network()
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "pipeline", "run"]
+    two = subprocess.run(
+        [*command, str(tiny_yaml), "name=two"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    results = [json.loads((tiny_yaml.parent / f"runs/{name}/result.json").read_text()) for name in ("one", "two")]
+    assert results[0]["weights_kept"] == results[1]["weights_kept"]
+    assert abs(results[0]["test"]["pruned"]["top1"] - results[1]["test"]["pruned"]["top1"]) < 0.05
+
+
+def test_without_a_terminal_the_log_is_plain_lines(tiny_yaml: Path) -> None:
+    done = program("pipeline", "run", str(tiny_yaml), ray=False)
+    assert "\x1b" not in done.stdout
+    assert any("dense: epoch 1/3" in line for line in done.stdout.splitlines())
+    assert os.path.exists(tiny_yaml.parent / "runs/tiny/report.html")

@@ -1,0 +1,246 @@
+"""Real Ray: the same bits as without it, any number of workers, killed drivers, jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import ROOT, alone_on_the_network, environment, program
+
+pytestmark = pytest.mark.ray
+NO_SCAN = "prune.allocation=uniform"  # saves the seconds that Tune takes to start
+
+
+def result(runs: Path, name: str) -> dict[str, Any]:
+    return dict(json.loads((runs / name / "result.json").read_text()))
+
+
+def same_weights(runs: Path, first: str, second: str) -> bool:
+    one, two = (load_file(runs / name / "final/model.safetensors") for name in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_one_worker_under_ray_and_without_it_give_the_same_bits(tiny_yaml: Path) -> None:
+    runs = tiny_yaml.parent / "runs"
+    alone = program("pipeline", "run", str(tiny_yaml), "name=alone", ray=False, OMP_NUM_THREADS="2")
+    assert alone.returncode == 0, alone.stderr
+    under = program("cluster", "run", str(tiny_yaml), "name=under-ray")
+    assert under.returncode == 0, under.stderr + under.stdout
+    assert same_weights(runs, "alone", "under-ray")
+    assert result(runs, "alone")["test"] == result(runs, "under-ray")["test"]
+    scans = [json.loads((runs / name / "scan/scan.json").read_text()) for name in ("alone", "under-ray")]
+    assert scans[0] == scans[1]
+
+
+def sample_order(run: Path) -> list[str]:
+    """For each epoch of the run, a digest of which samples were seen at which step."""
+    parts = [run / "dense/metrics.json", *sorted(run.glob("rounds/[0-9]*/metrics.json")), run / "rounds/control.json"]
+    return [entry["order"] for part in parts for entry in json.loads(part.read_text())["history"]]
+
+
+def test_uneven_workers_see_the_same_samples_at_the_same_steps(tiny_yaml: Path) -> None:
+    """3 workers share 8 lanes, and 2 cores."""
+    runs = tiny_yaml.parent / "runs"
+    alone = program("pipeline", "run", str(tiny_yaml), "name=w1", NO_SCAN, ray=False)
+    assert alone.returncode == 0, alone.stderr
+    three = program("cluster", "run", str(tiny_yaml), "name=w3", NO_SCAN, "cluster.workers=3")
+    assert three.returncode == 0, three.stderr + three.stdout
+    assert sample_order(runs / "w3") == sample_order(runs / "w1")
+    assert len(set(sample_order(runs / "w1"))) == 3 + 2 + 2  # the control sees what the rounds saw
+    assert result(runs, "w3")["weights_kept"] == result(runs, "w1")["weights_kept"] == 50200 // 6
+    drop = result(runs, "w1")["test"]["pruned"]["top1"] - result(runs, "w3")["test"]["pruned"]["top1"]
+    assert abs(drop) < 0.05
+
+
+def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"nothing like {pattern} came"
+        time.sleep(0.02)
+
+
+def test_a_driver_killed_in_a_round_goes_on_and_ends_with_the_same_bits(tiny_yaml: Path) -> None:
+    runs = tiny_yaml.parent / "runs"
+    longer = [NO_SCAN, "retrain.epochs=20", "retrain.checkpoint_steps=20"]
+    undisturbed = program("pipeline", "run", str(tiny_yaml), "name=undisturbed", *longer, ray=False)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(tiny_yaml), "name=killed", *longer]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for("rounds/01/steps/*/manifest.json", runs / "killed", process)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert not (runs / "killed/rounds/01/metrics.json").exists()
+    again = program("cluster", "run", str(tiny_yaml), "name=killed", *longer)
+    assert again.returncode == 0, again.stderr + again.stdout
+    assert "rounds/01: resumed at step" in again.stdout
+    assert same_weights(runs, "undisturbed", "killed")
+    assert result(runs, "killed")["test"] == result(runs, "undisturbed")["test"]
+
+
+def test_ctrl_c_under_ray_keeps_the_state_and_prints_the_command_that_goes_on(tiny_yaml: Path) -> None:
+    runs = tiny_yaml.parent / "runs"
+    command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(tiny_yaml), NO_SCAN]
+    process = subprocess.Popen(
+        [*command, "dense.epochs=100000"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        wait_for("dense/steps/*/manifest.json", runs / "tiny", process)
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert f"To go on: secateur run {tiny_yaml} {NO_SCAN} dense.epochs=100000" in errors
+    assert "Traceback" not in errors
+    assert list((runs / "tiny").glob("dense/steps/*/manifest.json"))
+
+
+def test_a_mistake_that_one_rank_meets_alone_ends_all_of_them_with_its_message(tiny_yaml: Path, tmp_path: Path) -> None:
+    """A label that was changed after indexing: only the rank that streams that sample sees it."""
+    out = tmp_path / "shards"
+    assert program("cluster", "shards", "build", str(tiny_yaml), str(out), ray=False).returncode == 0
+    tar = next(out.glob("train-*.tar"))
+    content = bytearray(tar.read_bytes())
+    header = content.index(b"00000700", 0)
+    label = content.index(b".cls", header) - 8 + 512
+    assert chr(content[label]).isdigit(), content[label - 20 : label + 20]
+    content[label] = ord("7") if content[label] != ord("7") else ord("8")
+    tar.write_bytes(content)
+    started = time.monotonic()
+    overrides = ["data.source=shards", f"data.root={out}", "data.cache_bytes=0", "cluster.workers=2", NO_SCAN]
+    done = program("cluster", "run", str(tiny_yaml), *overrides)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "00000700" in done.stderr
+    assert time.monotonic() - started < 150  # not gloo's half hour
+
+
+def test_a_finished_run_is_shown_without_starting_ray(tiny_yaml: Path) -> None:
+    assert program("pipeline", "run", str(tiny_yaml), ray=False).returncode == 0
+    started = time.monotonic()
+    again = program("cluster", "run", str(tiny_yaml), ray=False, RAY_ADDRESS="127.0.0.1:1")
+    assert again.returncode == 0, again.stderr
+    assert "skipped" in again.stdout
+    assert time.monotonic() - started < 60
+
+
+def test_a_cluster_without_what_is_asked_for_is_one_message(tiny_yaml: Path) -> None:
+    done = program("cluster", "run", str(tiny_yaml), "cluster.gpus_per_worker=1", "cluster.workers=2")
+    assert done.returncode == 2
+    assert "cluster.workers=2 with 1 GPU each" in done.stderr
+    assert "the cluster has 0" in done.stderr
+    gone = program("cluster", "run", str(tiny_yaml), "cluster.address=127.0.0.1:6666")
+    assert gone.returncode == 2
+    assert "cluster.address=127.0.0.1:6666" in gone.stderr
+
+
+class Head:
+    """A real `ray start --head` in a network of its own; commands run inside it."""
+
+    def __init__(self, folder: Path) -> None:
+        script = "ray start --head --disable-usage-stats --num-cpus=2 --temp-dir={0} --dashboard-port=8265 --block"
+        self.env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        prefix = alone_on_the_network()
+        if not prefix:
+            pytest.skip("this system gives no network of its own (unshare -n), which a Ray head is started in")
+        self.process = subprocess.Popen(
+            [*prefix, "sh", "-c", f"{script.format(folder)} >{folder}/head.log 2>&1"],
+            env=self.env, cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_until_it_answers(self, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while (answer := self.run("ray", "job", "list", "--address=http://127.0.0.1:8265")).returncode:
+            assert time.monotonic() < deadline, answer.stderr
+            time.sleep(1)
+
+    def run(self, *command: str, timeout: float = 400, **extra: str) -> Any:
+        inside = ["nsenter", f"--net=/proc/{self.process.pid}/ns/net", *command]
+        return subprocess.run(
+            inside, env={**self.env, **extra}, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    def close(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(20)
+
+
+@pytest.fixture
+def head() -> Iterator[Head]:
+    import tempfile
+
+    # Ray's sockets lie in its folder, and their paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        started = Head(Path(folder))
+        try:
+            started.wait_until_it_answers()
+            yield started
+        finally:
+            started.close()
+
+
+def test_a_job_runs_its_exit_code_and_log_come_back_and_it_resumes_when_submitted_again(
+    head: Head, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    runs = tiny_yaml.parent / "runs"
+    config, address = "configs/demo.yaml", "--address=http://127.0.0.1:8265"
+    small = [NO_SCAN, "dense.epochs=4", "retrain.epochs=10", "retrain.checkpoint_steps=20"]
+    job = ["ray", "job", "submit", address, "--working-dir", ".", "--", "python", "-m", "cluster", "run", config]
+
+    relative = head.run(*job, *small, "name=job")
+    assert relative.returncode != 0
+    assert "runs_dir=runs is relative" in relative.stdout + relative.stderr
+
+    absolute = [f"runs_dir={runs}", "tracking.enabled=false", *small]
+    undisturbed = program("pipeline", "run", config, "name=undisturbed", *absolute, ray=False)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    submitted = head.run(*job[:4], "--submission-id=first", "--no-wait", *job[4:], "name=job", *absolute)
+    assert submitted.returncode == 0, submitted.stderr
+    deadline = time.monotonic() + 120
+    while not list((runs / "job").glob("rounds/01/steps/*/manifest.json")):
+        assert time.monotonic() < deadline, head.run("ray", "job", "logs", address, "first").stdout
+        time.sleep(0.05)
+    pid = json.loads((runs / "job/lease.json").read_text())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    while "FAILED" not in head.run("ray", "job", "status", address, "first").stdout.upper():
+        assert time.monotonic() < deadline + 60
+        time.sleep(1)
+
+    again = head.run(*job, "name=job", *absolute)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resumed at step" in again.stdout
+    assert "compression" in again.stdout
+    assert same_weights(runs, "undisturbed", "job")
+
+    client = head.run("secateur", "submit", config, "--address", "http://127.0.0.1:8265", "name=job", *absolute)
+    assert client.returncode == 0, client.stdout + client.stderr
+    assert "skipped" in client.stdout
+    wrong = head.run(
+        "secateur", "submit", config, "--address", "http://127.0.0.1:8265", "name=x", *absolute, "seed=1",
+        "model.factory=nowhere:build",
+    )  # fmt: skip
+    assert wrong.returncode == 2
+    assert "model.factory" in wrong.stdout

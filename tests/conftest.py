@@ -1,0 +1,66 @@
+"""Shared by all tests: tiny runs on real digits, and real data where it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import config as settings
+from pipeline.config import Config
+
+# A whole run in a few seconds: real digits, two rounds, every stage.
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"source": "digits", "size": 8, "mean": [0.3], "std": [0.38], "augment": ["shift"], "shift": 1, "lanes": 8},
+    "model": {"factory": "lenet_300_100", "kwargs": {"inputs": 64, "dropout": 0.1}},
+    "dense": {"epochs": 3, "batch_size": 64, "lr": 0.05, "checkpoint_steps": 10},
+    "scan": {"levels": [0.5, 0.1]},
+    "prune": {"rounds": 2},
+    "retrain": {"epochs": 2, "batch_size": 64, "lr": 0.02, "checkpoint_steps": 7},
+    "target": {"compression": 6},
+    "tracking": {"enabled": False},
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `a.b` keys of `changes` replaced; `base` stays as it is."""
+    tree = yaml.safe_load(yaml.safe_dump(base))
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return dict(tree)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Config]:
+    """Makes the config of a tiny run in a temporary folder; keyword `changes` holds `a.b` keys."""
+
+    def make(**changes: Any) -> Config:
+        return settings.parse(merged({**TINY, "runs_dir": str(tmp_path / "runs")}, changes))
+
+    return make
+
+
+@pytest.fixture
+def tiny_yaml(tmp_path: Path) -> Path:
+    """A tiny run as a file, for the command line."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "runs_dir": str(tmp_path / "runs")}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data; the test is skipped where there is none."""
+    where = os.environ.get("SECATEUR_DATA", "")
+    if not where or not Path(where).is_dir():
+        pytest.skip("real data is not here: set SECATEUR_DATA to its folder")
+    return Path(where)

@@ -1,0 +1,155 @@
+"""Networks for the tests of compaction: hand-made blocks, random stacks of them, and random damage."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: list[Callable[[], nn.Module]] = [
+    nn.ReLU, lambda: nn.ReLU(inplace=True), nn.Sigmoid, nn.Hardswish, nn.Identity, lambda: nn.LeakyReLU(0.1),
+    lambda: nn.Dropout(0.5), nn.Softplus,
+]  # fmt: skip
+
+
+class Residual(nn.Module):
+    """x + f(x), added in place, as ResNet does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        out += x
+        return torch.relu(out)
+
+
+class Fire(nn.Module):
+    """SqueezeNet's block: one squeeze, two expansions side by side."""
+
+    def __init__(self, inputs: int, squeeze: int, left: int, right: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(inputs, squeeze, 1)
+        self.left = nn.Conv2d(squeeze, left, 1)
+        self.right = nn.Conv2d(squeeze, right, 3, padding=1)
+        self.activation = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.squeeze(x))
+        return torch.cat([self.activation(self.left(x)), self.activation(self.right(x))], 1)
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation: each channel times a number made from all of them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.down, self.up = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.up(torch.relu(self.down(self.pool(x))))) * x
+
+
+class Head(nn.Module):
+    """Features to classes; `how` is the way of flattening."""
+
+    def __init__(self, features: int, spatial: int, how: str) -> None:
+        super().__init__()
+        self.size, self.how = features * spatial, how
+        self.fc1, self.fc2 = nn.Linear(features if how == "mean" else self.size, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "mean":
+            x = x.mean([2, 3])
+        elif self.how == "hard":
+            x = x.view(-1, self.size)
+        elif self.how == "size":
+            x = x.reshape(x.size(0), -1)
+        else:
+            x = torch.flatten(x, 1)
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
+def random_network(seed: int) -> nn.Module:
+    """A network on (batch, 2, 9, 9), float64, evaluation mode, made and damaged by `seed`."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    channels, parts = 2, []
+    for _ in range(draw.randint(1, 5)):
+        block, channels = _block(draw, channels)
+        parts.append(block)
+        parts.append(draw.choice(ACTIVATIONS)())
+    body = nn.Sequential(*parts).eval()
+    with torch.no_grad():
+        shape = body(torch.zeros(2, 2, 9, 9)).shape
+    how = draw.choice(["mean", "hard", "size", "flatten"])
+    network = nn.Sequential(body, Head(shape[1], shape[2] * shape[3], how)).double().eval()
+    damage(network, seed)
+    return network
+
+
+def damage(network: nn.Module, seed: int) -> None:
+    """Random biases and batch-norm statistics; single weights, whole rows and whole columns of weights at 0."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def hit(count: int, chance: float) -> Tensor:
+        return torch.rand(count, generator=draw) < chance
+
+    with torch.no_grad():
+        for part in network.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                part.weight[torch.rand(part.weight.shape, generator=draw) < 0.5] = 0
+                part.weight[hit(len(part.weight), 0.3)] = 0
+                part.weight[:, hit(part.weight.shape[1], 0.3)] = 0
+                if part.bias is not None:
+                    part.bias.copy_(torch.randn(part.bias.shape, generator=draw))
+                    part.bias[hit(len(part.bias), 0.3)] = 0
+            if isinstance(part, nn.BatchNorm2d):
+                assert part.running_mean is not None
+                assert part.running_var is not None
+                part.running_mean.copy_(torch.randn(part.running_mean.shape, generator=draw))
+                part.running_var.copy_(torch.rand(part.running_var.shape, generator=draw) + 0.5)
+                part.weight[hit(len(part.weight), 0.2)] = 0
+                part.bias.copy_(torch.randn(part.bias.shape, generator=draw))
+                part.bias[hit(len(part.bias), 0.3)] = 0
+
+
+def _block(draw: random.Random, channels: int) -> tuple[nn.Module, int]:
+    kind = draw.choice(["conv", "conv", "norm", "residual", "fire", "depthwise", "grouped", "gate", "pool", "prelu"])
+    out = draw.randint(1, 6)
+    if kind == "conv":
+        kernel = draw.choice([1, 3])
+        mode = draw.choice(["zeros", "zeros", "reflect"])
+        padding = draw.choice([0, 1]) if kernel == 3 else 0
+        return nn.Conv2d(channels, out, kernel, padding=1 if mode == "reflect" else padding, padding_mode=mode), out
+    if kind == "norm":
+        conv = nn.Conv2d(channels, out, 1, bias=draw.random() < 0.5)
+        return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()), out
+    if kind == "residual":
+        inner = nn.Sequential(nn.Conv2d(channels, out, 1), nn.ReLU(), nn.Conv2d(out, channels, 3, padding=1))
+        return Residual(inner), channels
+    if kind == "fire":
+        return Fire(channels, draw.randint(1, 3), out, 2), out + 2
+    if kind == "depthwise":
+        times, padding = draw.randint(1, 2), draw.choice([0, 1])
+        layers = nn.Sequential(
+            nn.Conv2d(channels, channels * times, 3, padding=1, groups=channels, bias=padding == 1),
+            nn.BatchNorm2d(channels * times),
+        )
+        return layers, channels * times
+    if kind == "grouped":
+        layers = nn.Sequential(nn.Conv2d(channels, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1, groups=2))
+        return layers, 6
+    if kind == "gate":
+        return Gate(channels), channels
+    if kind == "prelu":
+        return nn.PReLU(channels), channels
+    pools: list[nn.Module] = [
+        nn.MaxPool2d(2, stride=1, padding=1), nn.MaxPool2d(2, stride=1), nn.AvgPool2d(2, stride=1, padding=1),
+        nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False), nn.AvgPool2d(2, stride=1, ceil_mode=True),
+    ]  # fmt: skip
+    return draw.choice(pools), channels

@@ -1,0 +1,224 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.prune.allocation import ALLOCATIONS, allocate, proportional, threshold, threshold_counts
+from pipeline.prune.masks import top_mask
+
+
+def all_alive(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+
+
+FOUR = {"a": torch.tensor([4.0, 3.0]), "b": torch.tensor([2.0, 1.0])}
+
+
+def test_pooled_takes_the_highest_of_all() -> None:
+    assert allocate("pooled", FOUR, all_alive(FOUR), 2, min_weights=0) == {"a": 2, "b": 0}
+
+
+def test_pooled_leaves_each_tensor_its_minimum() -> None:
+    assert allocate("pooled", FOUR, all_alive(FOUR), 2, min_weights=1) == {"a": 1, "b": 1}
+
+
+def test_paper_divides_by_quality_and_sigma() -> None:
+    # a: 4/8, 3/8 = 0.5, 0.375; b: 2/(2*0.5), 1/(2*0.5) = 2, 1
+    sigmas, qualities = {"a": 4.0, "b": 0.5}, {"a": 2.0, "b": 2.0}
+    found = allocate("paper", FOUR, all_alive(FOUR), 3, sigmas=sigmas, qualities=qualities, min_weights=0)
+    assert found == {"a": 1, "b": 2}
+
+
+def test_paper_without_qualities_uses_sigma_alone() -> None:
+    found = allocate("paper", FOUR, all_alive(FOUR), 2, sigmas={"a": 4.0, "b": 0.5}, min_weights=0)
+    assert found == {"a": 0, "b": 2}
+
+
+def test_paper_keeps_a_constant_tensor_but_not_its_zeros() -> None:
+    scores = {"a": torch.tensor([9.0, 8.0]), "flat": torch.full((2,), 0.1), "zero": torch.zeros(2)}
+    sigmas = {"a": 1.0, "flat": 0.0, "zero": 0.0}
+    assert allocate("paper", scores, all_alive(scores), 3, sigmas=sigmas, min_weights=0) == {
+        "a": 1,
+        "flat": 2,
+        "zero": 0,
+    }
+
+
+def test_ties_go_to_the_tensor_defined_first() -> None:
+    scores = {"z": torch.ones(3), "a": torch.ones(3)}
+    assert allocate("pooled", scores, all_alive(scores), 4, min_weights=0) == {"z": 3, "a": 1}
+
+
+def test_only_the_living_compete() -> None:
+    alive = {"a": torch.tensor([False, True]), "b": torch.tensor([True, True])}
+    assert allocate("pooled", FOUR, alive, 2, min_weights=0) == {"a": 1, "b": 1}
+
+
+def test_uniform_rounds_by_the_largest_remainder() -> None:
+    scores = {"a": torch.rand(5), "b": torch.rand(3), "c": torch.rand(2)}
+    # density 0.4: 2.0, 1.2, 0.8
+    assert allocate("uniform", scores, all_alive(scores), 4) == {"a": 2, "b": 1, "c": 1}
+
+
+def test_uniform_gives_on_what_a_tensor_cannot_take() -> None:
+    scores = {"a": torch.rand(10), "b": torch.rand(10)}
+    alive = {"a": torch.arange(10) < 2, "b": torch.ones(10, dtype=torch.bool)}
+    assert allocate("uniform", scores, alive, 8) == {"a": 2, "b": 6}
+
+
+def test_erk_by_hand() -> None:
+    # sum(shape): 10x10 -> 20, 2x2 -> 4. Budget 12 -> 10 and 2; budget 48 would give 40 and 8, but b has only 4.
+    scores = {"a": torch.rand(10, 10), "b": torch.rand(2, 2)}
+    assert allocate("erk", scores, all_alive(scores), 12) == {"a": 10, "b": 2}
+    assert allocate("erk", scores, all_alive(scores), 48) == {"a": 44, "b": 4}
+
+
+def test_erk_counts_kernel_dimensions() -> None:
+    # 2+2+3+3 = 10 against 5+5 = 10: equal counts
+    scores = {"conv": torch.rand(2, 2, 3, 3), "fc": torch.rand(5, 5)}
+    assert allocate("erk", scores, all_alive(scores), 20) == {"conv": 10, "fc": 10}
+
+
+def test_explicit_name_before_pattern_and_the_rest_dense() -> None:
+    scores = {"fc1": torch.rand(10), "fc2": torch.rand(10), "conv": torch.rand(7)}
+    found = allocate("explicit", scores, all_alive(scores), 0, densities={"fc*": 0.5, "fc2": 0.25})
+    assert found == {"fc1": 5, "fc2": 3, "conv": 7}
+
+
+def test_explicit_keeps_to_the_bounds() -> None:
+    scores = {"a": torch.rand(10), "b": torch.rand(10)}
+    alive = {"a": torch.arange(10) < 2, "b": torch.ones(10, dtype=torch.bool)}
+    found = allocate("explicit", scores, alive, 0, densities={"a": 0.5, "b": 0.01}, min_weights=3)
+    assert found == {"a": 2, "b": 3}
+
+
+def test_explicit_pattern_that_matches_nothing() -> None:
+    scores = {"fc1.weight": torch.rand(10)}
+    with pytest.raises(UserError, match=r"prune.densities: 'fc2.weight' .*did you mean 'fc1.weight'"):
+        allocate("explicit", scores, all_alive(scores), 0, densities={"fc2.weight": 0.5})
+
+
+def test_impossible_budgets_name_the_setting() -> None:
+    with pytest.raises(UserError, match=r"budget of 1 .*target.compression.*prune.min_weights=1"):
+        allocate("uniform", FOUR, all_alive(FOUR), 1)
+    with pytest.raises(UserError, match=r"budget of 5 .*above the 4"):
+        allocate("pooled", FOUR, all_alive(FOUR), 5)
+
+
+def test_unknown_allocation_and_nan() -> None:
+    with pytest.raises(UserError, match=r"prune.allocation='papr'.*did you mean 'paper'"):
+        allocate("papr", FOUR, all_alive(FOUR), 2)
+    bad = FOUR | {"b": torch.tensor([1.0, torch.nan])}
+    with pytest.raises(UserError, match="b: its scores are not numbers"):
+        allocate("pooled", bad, all_alive(bad), 2)
+
+
+def test_tensors_of_different_precision_compare_exactly() -> None:
+    close = 1.0 + 1e-12  # equal to 1 in float32
+    scores = {"a": torch.tensor([1.0]), "b": torch.tensor([close], dtype=torch.float64)}
+    assert allocate("pooled", scores, all_alive(scores), 1, min_weights=0) == {"a": 0, "b": 1}
+
+
+small_tensors = st.dictionaries(
+    st.sampled_from("dcba"),
+    st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.5, 2.0]), st.booleans()), min_size=1, max_size=12),
+    min_size=1,
+)
+
+
+@given(small_tensors, st.sampled_from(sorted(ALLOCATIONS)), st.integers(0, 3), st.data())
+def test_every_allocation_keeps_to_budget_and_bounds(
+    tensors: dict[str, list[tuple[float, bool]]], name: str, min_weights: int, data: st.DataObject
+) -> None:
+    scores = {key: torch.tensor([score for score, _ in pairs]) for key, pairs in tensors.items()}
+    alive = {key: torch.tensor([living for _, living in pairs]) for key, pairs in tensors.items()}
+    caps = {key: int(mask.sum()) for key, mask in alive.items()}
+    floors = {key: min(min_weights, cap) for key, cap in caps.items()}
+    budget = data.draw(st.integers(sum(floors.values()), sum(caps.values())))
+    sigmas = {key: data.draw(st.sampled_from([0.0, 0.5, 3.0])) for key in scores}
+    found = allocate(name, scores, alive, budget, sigmas=sigmas, densities={"*": 0.5}, min_weights=min_weights)
+    assert list(found) == list(scores)
+    assert all(floors[key] <= found[key] <= caps[key] for key in scores)
+    if name != "explicit":
+        assert sum(found.values()) == budget
+
+
+@given(small_tensors, st.integers(0, 2), st.data())
+def test_pooled_against_a_plain_sort(
+    tensors: dict[str, list[tuple[float, bool]]], min_weights: int, data: st.DataObject
+) -> None:
+    scores = {key: torch.tensor([score for score, _ in pairs]) for key, pairs in tensors.items()}
+    alive = {key: torch.tensor([living for _, living in pairs]) for key, pairs in tensors.items()}
+    ranked = {
+        key: sorted((-score, index) for index, (score, living) in enumerate(pairs) if living)
+        for key, pairs in tensors.items()
+    }
+    forced = {key: len(rank[:min_weights]) for key, rank in ranked.items()}
+    budget = data.draw(st.integers(sum(forced.values()), sum(len(rank) for rank in ranked.values())))
+    rest = sorted(
+        (score, place, index) for place, key in enumerate(scores) for score, index in ranked[key][forced[key] :]
+    )
+    wanted = dict(forced)
+    for _, place, _ in rest[: budget - sum(forced.values())]:
+        wanted[list(scores)[place]] += 1
+    assert allocate("pooled", scores, alive, budget, min_weights=min_weights) == wanted
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 5), st.integers(0, 40)), min_size=1, max_size=8), st.data()
+)
+def test_proportional_lies_within_one_of_the_real_solution(
+    rows: list[tuple[int, int, int]], data: st.DataObject
+) -> None:
+    shares = {str(i): share for i, (share, _, _) in enumerate(rows)}
+    floors = {str(i): floor for i, (_, floor, _) in enumerate(rows)}
+    caps = {str(i): floor + more for i, (_, floor, more) in enumerate(rows)}
+    budget = data.draw(st.integers(sum(floors.values()), sum(caps.values())))
+    found = proportional(shares, floors, caps, budget)
+    assert sum(found.values()) == budget
+    assert all(floors[name] <= count <= caps[name] for name, count in found.items())
+    low, high = 0.0, 1e3
+    for _ in range(80):  # the level of the real solution, found another way
+        level = (low + high) / 2
+        total = sum(min(max(level * shares[n], floors[n]), caps[n]) for n in shares)
+        low, high = (level, high) if total <= budget else (low, level)
+    for name, count in found.items():
+        assert abs(count - min(max(low * shares[name], floors[name]), caps[name])) < 1 + 1e-6
+
+
+def test_thresholds_as_they_are() -> None:
+    scores = {"a": torch.tensor([0.9, 1.0, 1.1]), "b": torch.tensor([0.1, 0.2, 5.0])}
+    alive = all_alive(scores) | {"b": torch.tensor([True, True, False])}
+    sigmas, qualities = {"a": 2.0, "b": 1.0}, {"a": 0.5, "b": 3.0}
+    assert threshold_counts(scores, alive, sigmas, qualities, min_weights=0) == {"a": 2, "b": 0}
+    assert threshold_counts(scores, alive, sigmas, qualities, min_weights=1) == {"a": 2, "b": 1}
+
+
+def test_paper_at_the_thresholds_own_size_finds_the_thresholds() -> None:
+    torch.manual_seed(0)
+    scores = {"a": torch.randn(400).abs(), "b": torch.randn(300).abs() * 5}
+    sigmas, qualities = {"a": 1.0, "b": 5.0}, {"a": 1.5, "b": 0.7}
+    wanted = threshold_counts(scores, all_alive(scores), sigmas, qualities)
+    found = allocate("paper", scores, all_alive(scores), sum(wanted.values()), sigmas=sigmas, qualities=qualities)
+    assert found == wanted
+
+
+def test_threshold_is_the_smallest_kept_score() -> None:
+    scores, alive = torch.tensor([5.0, 1.0, 3.0, 9.0]), torch.tensor([True, True, True, False])
+    assert [threshold(scores, keep, alive) for keep in (1, 2, 3)] == [5.0, 3.0, 1.0]
+    nothing = threshold(scores, 0, alive)
+    assert nothing > 5.0
+    assert math.isclose(nothing, 5.0, rel_tol=1e-6)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.data())
+def test_threshold_agrees_with_the_mask(values: list[int], data: st.DataObject) -> None:
+    scores = torch.tensor([float(value) for value in values])
+    alive = torch.ones(len(values), dtype=torch.bool)
+    keep = data.draw(st.integers(1, len(values)))
+    mask = top_mask(scores, alive, keep)
+    assert threshold(scores, keep, alive) == float(scores[mask].min())

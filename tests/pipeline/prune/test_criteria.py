@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.prune.criteria import scores
+
+
+def test_magnitude_is_the_absolute_value() -> None:
+    found = scores("magnitude", {"w": torch.tensor([[-3.0, 0.5], [-0.0, 2.0]])}, seed=0)["w"]
+    assert torch.equal(found, torch.tensor([[3.0, 0.5], [0.0, 2.0]]))
+
+
+def test_magnitude_of_bfloat16_is_exact_in_float32() -> None:
+    weight = torch.tensor([-0.1, 7.0], dtype=torch.bfloat16)
+    found = scores("magnitude", {"w": weight}, seed=0)["w"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, weight.float().abs())
+
+
+def test_magnitude_leaves_the_weight_alone() -> None:
+    weight = torch.nn.Parameter(torch.tensor([-1.0]))
+    found = scores("magnitude", {"w": weight}, seed=0)["w"]
+    assert weight.item() == -1.0
+    assert not found.requires_grad
+
+
+def test_random_depends_on_seed_and_name_only() -> None:
+    ones, twos = torch.ones(50), torch.full((50,), 2.0)
+    first = scores("random", {"a": ones, "b": ones}, seed=1)
+    assert torch.equal(first["a"], scores("random", {"a": twos}, seed=1)["a"])
+    assert not torch.equal(first["a"], first["b"])
+    assert not torch.equal(first["a"], scores("random", {"a": ones}, seed=2)["a"])
+
+
+def test_random_does_not_touch_the_global_generator() -> None:
+    before = torch.get_rng_state()
+    scores("random", {"a": torch.ones(5)}, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_unknown_criterion_suggests() -> None:
+    with pytest.raises(
+        UserError, match=r"prune.criterion='magnitud'.*did you mean 'magnitude'\? known: magnitude, random"
+    ):
+        scores("magnitud", {}, seed=0)

@@ -1,0 +1,280 @@
+"""A whole tiny run without Ray: every stage, skipped when finished, resumed to the bit, honest about faults."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import ROOT, program
+
+from pipeline import stages
+from pipeline.config import Config
+from pipeline.data import shards
+from pipeline.distributed import World, configure_process
+from pipeline.errors import RunStopped, UserError
+from pipeline.local import LocalEngine
+from pipeline.results import packed
+from pipeline.state import run_root
+from pipeline.train import checkpoint
+from pipeline.train.loop import Training
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def carry_out(config: Config, events: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    configure_process(config)
+    return stages.run(config, LocalEngine(ALONE), (events if events is not None else []).append)
+
+
+def final_weights(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(Path(run_root(config)) / "final/model.safetensors")
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], None]]:
+    """Makes a phase stop, as if killed, after some updates; nothing of ours runs afterwards."""
+    original = Training._update
+
+    def arm(phase: str, step: int) -> None:
+        def update(self: Training, *args: Any) -> None:
+            if self.phase == phase and self.position.step == step:
+                raise KeyboardInterrupt
+            original(self, *args)
+
+        monkeypatch.setattr(Training, "_update", update)
+
+    yield arm
+    monkeypatch.undo()
+
+
+def test_a_run_reaches_its_target_and_says_what_it_did(tiny: Callable[..., Config]) -> None:
+    config = tiny()
+    result = carry_out(config)
+    root = Path(run_root(config))
+    assert result["weights_total"] == 64 * 300 + 300 * 100 + 100 * 10
+    assert result["weights_kept"] == result["weights_total"] // 6
+    assert result["compression"] >= 6
+    weights = final_weights(config)
+    nonzero = {row["name"]: int((weights[row["name"]] != 0).sum()) for row in result["layers"]}
+    assert nonzero == {row["name"]: row["kept"] for row in result["layers"]}
+    assert packed.read(root / "final/model.packed").keys() == weights.keys()
+    assert result["bytes"]["packed"] == (root / "final/model.packed").stat().st_size
+    assert result["test_looks"] == 1
+    assert result["test"]["samples"] == 360
+    assert (root / "report.html").read_text().count("<svg") > 3
+    assert json.loads((root / "result.json").read_text()) == result
+
+
+def test_a_finished_run_is_not_run_again(tiny: Callable[..., Config]) -> None:
+    config = tiny()
+    first = carry_out(config)
+    events: list[dict[str, Any]] = []
+    assert carry_out(config, events) == first
+    assert [event["stage"] for event in events if event.get("skipped")] == [
+        "shards",
+        "dense",
+        "scan",
+        "rounds",
+        "final",
+    ]
+    assert not any("phase" in event or "scan" in event for event in events)
+
+
+@pytest.mark.parametrize(
+    ("phase", "step"), [("dense", 15), ("rounds/01", 9), ("rounds/02", 0), ("rounds/control-02", 20)]
+)
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(
+    tiny: Callable[..., Config],
+    interrupt: Callable[[str, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+    step: int,
+) -> None:
+    undisturbed = tiny(name="undisturbed")
+    expected = carry_out(undisturbed)
+    config = tiny(name="stopped")
+    interrupt(phase, step)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(config)
+    monkeypatch.undo()
+    events: list[dict[str, Any]] = []
+    result = carry_out(config, events)
+    assert equal(final_weights(config), final_weights(undisturbed))
+    assert result["test"] == expected["test"]
+    if step > 10:
+        assert any("resumed" in event and event["phase"] == phase for event in events)
+
+
+def test_a_scan_goes_on_with_the_levels_that_are_missing(tiny: Callable[..., Config]) -> None:
+    config = tiny()
+    seen: list[str] = []
+
+    def stop_after_three(event: dict[str, Any]) -> None:
+        if "scan" in event:
+            seen.append(event["scan"])
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+
+    configure_process(config)
+    with pytest.raises(KeyboardInterrupt):
+        stages.run(config, LocalEngine(ALONE), stop_after_three)
+    events: list[dict[str, Any]] = []
+    carry_out(config, events)
+    assert len([event for event in events if "scan" in event]) == 3 * 2 - 3
+    scan = json.loads((Path(run_root(config)) / "scan/scan.json").read_text())
+    assert [[level["density"] for level in tensor["levels"]] for tensor in scan["tensors"]] == [[0.5, 0.1]] * 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prune.allocation": "uniform", "prune.schedule": "one-shot"},
+        {"prune.allocation": "erk", "prune.schedule": "cubic"},
+        {"prune.allocation": "pooled", "prune.schedule": "list", "prune.list": [0.5, 0.2]},
+        {"prune.allocation": "explicit", "prune.densities": {"fc1.weight": 0.1, "fc[23].weight": 0.5}},
+        {"target.mode": "thresholds", "prune.sigma": "renewed"},
+        {"prune.criterion": "random", "prune.allocation": "uniform", "prune.dense_control": False},
+        {"retrain.optimizer": "adamw", "retrain.lr": 0.001, "retrain.l1": 1e-5, "retrain.precision": "bf16"},
+    ],
+)
+def test_every_mode_goes_through(tiny: Callable[..., Config], changes: dict[str, Any]) -> None:
+    config = tiny(**changes)
+    result = carry_out(config)
+    kept = {row["name"]: row["density"] for row in result["layers"]}
+    if config.prune.allocation == "explicit":
+        assert kept == pytest.approx({"fc1.weight": 0.1, "fc2.weight": 0.5, "fc3.weight": 0.5}, abs=1e-3)
+    elif config.target.mode == "compression" and config.prune.schedule != "list":
+        assert result["weights_kept"] == result["weights_total"] // 6
+    if config.prune.schedule == "list":
+        assert result["density"] == pytest.approx(0.2, abs=1e-4)
+    assert (result["test"]["dense_control"] is None) == (not config.prune.dense_control)
+
+
+def test_masks_that_are_not_kept_stop_the_run(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard must see weights, not masks: something that brings one pruned weight back is caught by name."""
+    original = Training.fit
+
+    def revive(self: Training) -> Any:
+        position = original(self)
+        if self.phase == "rounds/01":
+            with torch.no_grad():
+                weight = self.parameters["fc2.weight"]
+                weight[~self.masks["fc2.weight"]] = 0.5
+            self.applier.clean = lambda: None  # type: ignore[method-assign]
+        return position
+
+    monkeypatch.setattr(Training, "fit", revive)
+    with pytest.raises(RunStopped, match=r"round 1: .*fc2\.weight"):
+        carry_out(tiny())
+
+
+def test_a_learning_rate_that_diverges_stops_before_the_update(tiny: Callable[..., Config]) -> None:
+    config = tiny(**{"dense.lr": 1e30})
+    with pytest.raises(RunStopped, match=r"dense: the gradient of step \d+ is not finite"):
+        carry_out(config)
+    saved = checkpoint.latest(stages.Run(run_root(config), 1), "dense")
+    assert saved is None or all(torch.isfinite(weight).all() for weight in saved.weights.values())
+
+
+def test_unreadable_images_are_counted_and_too_many_stop_the_run(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny()
+    root = tmp_path / "shards"
+    made = shards.build(config.data, 0, str(root), None)
+    tar = root / made.splits["train"][0].name
+    content = bytearray(tar.read_bytes())
+    for offset in made.splits["train"][0].offsets[:40]:
+        image = content.index(b"\x89PNG", offset)
+        content[image : image + 32] = b"\0" * 32
+    tar.write_bytes(content)
+    foreign = {"data.source": "shards", "data.root": str(root)}
+    shards.index(str(root), label="cls", val_fraction=0.1, seed=0, num_classes=None, progress=None)
+    with pytest.raises(
+        RunStopped,
+        match=r"\d\d of 1\d\d\d images of train are unreadable.*max_bad_fraction=0\.01: .*train-00000\.tar/00",
+    ):
+        carry_out(tiny(name="strict", **foreign))
+    result = carry_out(tiny(name="lenient", **foreign, **{"data.max_bad_fraction": 0.1}))
+    assert result["verdict"] in ("no loss", "undecided", "loss")
+
+
+def test_no_ray_is_imported_and_a_run_without_it_works(tiny_yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "blocked/ray").mkdir(parents=True)
+    (tmp_path / "blocked/ray/__init__.py").write_text("raise ImportError('Ray is blocked by this test')\n")
+    paths = f"{tmp_path / 'blocked'}:{ROOT}"
+    done = program("pipeline", "run", str(tiny_yaml), ray=False, PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr
+    assert "compression" in done.stdout
+
+
+def test_shards_that_are_missing_are_one_message(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="secateur shards"):
+        carry_out(tiny(**{"data.source": "shards", "data.root": str(tmp_path / "nowhere")}))
+
+
+def test_mlflow_shows_the_run_and_a_child_for_each_round(tiny: Callable[..., Config]) -> None:
+    import mlflow
+
+    config = tiny(**{"tracking.enabled": True})
+    result = carry_out(config)
+    client = mlflow.MlflowClient(tracking_uri=result["mlflow"]["tracking_uri"])
+    parent = client.get_run(result["mlflow"]["run_id"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["prune.rounds"] == "2"
+    artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"report.html", "result.json", "config.yaml"} <= artifacts
+    steps = [(m.step, m.value) for m in client.get_metric_history(parent.info.run_id, "round.sparsity")]
+    rounds = [json.loads((Path(run_root(config)) / f"rounds/0{n}/metrics.json").read_text()) for n in (1, 2)]
+    assert dict(steps)[2] == pytest.approx(1 - rounds[1]["density"])
+    children = client.search_runs(
+        [parent.info.experiment_id],
+        f"tags.mlflow.parentRunId = '{parent.info.run_id}'",
+        order_by=["attributes.start_time"],
+    )
+    assert len(children) == 2
+    for child, metrics in zip(children, rounds, strict=True):
+        assert child.data.metrics["sparsity"] == pytest.approx(1 - metrics["density"])
+        assert child.data.metrics["val_top1"] == pytest.approx(metrics["val"]["top1"])
+        assert client.list_artifacts(child.info.run_id)
+
+
+def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(tiny_yaml: Path, tmp_path: Path) -> None:
+    """A real small file system; the dense checkpoint does not fit."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        full = program("pipeline", "run", str(tiny_yaml), f"runs_dir={disk}", ray=False)
+        assert full.returncode == 2, full.stdout + full.stderr
+        errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, full.stderr
+        assert str(disk) in errors[0]
+        assert "free space" in errors[0]
+        assert "Traceback" not in full.stderr
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        again = program("pipeline", "run", str(tiny_yaml), f"runs_dir={disk}", ray=False)
+        assert again.returncode == 0, again.stderr
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_checkpoint_of_another_network_lists_what_does_not_fit(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save({"fc1.weight": torch.zeros(7, 64), "extra": torch.zeros(1)}, path)
+    with pytest.raises(
+        UserError, match=r"missing: .*fc2\.weight.*unexpected: extra.*fc1\.weight \(7, 64\) for \(300, 64\)"
+    ):
+        carry_out(tiny(**{"model.checkpoint": str(path)}))

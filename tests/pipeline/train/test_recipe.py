@@ -1,0 +1,69 @@
+"""Learning rates and regularisers, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import Train
+from pipeline.train import recipe
+
+
+def train(**settings: Any) -> Train:
+    return Train.model_validate({"epochs": 2, "lr": 1.0, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "expected"),
+    [
+        ({"schedule": "constant"}, 19, 1.0),
+        ({"schedule": "cosine"}, 0, 1.0),
+        ({"schedule": "cosine"}, 10, 0.5),
+        ({"schedule": "step", "milestones": (0.5, 0.75)}, 9, 1.0),
+        ({"schedule": "step", "milestones": (0.5, 0.75)}, 10, 0.1),
+        ({"schedule": "step", "milestones": (0.5, 0.75)}, 15, 0.01),
+        ({"schedule": "inv", "gamma": 0.5, "power": 2.0}, 2, 0.25),
+        ({"schedule": "constant", "warmup_epochs": 0.3}, 0, 0.25),
+        ({"schedule": "constant", "warmup_epochs": 0.3}, 3, 1.0),
+    ],
+)
+def test_learning_rate(settings: dict[str, Any], step: int, expected: float) -> None:
+    assert recipe.learning_rate(train(**settings), step, steps_per_epoch=10) == pytest.approx(expected)
+
+
+def test_steps_end_a_training_early() -> None:
+    assert recipe.total_steps(train(), 10) == 20
+    assert recipe.total_steps(train(steps=7), 10) == 7
+
+
+def test_l1_adds_the_sign_of_each_weight() -> None:
+    weight = torch.nn.Parameter(torch.tensor([2.0, -3.0, 0.0]))
+    weight.grad = torch.tensor([1.0, 1.0, 1.0])
+    recipe.add_l1([weight], 0.5)
+    assert weight.grad.tolist() == [1.5, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_an_optimizer_put_back_makes_the_same_next_step(name: str) -> None:
+    def fresh() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        return model, recipe.make_optimizer(train(optimizer=name, lr=0.1), list(model.parameters()))
+
+    def step(model: torch.nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = fresh()
+    step(model, optimizer)
+    other, second = fresh()
+    other.load_state_dict(model.state_dict())
+    names = [key for key, _ in model.named_parameters()]
+    saved = {key: value.clone() for key, value in recipe.optimizer_tensors(optimizer, names).items()}
+    recipe.load_optimizer_tensors(second, names, saved)
+    step(model, optimizer)
+    step(other, second)
+    assert torch.equal(model.weight, other.weight)

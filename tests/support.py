@@ -1,0 +1,38 @@
+"""What tests share that is no fixture: programs run to their end, Ray in a network of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@cache
+def alone_on_the_network() -> list[str]:
+    """A command prefix that gives a program a network of its own with loopback only, or nothing if refused."""
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        return []
+    prefix = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    tried = subprocess.run([*prefix, "true"], capture_output=True, check=False)
+    return prefix if tried.returncode == 0 else []
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a program under test: our venv first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **extra}
+
+
+def program(*args: str, ray: bool = True, cwd: Path = ROOT, timeout: float = 400, **extra: str) -> Any:
+    """Run `python -m ...` to its end; returns the completed process with its output as text."""
+    prefix = alone_on_the_network() if ray else []
+    command = [*prefix, sys.executable, "-m", *args]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=cwd, timeout=timeout, env=environment(**extra)
+    )
