@@ -165,7 +165,7 @@ class Retrain(Train):
         ("all",),
         description="Which layers are updated while the others are held fixed, one kind after the other; a round's "
         "steps are shared out equally, what is left over goes to the last. The paper's AlexNet: [fc, conv, all]. A "
-        "norm goes with the layer defined before it; momentum starts anew in each phase.",
+        "norm goes with the layer defined before it; the learning rate runs on, momentum starts anew in each phase.",
     )
 
     @model_validator(mode="after")

@@ -68,6 +68,6 @@ def _connected(layer: Layer, inputs: Alive, outputs: Alive) -> Tensor:
 def _fold(layer: Layer, inputs: Alive) -> None:
     """Move what dead constant inputs add into the layer's bias, where it has one."""
     bias = layer.module.bias
-    if bias is not None and not layer.depthwise:
+    if bias is not None:
         added = constant_part(layer.module, layer.fold & torch.from_numpy(~inputs), layer.value)
         bias.data.copy_(bias.double() + added.to(bias.device))
