@@ -95,8 +95,10 @@ def one_round(
     prepare.recalibrate(session, model)
     before = session.evaluate(model, "val").metrics()
     rates = prepare.dropout_rates(session, model, kept)
-    event = {"phase": folder, "density": plan.density, "kept": sum(plan.keep.values()), "before": before["top1"]}
-    session.progress(event | {"dead": sum(plan.dead.values()), "dropout": rates})
+    count, dead = sum(plan.keep.values()), sum(plan.dead.values())
+    density = count / sum(mask.numel() for mask in kept.values())
+    event = {"phase": folder, "density": density, "kept": count, "dead": dead, "before": before["top1"]}
+    session.progress(event | {"dropout": rates})
     training = Training(session, model, session.config.retrain, folder, folder, list(kept), kept)
     with dropout.use(model, rates):
         position = training.fit()
@@ -107,7 +109,7 @@ def one_round(
         checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), kept))
         facts = round_facts(plan, kept, before, val)
         seconds = round(time.monotonic() - clock, 3)
-        facts |= {"dead": sum(plan.dead.values()), "dropout": rates}
+        facts |= {"dead": dead, "dropout": rates}
         facts |= {"history": position.history, "steps": position.step, "seconds": seconds, "finished_ms": now_ms()}
         run.commit(facts, folder, "metrics.json")
         checkpoint.keep_last(run, folder, 0)

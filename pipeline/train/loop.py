@@ -94,7 +94,7 @@ class Training:
             for batch in self.loader.epoch(epoch, first):
                 phase = phases.at(self.position.step, self.total, len(self.phases))
                 if wrapped is None or phase != entered:
-                    wrapped = None  # DDP's hooks on the gradients go with it
+                    wrapped = None  # the DDP of the phase before goes first
                     wrapped, entered = self._enter(phase), phase
                 self._update(wrapped, batch)
                 self.position.step += 1
@@ -120,7 +120,7 @@ class Training:
         phases.hold(self.model, self.phases[phase], self.trainable)
         if self.world.size == 1:
             return self.model
-        gc.collect()  # a DDP of the phase before, in a reference cycle, would all-reduce on
+        gc.collect()  # a DDP is in a reference cycle, and its buckets are as large as the gradients
         wrapped = DistributedDataParallel(self.model)
         updated = {name: mask for name, mask in self.masks.items() if self.parameters[name].requires_grad}
         allreduce.use_masks(wrapped, {self.parameters[name]: mask for name, mask in updated.items()})

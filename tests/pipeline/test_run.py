@@ -171,7 +171,8 @@ def rounds_of(config: Config) -> list[dict[str, Any]]:
 
 PAPER = {
     **SMALL, "retrain.lr": None, "retrain.lr_scale": 0.1, "retrain.dropout_correction": True, "prune.bn_samples": 500,
-    "retrain.phases": ["fc", "conv", "all"], "prune.dead_neurons": True, "scan.bn_samples": 250, "target.compression": 20,
+    "retrain.phases": ["fc", "conv", "all"], "prune.dead_neurons": True, "scan.bn_samples": 250,
+    "target.compression": 20,
 }  # fmt: skip
 
 
