@@ -63,15 +63,13 @@ def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel) ->
 def shared_inputs(config: Config, run: Run) -> dict[str, Any]:
     """What every trial needs, as NumPy arrays, which actors on a node read without a copy."""
     opened = open_session(config, World(0, 1, torch.device("cpu")), run, lambda event: None)
-    model, batches = scan_inputs(opened)
+    model, batches, calibration = scan_inputs(opened)
     return {
         "config": config.model_dump(mode="json"),
         "classes": opened.manifest.num_classes,
         "weights": {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()},
-        "batches": [
-            tuple(part.numpy() for part in (batch.images, batch.labels, batch.weights, batch.indices))
-            for batch in batches
-        ],
+        "batches": [_arrays(batch) for batch in batches],
+        "calibration": [_arrays(batch) for batch in calibration],
     }
 
 
@@ -90,6 +88,7 @@ def make_trial(tune: Any) -> type:
             model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in shared["weights"].items()})
             self.model = place(model, self.settings, self.device)
             self.batches = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["batches"]]
+            self.calibration = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["calibration"]]
             self.reset_config(params)
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -97,7 +96,7 @@ def make_trial(tune: Any) -> type:
             densities = [level["density"] for level in new_config["levels"].get(self.tensor, [])]
             self.remaining = len(densities)
             self.levels = sensitivity.scan_tensor(
-                self.model, self.tensor, densities, self.batches, self.settings, self.device
+                self.model, self.tensor, densities, self.batches, self.settings, self.device, self.calibration
             )
             return True
 
@@ -135,6 +134,10 @@ def make_collector(tune: Any, on_level: OnLevel) -> Any:
                 self.hand_on(result["tensor"], result["level"])
 
     return Collector(on_level)
+
+
+def _arrays(batch: Batch) -> tuple[Any, ...]:
+    return tuple(part.numpy() for part in (batch.images, batch.labels, batch.weights, batch.indices))
 
 
 def _readonly_tensor(array: Any) -> torch.Tensor:

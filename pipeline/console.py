@@ -78,7 +78,11 @@ class Display:
         """An event of a training: its start, its resumption, or the end of an epoch."""
         name = event["phase"]
         if "kept" in event:
-            self.line(f"{name}: {event['kept']:,} weights kept ({event['density']:.2%}), val {event['before']:.2%}")
+            self.line(
+                f"{name}: {event['kept']:,} weights kept ({event['density']:.2%}), val {event['before']:.2%}"
+                + (f", {event['dead']:,} of dead neurons gone" if event["dead"] else "")
+                + "".join(f", {path} drops {rate:.3g}" for path, rate in event["dropout"].items() if rate)
+            )
         elif "resumed" in event:
             self.line(f"{name}: resumed at step {event['resumed']} of {event['steps']}")
         else:

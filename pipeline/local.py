@@ -9,13 +9,13 @@ import torch
 
 from pipeline import config as settings
 from pipeline.config import Config
-from pipeline.data.loader import EvalLoader
+from pipeline.data.loader import Batch, EvalLoader
 from pipeline.distributed import World
 from pipeline.engine import OnLevel, Trials, work
 from pipeline.prune import sensitivity
 from pipeline.session import Progress, Session, open_session
 from pipeline.state import Run
-from pipeline.train import checkpoint
+from pipeline.train import batch_norm, checkpoint
 
 
 class LocalEngine:
@@ -32,11 +32,13 @@ class LocalEngine:
     def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel) -> dict[str, float]:
         """Measure tensor after tensor in this process."""
         opened = open_session(config, World(0, 1, self.world.device), run, lambda event: None)
-        model, batches = scan_inputs(opened)
+        model, batches, calibration = scan_inputs(opened)
         dense = sensitivity.accuracy(model, batches, config, self.world.device)
         for name, levels in todo.items():
             densities = [level["density"] for level in levels]
-            for level in sensitivity.scan_tensor(model, name, densities, batches, config, self.world.device):
+            for level in sensitivity.scan_tensor(
+                model, name, densities, batches, config, self.world.device, calibration
+            ):
                 on_level(name, sensitivity.as_dict(level))
         return dense
 
@@ -58,10 +60,13 @@ class LocalEngine:
         self.world.broadcast(json.dumps(call).encode())
 
 
-def scan_inputs(opened: Session) -> tuple[torch.nn.Module, list[Any]]:
-    """The dense network and the val batches (uint8) that every level of the scan is measured on."""
+def scan_inputs(opened: Session) -> tuple[torch.nn.Module, list[Batch], list[Batch]]:
+    """The dense network, the val batches (uint8) that every level of the scan is measured on, and those of train that
+    batch norm is calibrated on."""
     config = opened.config
     model = opened.new_model()
     model.load_state_dict(checkpoint.load(opened.run, "dense/checkpoint").weights)
     loader = EvalLoader(opened.split("val"), config.data, limit=config.scan.samples, seed=config.seed)
-    return model, list(loader.batches(0, 1))
+    wanted = config.scan.bn_samples and batch_norm.norms(model)
+    calibration = [*opened.calibration(config.scan.bn_samples)] if wanted else []
+    return model, [*loader.batches(0, 1)], calibration

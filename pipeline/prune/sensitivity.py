@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipeline.data.loader import Batch
 from pipeline.prune.criteria import scores
 from pipeline.prune.masks import top_mask
 from pipeline.results.stats import wilson
+from pipeline.train import batch_norm
 from pipeline.train.evaluate import forward, judge
 
 
@@ -56,8 +57,12 @@ def scan_tensor(
     batches: list[Batch],
     config: Config,
     device: torch.device,
+    calibration: Sequence[Batch] = (),
 ) -> Generator[Level]:
-    """Yield each level of one tensor as it is known. The tensor is put back at the end, also after an error."""
+    """Yield each level of one tensor as it is known. The tensor is put back at the end, also after an error.
+
+    At each level batch norm's statistics are those of the `calibration` batches, if there are any, and then put back.
+    """
     weight = dict(model.named_parameters())[name]
     dense = weight.detach().clone()
     ranking = scores(config.prune.criterion, {name: dense}, config.seed)[name]
@@ -69,7 +74,8 @@ def scan_tensor(
             mask = top_mask(ranking, alive, keep)
             weight.data.copy_(dense * mask)
             smallest = float(dense[mask].abs().min())
-            found = accuracy(model, batches, config, device)
+            with batch_norm.recalibrated(model, calibration, config, device):
+                found = accuracy(model, batches, config, device)
             quality = smallest / std if std > 0 else 0.0
             yield Level(density, quality, found["top1"], found["loss"], found["low"], found["high"])
     finally:
