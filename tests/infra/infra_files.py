@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import yaml
@@ -32,3 +33,9 @@ def pod_templates(item: dict[str, Any]) -> list[dict[str, Any]]:
 def containers(item: dict[str, Any]) -> list[dict[str, Any]]:
     """Containers of these templates."""
     return [container for template in pod_templates(item) for container in template["spec"]["containers"]]
+
+
+def cluster_yaml(sed: str) -> str:
+    """infra/aws/cluster.yaml with what Terraform's output ray_up_sed puts into it, by the real sed."""
+    command = ["sed", "-f", "/dev/stdin", str(INFRA / "aws/cluster.yaml")]
+    return subprocess.run(command, input=sed, capture_output=True, text=True, check=True).stdout

@@ -114,7 +114,9 @@ def test_pods_meet_the_restricted_standard_that_their_namespace_enforces(name: s
             written = {mount["mountPath"] for mount in container["volumeMounts"]}
             home = next(variable["value"] for variable in container["env"] if variable["name"] == "HOME")
             assert {"/tmp", home} <= written
-            assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in template["spec"]["volumes"]}
+            assert {mount["name"] for mount in container["volumeMounts"]} == {
+                v["name"] for v in template["spec"]["volumes"]
+            }
 
 
 @pytest.mark.parametrize("name", RAY)
@@ -141,7 +143,9 @@ def _may_reach(source: dict[str, str], target: dict[str, str], port: int, namesp
             continue
         for peer in rule.get("from", [{}]):
             home = {"kubernetes.io/metadata.name": namespace}
-            where = _selects(peer["namespaceSelector"], home) if "namespaceSelector" in peer else namespace == "secateur"
+            where = (
+                _selects(peer["namespaceSelector"], home) if "namespaceSelector" in peer else namespace == "secateur"
+            )
             if where and _selects(peer.get("podSelector", {}), source):
                 return True
     return not policies
