@@ -19,13 +19,11 @@ SECRET = {
     "a private key": r"BEGIN [A-Z ]*PRIVATE KEY",
     "a long random string": r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*\d)[0-9a-f]{32,}\b|\b[A-Za-z0-9+/]{40,}={0,2}(?![\w/.-])",
     "a password in a URL": r"://[^/\s:@]+:[^/\s@{<$]+@",
-    "a value for a secret": r"(?i)(password|secret|token|access_key|session_key)\w*[\"']?[ \t]*[=:][ \t]*[\"']?(?![\"'$<{\[]|\.\.\.)"
-    r"[A-Za-z0-9+/_-]{12,}",
+    "a value for a secret": r"(?i)(password|secret|token|access_key|session_key)\w*[\"']?[ \t]*[=:][ \t]*"
+    r"[\"']?(?![\"'$<{\[]|\.\.\.)[A-Za-z0-9+/_-]{12,}",
 }
 # What the last pattern also sees: names of settings and of Kubernetes objects, and paths.
-NOT_SECRET = re.compile(
-    r"RAY_AUTH_TOKEN_PATH=\S+|secretName: [a-z-]+|/home/secateur/token: \S+|auth_token=\"\$\(|automountServiceAccountToken"
-)
+NOT_SECRET = re.compile(r"RAY_AUTH_TOKEN_PATH=\S+|secretName: [a-z-]+|/home/secateur/token: \S+|auth_token=\"\$\(")
 
 
 def found(text: str) -> list[str]:

@@ -53,7 +53,7 @@ def test_kuberay_takes_each_object(name: str, kuberay: jsonschema.Draft202012Val
 
 
 @pytest.mark.parametrize(
-    "path, value",
+    ("path", "value"),
     [
         (["spec", "workerGroupSpec"], []),
         (["spec", "workerGroupSpecs", 0, "minReplicas"], "2"),
@@ -111,12 +111,10 @@ def test_pods_meet_the_restricted_standard_that_their_namespace_enforces(name: s
             assert context["capabilities"] == {"drop": ["ALL"]}
             assert container["resources"]["limits"]
             assert not container["image"].endswith(":latest")
-            written = {mount["mountPath"] for mount in container["volumeMounts"]}
+            mounts = container["volumeMounts"]
             home = next(variable["value"] for variable in container["env"] if variable["name"] == "HOME")
-            assert {"/tmp", home} <= written
-            assert {mount["name"] for mount in container["volumeMounts"]} == {
-                v["name"] for v in template["spec"]["volumes"]
-            }
+            assert {"/tmp", home} <= {mount["mountPath"] for mount in mounts}
+            assert {mount["name"] for mount in mounts} == {volume["name"] for volume in template["spec"]["volumes"]}
 
 
 @pytest.mark.parametrize("name", RAY)

@@ -48,7 +48,7 @@ def test_it_follows_the_specification() -> None:
     assert sorted(parsed.service_names()) == ["bucket", "mlflow", "postgres", "store"]
 
 
-@pytest.mark.parametrize("key, value", [("imge", "x"), ("ports", ["70000:1"]), ("healthcheck", {"tset": "x"})])
+@pytest.mark.parametrize(("key", "value"), [("imge", "x"), ("ports", ["70000:1"]), ("healthcheck", {"tset": "x"})])
 def test_the_parser_refuses_mistakes(key: str, value: Any) -> None:
     broken = {**COMPOSE, "services": {**SERVICES, "mlflow": {**SERVICES["mlflow"], key: value}}}
     with pytest.raises(ValueError):
@@ -57,13 +57,13 @@ def test_the_parser_refuses_mistakes(key: str, value: Any) -> None:
 
 def test_the_example_names_each_variable_and_holds_no_secret() -> None:
     assert {match[0] for match in VARIABLE.findall(TEXT)} == set(EXAMPLE)
-    assert SECRETS == {
+    assert {
         "POSTGRES_PASSWORD",
         "MLFLOW_ADMIN_PASSWORD",
         "MLFLOW_SESSION_KEY",
         "STORE_ACCESS_KEY",
         "STORE_SECRET_KEY",
-    }
+    } == SECRETS
     assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
 
 
