@@ -58,8 +58,8 @@ variable "admin_cidrs" {
   default     = []
 
   validation {
-    condition     = alltrue([for cidr in var.admin_cidrs : can(cidrnetmask(cidr)) && !endswith(cidr, "/0")])
-    error_message = "admin_cidrs are IPv4 ranges such as 203.0.113.7/32; a range of the whole internet is refused."
+    condition     = alltrue([for cidr in var.admin_cidrs : can(cidrnetmask(cidr)) && tonumber(split("/", cidr)[1]) >= 8])
+    error_message = "admin_cidrs are IPv4 ranges such as 203.0.113.7/32; anything wider than /8 is refused."
   }
 }
 
