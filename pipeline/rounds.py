@@ -78,14 +78,18 @@ def one_round(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     number: int,
+    folder: str | None = None,
 ) -> dict[str, Tensor]:
-    """Plan, mask, retrain, evaluate, check and save one round; or load it where it is finished."""
-    folder, run, clock = round_folder(number), session.run, time.monotonic()
+    """Plan, mask, retrain, evaluate, check and save one round; or load it where it is finished.
+
+    It lies in `folder`, by default that of round `number`.
+    """
+    folder, run, clock = folder or round_folder(number), session.run, time.monotonic()
     if run.has(folder, "metrics.json"):
         saved = checkpoint.load(run, f"{folder}/checkpoint")
         model.load_state_dict(saved.weights)
         return {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
-    plan = plan_round(session, model, prunable, dense_weights, alive, number)
+    plan = plan_round(session, model, prunable, dense_weights, alive, number, folder)
     kept = shared_masks(session, plan, prunable_weights(model, prunable), alive)
     apply_masks(model, kept)
     before = session.evaluate(model, "val").metrics()
@@ -115,6 +119,7 @@ def plan_round(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     number: int,
+    folder: str,
 ) -> RoundPlan:
     """The plan of a round, the same on every rank, since all hold the same weights; rank 0 writes it down."""
     qualities = None
@@ -123,7 +128,7 @@ def plan_round(
     weights = prunable_weights(model, prunable)
     plan = round_plan.make(session.config, number, weights, dense_weights, alive, qualities)
     if session.world.first:
-        session.run.commit(plan.as_json(prunable), round_folder(number), "plan.json")
+        session.run.commit(plan.as_json(prunable), folder, "plan.json")
     return plan
 
 
