@@ -30,7 +30,7 @@ def assemble(network: str, seed: int, samples: int, measured: Mapping[str, Json]
     "one-shot": [...], "iterative": [...]}. All losses are against the L2 dense network, on `samples` val images.
     """
     reference = measured["l2"]["dense"]["top1"]
-    curves = [
+    curves: list[Json] = [
         {"name": name, "points": [_point(reference, each, key) for each in measured[regulariser][kind]]}
         for name, (regulariser, kind, key) in CURVES.items()
     ]

@@ -19,7 +19,7 @@ COLUMNS = ("activation_density", "density", "flops_density")
 
 @dataclass(frozen=True)
 class SeedRun:
-    """A finished run of one seed. `outputs` and `measured`: each layer's number of outputs, and where Act% was taken."""
+    """A finished run of one seed; of each layer its number of outputs, and where its Act% was measured."""
 
     seed: int
     path: str
@@ -228,9 +228,7 @@ def markdown(found: Json, figures: Sequence[tuple[int, str, str]], command: str)
         "\n".join(f"- {note}" for note in notes(found)),
         *(figure(number, file, text) for number, file, text in figures),
         "## Runs",
-        "\n".join(
-            f"- seed {s['seed']}: [report]({s['run']}/report.html), verdict {s['verdict']}" for s in found["seeds"]
-        ),
+        "\n".join(f"- seed {s['seed']}: {s['verdict']}, [report]({s['run']}/report.html)" for s in found["seeds"]),
         f"Made by `{command}`, which goes on where it was stopped and repeats nothing.",
     ]
     return "\n\n".join(parts) + "\n"
