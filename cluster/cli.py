@@ -72,11 +72,7 @@ def reproduce(
     configs: paper.Configs = paper.CONFIGS,
 ) -> None:
     """The paper's tables 1-3 and figures 4-7 beside ours; goes on where it was stopped."""
-    jobs = paper.jobs(target, overrides or [], data, seeds, runs_dir, networks, configs)
-    if connect.in_job():
-        for job in jobs:
-            for config in job.runs.values():
-                connect.require_shared_paths(config, "in a job every path must be shared")
+    jobs = paper.jobs(target, overrides or [], data, seeds, runs_dir, networks, configs, _checked)
     paper.carry_out(jobs, RayEngine(), _typed())
 
 

@@ -7,7 +7,7 @@ are made from what the runs' own files say.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.names import lookup
 from pipeline.prune import round_plan
-from pipeline.results import curves, figures, paper, paper_figures, plots
+from pipeline.results import curves, figures, final, paper, paper_figures, plots
 from pipeline.results import reproduce as results
 from pipeline.results.reproduce import SeedRun
 from pipeline.session import Progress
@@ -51,18 +51,29 @@ class Job:
 
 
 def jobs(
-    target: str, overrides: Sequence[str], data: str | None, seeds: str, runs_dir: str, networks: str, configs: Path
+    target: str,
+    overrides: Sequence[str],
+    data: str | None,
+    seeds: str,
+    runs_dir: str,
+    networks: str,
+    configs: Path,
+    checked: Callable[[Path, list[str]], list[str]] = lambda _, overrides: overrides,
 ) -> list[Job]:
-    """What a command has to do. Raises UserError for an unknown name or seed, or where no data is named."""
+    """What a command has to do; `checked` may refuse settings before they are used.
+
+    Raises UserError for an unknown name or seed, or where no data is named.
+    """
     known: dict[str, Sequence[str]] = {name: (name,) for name in (*paper.NETWORKS, "figure5")}
     names = lookup({**known, "all": tuple(known)}, target, "TARGET")
     numbers = _seeds(seeds)
     settings = [*overrides, *_data_root(overrides, data)]
 
     def load(name: str) -> Config:
-        if not (configs / f"{name}.yaml").is_file():
+        path = configs / f"{name}.yaml"
+        if not path.is_file():
             raise UserError(f"--configs={configs}: there is no {name}.yaml; give the folder configs/paper of a clone")
-        return commands.load(configs / f"{name}.yaml", [*settings, f"runs_dir={runs_dir}"])
+        return commands.load(path, checked(path, [*settings, f"runs_dir={runs_dir}"]))
 
     made = []
     for name in names:
@@ -136,8 +147,11 @@ def _network(job: Job, engine: Engine, command: str) -> None:
     found = results.aggregate(job.name, network, runs)
     config = next(iter(job.runs.values()))
     first = storage.join(config.runs_dir, config.name)
-    drawn = [_figure4(found, first, config)] if job.name == "lenet-300-100" else []
-    drawn += [_figure6(first), _figure7(first)]
+    drawn = [_figure7(first)]
+    if round_plan.needs_scan(config):
+        drawn.insert(0, _figure6(first))
+    if job.name == "lenet-300-100":
+        drawn.insert(0, _figure4(first, config.data.size))
     for number, png, _ in drawn:
         storage.write_bytes(storage.join(job.folder, f"figure{number}.png"), png)
     texts = [(number, f"figure{number}.png", text) for number, _, text in drawn]
@@ -159,17 +173,16 @@ def _seed_run(seed: int, config: Config, result: dict[str, Any]) -> SeedRun:
 Drawn = tuple[int, bytes, str]  # the figure's number, PNG, and what it shows in words
 
 
-def _figure4(found: dict[str, Any], root: str, config: Config) -> Drawn:
+def _figure4(root: str, size: int) -> Drawn:
     weights = load_safetensors(storage.read_bytes(storage.join(root, "final", "model.safetensors")))
     kept = weights["fc1.weight"] != 0
-    lie = paper_figures.centre(kept, config.data.size)
-    found["figure4"] = lie
+    lie = paper_figures.centre(kept, size)
     text = (
-        f"{lie['middle_share']:.0%} of the kept weights read the middle of the image, which is {lie['middle_area']:.0%} "
-        f"of its pixels; {lie['empty_pixels']} of {lie['pixels']} pixels have no weight left, and "
+        f"{lie['middle_share']:.0%} of the kept weights read the middle of the image, {lie['middle_area']:.0%} of its "
+        f"pixels; {lie['empty_pixels']} of {lie['pixels']} pixels have no weight left, and "
         f"{int(np.count_nonzero(lie['rows']))} of the {len(lie['rows'])} rows of pixels have a band."
     )
-    return 4, figures.to_png(paper_figures.bands(kept, config.data.size)), text
+    return 4, figures.to_png(paper_figures.bands(kept, size)), text
 
 
 def _figure6(root: str) -> Drawn:
@@ -223,8 +236,8 @@ def figure5_run(config: Config, engine: Engine, progress: Progress) -> dict[str,
         if round_plan.needs_scan(config):
             made_from = stages.scan_stage(made_from, config, engine, here, progress)
         stages.train_stage("figure5", made_from, config, engine, here, progress)
-        done = [here.read(stage, "finished.json") for stage in ("shards", "dense", "scan", "figure5")]
-        seconds = sum(marker["seconds"] for marker in done)
+        times = [final.stage_seconds(here, stage) for stage in ("shards", "dense", "scan", "figure5")]
+        seconds = sum(each for each in times if each is not None)
         return {**figure5.read(config, here), "val": here.read("data.json")["val"], "seconds": seconds}
 
 

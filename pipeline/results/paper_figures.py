@@ -31,7 +31,7 @@ def bands(kept: NDArray[np.bool_], size: int) -> Figure:
     columns = kept.sum(0)
     ticks = list(range(0, inputs + 1, 4 * size))
     with styled():
-        figure, axes = new(10.5, 5.4, 2, 2, width_ratios=[3, 1], height_ratios=[3, 1.4])
+        figure, axes = new(10.5, 5, 2, 2, width_ratios=[2.6, 1], height_ratios=[3, 1.4])
         pattern, picture, counts, spare = axes
         spare.remove()
         share = f"{kept.sum():,} of {kept.size:,} weights kept ({kept.mean():.1%})"
@@ -48,12 +48,12 @@ def bands(kept: NDArray[np.bool_], size: int) -> Figure:
             axis.set_xticks(ticks)
         pattern.grid(visible=False)
         shown = picture.imshow(columns.reshape(size, size), cmap="Blues", interpolation="none", vmin=0)
-        picture.set_title("As an image", fontsize=9)
+        picture.set_title("Non-zeros of each pixel", fontsize=9)
         picture.grid(visible=False)
         picture.set_xticks([])
         picture.set_yticks([])
-        bar = figure.colorbar(shown, ax=picture, orientation="horizontal", shrink=0.8)
-        bar.set_label("non-zeros of a pixel", fontsize=8)
+        picture.spines[:].set_visible(False)
+        figure.colorbar(shown, ax=picture, shrink=0.7).outline.set_visible(False)  # type: ignore[operator]
     return figure
 
 

@@ -155,7 +155,7 @@ def _table1(found: Json, network: paper.Network) -> TextTable:
         row = table[key]
         values = [*(seed[key if key != "weights" else "weights_total"] for seed in seeds), row["mean"], row["std"]]
         shown = [NONE if value is None else form.format(value) for value in (*values, row["paper"])]
-        return [label, *shown, "+" + form.format(0) if row["difference"] == 0 else f"{row['difference']:+,.4g}"]
+        return [label, *shown, form.replace(":", ":+").format(row["difference"])]
 
     rows = [
         *(
