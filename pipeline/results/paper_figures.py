@@ -53,7 +53,7 @@ def bands(kept: NDArray[np.bool_], size: int) -> Figure:
         picture.set_xticks([])
         picture.set_yticks([])
         picture.spines[:].set_visible(False)
-        figure.colorbar(shown, ax=picture, shrink=0.7).outline.set_visible(False)  # type: ignore[operator]
+        figure.colorbar(shown, ax=picture, shrink=0.7).outline.set_visible(False)
     return figure
 
 

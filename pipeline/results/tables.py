@@ -19,7 +19,7 @@ class TextTable:
     def markdown(self) -> str:
         """The table in GitHub's Markdown, its title in bold above it."""
         lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
