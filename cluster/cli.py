@@ -67,7 +67,7 @@ def reproduce(
     overrides: Overrides = None,
     data: paper.DataRoot = None,
     seeds: paper.Seeds = "0,1,2",
-    runs_dir: paper.RunsDir = "runs",
+    runs_dir: paper.RunsDir = None,
     networks: paper.Networks = paper.ALL_NETWORKS,
     configs: paper.Configs = paper.CONFIGS,
 ) -> None:

@@ -38,7 +38,8 @@ def variant(config: Config, regulariser: str, runs_dir: str) -> Config:
             f"prune.schedule={config.prune.schedule}: figure 5 takes its densities from prune.list; set "
             "prune.schedule=list and prune.list=[0.5,0.2,0.1]"
         )
-    changed = {part: getattr(config, part).model_copy(update={off: 0.0}) for part in ("dense", "retrain")}
+    changed: dict[str, Any] = {p: getattr(config, p).model_copy(update={off: 0.0}) for p in ("dense", "retrain")}
+    changed["tracking"] = config.tracking.model_copy(update={"enabled": False})  # there are no rounds to mirror
     return config.model_copy(update={"name": regulariser, "runs_dir": runs_dir, **changed})
 
 

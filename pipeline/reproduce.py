@@ -36,7 +36,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "paper"
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="lenet-300-100, lenet-5, figure5 or all.")]
 DataRoot = Annotated[str | None, typer.Option("--data", help="Folder of MNIST's idx files; sets data.root.")]
 Seeds = Annotated[str, typer.Option(help="Seeds of the networks' runs; figure5 takes the first.")]
-RunsDir = Annotated[str, typer.Option(help="Folder that holds runs.")]
+RunsDir = Annotated[str | None, typer.Option(help="Folder that holds runs; sets runs_dir.")]
 Networks = Annotated[str, typer.Option(help="The networks of figure5.")]
 Configs = Annotated[Path, typer.Option(help="Folder with NETWORK.yaml and figure5-NETWORK.yaml.")]
 
@@ -55,7 +55,7 @@ def jobs(
     overrides: Sequence[str],
     data: str | None,
     seeds: str,
-    runs_dir: str,
+    runs_dir: str | None,
     networks: str,
     configs: Path,
     checked: Callable[[Path, list[str]], list[str]] = lambda _, overrides: overrides,
@@ -67,31 +67,40 @@ def jobs(
     known: dict[str, Sequence[str]] = {name: (name,) for name in (*paper.NETWORKS, "figure5")}
     names = lookup({**known, "all": tuple(known)}, target, "TARGET")
     numbers = _seeds(seeds)
-    settings = [*overrides, *_data_root(overrides, data)]
+    settings = [*overrides, *_data_root(overrides, data), *([f"runs_dir={runs_dir}"] if runs_dir else [])]
+    for override in overrides:
+        if override.startswith(("seed=", "name=")):
+            raise UserError(f"'{override}': the runs are named by their seeds; use --seeds instead")
 
     def load(name: str) -> Config:
         path = configs / f"{name}.yaml"
         if not path.is_file():
             raise UserError(f"--configs={configs}: there is no {name}.yaml; give the folder configs/paper of a clone")
-        return commands.load(path, checked(path, [*settings, f"runs_dir={runs_dir}"]))
+        return commands.load(path, checked(path, settings))
 
-    made = []
-    for name in names:
-        if name != "figure5":
-            config = load(name)
-            folder = storage.join(config.runs_dir, "reproduce", name)
-            made.append(Job(name, folder, {seed: _of_seed(config, folder, name, seed) for seed in numbers}))
-            continue
-        runs = {}
-        for network in networks.split(","):
-            lookup(paper.NETWORKS, network, "--networks")
-            config = load(f"figure5-{network}").model_copy(update={"seed": numbers[0]})
-            folder = storage.join(config.runs_dir, "reproduce", name)
-            for regulariser in figure5.REGULARISERS:
-                where = storage.join(folder, network)
-                runs[network, regulariser] = figure5.variant(config, regulariser, where)
-        made.append(Job(name, folder, runs))
-    return made
+    figure = [network.strip() for network in networks.split(",")]
+    return [
+        _figure5_job(load, figure, numbers[0]) if name == "figure5" else _network_job(load, name, numbers)
+        for name in names
+    ]
+
+
+def _network_job(load: Callable[[str], Config], name: str, seeds: Sequence[int]) -> Job:
+    config = load(name)
+    folder = storage.join(config.runs_dir, "reproduce", name)
+    return Job(name, folder, {seed: _of_seed(config, folder, name, seed) for seed in seeds})
+
+
+def _figure5_job(load: Callable[[str], Config], networks: Sequence[str], seed: int) -> Job:
+    runs = {}
+    for network in networks:
+        lookup(paper.NETWORKS, network, "--networks")
+        config = load(f"figure5-{network}").model_copy(update={"seed": seed})
+        folder = storage.join(config.runs_dir, "reproduce", "figure5")
+        for regulariser in figure5.REGULARISERS:
+            where = storage.join(folder, network)
+            runs[network, regulariser] = figure5.variant(config, regulariser, where)
+    return Job("figure5", folder, runs)
 
 
 def _seeds(text: str) -> list[int]:
@@ -119,7 +128,7 @@ def _data_root(overrides: Sequence[str], data: str | None) -> list[str]:
 def _of_seed(config: Config, folder: str, name: str, seed: int) -> Config:
     """The run of one seed; in MLflow it lies with the other runs of runs_dir, in an experiment of its own."""
     tracking = config.tracking
-    if tracking.uri is None:
+    if tracking.uri is None and "://" not in config.runs_dir:
         tracking = tracking.model_copy(update={"uri": f"sqlite:///{storage.join(config.runs_dir, 'mlflow.db')}"})
     tracking = tracking.model_copy(update={"experiment": f"{tracking.experiment}/reproduce/{name}"})
     return config.model_copy(update={"name": f"seed-{seed}", "runs_dir": folder, "seed": seed, "tracking": tracking})

@@ -31,7 +31,7 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = np.pad((digits.images * 15.9).astype(np.uint8).repeat(3, 1).repeat(3, 2), ((0, 0), (2, 2), (2, 2)))
     assert images.shape[1:] == (28, 28)
     folder = tmp_path_factory.mktemp("mnist")
-    for name, part in (("train", slice(0, 1200)), ("t10k", slice(1200, None))):
+    for name, part in (("train", slice(0, 700)), ("t10k", slice(700, 1000))):
         few, labels = images[part], digits.target[part].astype(np.uint8)
         (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, *few.shape) + few.tobytes())
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, len(labels)) + labels.tobytes())
@@ -163,6 +163,7 @@ def test_all_is_both_networks_and_figure_5_with_three_seeds(
         ("lenet-5", [], {"data": None}, ["--data", "SECATEUR_DATA"]),
         ("lenet-5", [], {"seeds": "0,0"}, ["--seeds=0,0"]),
         ("lenet-5", [], {"seeds": "a"}, ["--seeds=a"]),
+        ("lenet-5", ["seed=3"], {}, ["seed=3", "--seeds"]),
         ("lenet-5", [], {"configs": Path("nowhere")}, ["--configs=nowhere", "lenet-5.yaml"]),
         ("lenet-5", ["prune.round=1"], {}, ["prune.round", "did you mean"]),
         ("figure5", [], {"networks": "lenet-6"}, ["--networks", "lenet-6"]),
