@@ -89,8 +89,10 @@ def one_round(
         saved = checkpoint.load(run, f"{folder}/checkpoint")
         model.load_state_dict(saved.weights)
         return {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
-    plan = plan_round(session, model, prunable, dense_weights, alive, number, folder)
+    plan = plan_round(session, model, prunable, dense_weights, alive, number)
     kept = shared_masks(session, plan, prunable_weights(model, prunable), alive)
+    if session.world.first:
+        run.commit(plan.as_json(prunable), folder, "plan.json")
     apply_masks(model, kept)
     before = session.evaluate(model, "val").metrics()
     session.progress(
@@ -119,17 +121,13 @@ def plan_round(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     number: int,
-    folder: str,
 ) -> RoundPlan:
-    """The plan of a round, the same on every rank, since all hold the same weights; rank 0 writes it down."""
+    """The plan of a round, the same on every rank, since all hold the same weights."""
     qualities = None
     if round_plan.needs_scan(session.config):
         qualities = {tensor["name"]: tensor["quality"] for tensor in session.run.read("scan", "scan.json")["tensors"]}
     weights = prunable_weights(model, prunable)
-    plan = round_plan.make(session.config, number, weights, dense_weights, alive, qualities)
-    if session.world.first:
-        session.run.commit(plan.as_json(prunable), folder, "plan.json")
-    return plan
+    return round_plan.make(session.config, number, weights, dense_weights, alive, qualities)
 
 
 def shared_masks(
