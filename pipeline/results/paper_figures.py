@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MultipleLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 from numpy.typing import NDArray
 
-from pipeline.results.figures import GRID, INK, PALETTE, new, styled
+from pipeline.results.figures import INK, PALETTE, new, styled
 
 CLOSE_UP = (-5.0, 1.0)  # points of accuracy, about the range of the paper's figure 5
 _LOOKS = {
@@ -74,23 +74,29 @@ def centre(kept: NDArray[np.bool_], size: int) -> dict[str, Any]:
 
 
 def tradeoff(curves: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Figure 5: accuracy lost (points) against parameters away (%), close up as in the paper, and whole."""
+    """Figure 5: accuracy lost (points) against parameters away (%), close up as in the paper, and whole.
+
+    The whole has a logarithmic axis, which gives the steep end room.
+    """
     with styled():
         figure, (close, whole) = new(10.5, 4.2, 1, 2)
-        for axis, name in ((close, f"{title}, close up"), (whole, "All of it")):
+        for axis in (close, whole):
             _tradeoff_panel(axis, curves)
-            axis.set_title(name)
+        close.set_title(f"{title}, close up")
         close.set_ylim(*CLOSE_UP)
         close.set_ylabel("change of val accuracy (points)")
         close.yaxis.set_major_locator(MultipleLocator(1))
-        lines = close.get_legend_handles_labels()
-        figure.legend(*lines, loc="outside lower center", ncols=len(curves))
+        whole.set_title("All of it, where it is steep drawn wider")
+        whole.set_xscale("function", functions=(_stretched, _unstretched))
+        whole.xaxis.set_major_locator(FixedLocator([0, 50, 80, 90, 95, 98, 99]))
+        for axis in (close, whole):
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+        figure.legend(*close.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
     return figure
 
 
 def _tradeoff_panel(axis: Axes, curves: Sequence[Mapping[str, Any]]) -> None:
     axis.axhline(0, color=INK, linewidth=1, zorder=1)
-    away = sorted(100 * point["away"] for point in curves[0]["points"])
     for curve in curves:
         colour, marker, line = _LOOKS[curve["name"]]
         points = sorted(curve["points"], key=lambda point: point["away"])
@@ -102,7 +108,13 @@ def _tradeoff_panel(axis: Axes, curves: Sequence[Mapping[str, Any]]) -> None:
             linestyle=line,
             label=curve["name"],
         )
-    axis.axvline(100, color=GRID, linewidth=1)
-    axis.set_xlim(away[0] - 2, 101)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
     axis.set_xlabel("parameters pruned away")
+
+
+def _stretched(away: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Percent away to the logarithm of what is kept, rising."""
+    return -np.log(np.maximum(100 - away, 1e-6))
+
+
+def _unstretched(value: NDArray[np.floating]) -> NDArray[np.floating]:
+    return 100 - np.exp(-value)
