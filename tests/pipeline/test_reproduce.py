@@ -21,7 +21,7 @@ from pipeline.train.loop import Training
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ["dense.epochs=2", "dense.batch_size=64", "retrain.epochs=1", "retrain.batch_size=64", "tracking.enabled=false"]
 NETWORK = [*SMALL, "prune.rounds=2", "scan.levels=[0.5,0.1]"]
-CURVES = [*SMALL, "prune.list=[0.3,0.05]", "scan.levels=[0.5,0.1]"]
+CURVES = [*SMALL, "dense.steps=15", "retrain.steps=5", "prune.list=[0.3,0.05]", "scan.levels=[0.5,0.1]"]
 
 
 @pytest.fixture(scope="module")
