@@ -59,7 +59,7 @@ def prune(session: Session) -> None:
     model = session.new_model()
     model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
     prunable, _ = models.survey(model, session.config.prune.include, session.config.prune.exclude)
-    dense_weights = prunable_weights(model, prunable)
+    dense_weights = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
     alive = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense_weights.items()}
     for number in range(1, len(round_plan.densities(session.config)) + 1):
         alive = one_round(session, model, prunable, dense_weights, alive, number)
@@ -78,9 +78,13 @@ def one_round(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     number: int,
+    folder: str | None = None,
 ) -> dict[str, Tensor]:
-    """Plan, mask, retrain, evaluate, check and save one round; or load it where it is finished."""
-    folder, run, clock = round_folder(number), session.run, time.monotonic()
+    """Plan, mask, retrain, evaluate, check and save one round; or load it where it is finished.
+
+    It lies in `folder`, by default that of round `number`.
+    """
+    folder, run, clock = folder or round_folder(number), session.run, time.monotonic()
     if run.has(folder, "metrics.json"):
         saved = checkpoint.load(run, f"{folder}/checkpoint")
         model.load_state_dict(saved.weights)

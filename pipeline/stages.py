@@ -116,7 +116,7 @@ BUILD_SETTINGS = {
 
 
 def train_stage(stage: str, made_from: str, config: Config, engine: Engine, here: Run, progress: Progress) -> str:
-    """Run `dense` or `rounds` on the engine; returns what the stage is made from."""
+    """Run `dense`, `rounds` or `figure5` on the engine; returns what the stage is made from."""
     started = time.monotonic()
     made_from = fingerprint(stage, made_from, stage_settings(stage, config))
     if here.finished(stage, made_from):
@@ -199,4 +199,4 @@ def stage_settings(stage: str, config: Config) -> dict[str, Any]:
         },
         "rounds": {key: everything[key] for key in ("prune", "retrain", "target")},
     }
-    return parts[stage]
+    return parts["rounds" if stage == "figure5" else stage]

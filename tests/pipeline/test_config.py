@@ -103,7 +103,7 @@ def test_the_schema_for_editors_is_up_to_date() -> None:
     ), "run `make schema`, which writes configs/schema.json"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_of_the_repo_loads(path: Path) -> None:
     text = yaml.safe_load(path.read_text())
     needs_root = text["data"]["source"] != "digits"

@@ -20,6 +20,7 @@ from pipeline.data import shards
 from pipeline.distributed import World, configure_process
 from pipeline.errors import RunStopped, UserError
 from pipeline.local import LocalEngine
+from pipeline.prune import round_plan
 from pipeline.results import packed
 from pipeline.state import run_root
 from pipeline.train import checkpoint
@@ -74,6 +75,23 @@ def test_a_run_reaches_its_target_and_says_what_it_did(tiny: Callable[..., Confi
     assert result["test"]["samples"] == 360
     assert (root / "report.html").read_text().count("<svg") > 3
     assert json.loads((root / "result.json").read_text()) == result
+
+
+def test_each_rounds_thresholds_rest_on_the_dense_networks_deviations(tiny: Callable[..., Config]) -> None:
+    config = tiny(**{"prune.dense_control": False})
+    carry_out(config)
+    here = stages.Run(run_root(config), 1)
+    dense, first = (checkpoint.load(here, f"{part}/checkpoint") for part in ("dense", "rounds/01"))
+    scan, plan = here.read("scan", "scan.json"), here.read("rounds/02", "plan.json")
+    expected = round_plan.make(
+        config,
+        2,
+        {name: first.weights[name] for name in first.masks},
+        {name: dense.weights[name] for name in first.masks},
+        first.masks,
+        {tensor["name"]: tensor["quality"] for tensor in scan["tensors"]},
+    )
+    assert {row["name"]: row["keep"] for row in plan["tensors"]} == expected.keep
 
 
 def test_a_finished_run_is_not_run_again(tiny: Callable[..., Config]) -> None:
