@@ -28,7 +28,7 @@ from pipeline.seeding import generator
 from pipeline.train.evaluate import forward, inputs, judge
 
 CHUNK_BYTES = 2**28  # of shared states held at a time; a tensor is masked anew for each level and chunk
-PROBE = 8  # samples on which a cut is tried
+PROBE = 2  # samples on which a cut is tried
 
 
 @dataclass(frozen=True)
