@@ -42,9 +42,9 @@ def measure(
 
     Known are the levels of a scan that was stopped, and those in the files `merged`, which must be of the same
     weights, data and settings. `after` scans the model of that finished round, whose masks stay applied. Raises
-    UserError for a file that does not fit and for a round that is not finished.
+    UserError for a file that does not fit.
     """
-    source = DENSE if after is None else _finished_round(after, here)
+    source = DENSE if after is None else f"{round_folder(after)}/checkpoint"
     trials = "trials.json" if after is None else f"after-{after}.trials.json"
     made_of = origin(source, config, here)
     known, dense = _stopped(here, trials, made_of)
@@ -93,8 +93,8 @@ def origin(source: str, config: Config, here: Run) -> dict[str, Any]:
     }
 
 
-def _finished_round(number: int, here: Run) -> str:
-    """Where the checkpoint of a finished round lies."""
+def require_round(number: int, here: Run) -> None:
+    """Raise UserError if the round is not finished."""
 
     def finished(number: int) -> bool:
         return here.has(round_folder(number), "metrics.json")
@@ -105,7 +105,6 @@ def _finished_round(number: int, here: Run) -> str:
             count += 1
         known = f"rounds 1 to {count} are" if count else "no round is"
         raise UserError(f"--after {number}: {known} finished in '{here.root}'; `secateur run` goes on with the rounds")
-    return f"{round_folder(number)}/checkpoint"
 
 
 def _stopped(here: Run, trials: str, made_of: dict[str, Any]) -> tuple[Trials, dict[str, float] | None]:

@@ -139,6 +139,7 @@ def scan(
 ) -> dict[str, Any]:
     """Only the scan, with the stages before it, or of a finished round's model; returns the content of its file."""
     if after is not None:
+        scans.require_round(after, here)
         return scans.measure(survey(config, here), config, engine, here, progress, merged, after)
     made_from = shards_stage(config, here, progress)
     made_from = train_stage("dense", made_from, config, engine, here, progress)
