@@ -1,15 +1,15 @@
 """The scan against a straightforward one: a deep copy of the network for each tensor and level, all samples, whole
 forward passes, as distiller does it. Same levels, same numbers.
 
-    SECATEUR_DATA=... python benchmarks/bench_scan.py [--images 100] [--every 4] [--levels 0.6,0.3,0.1] [--full]
+    SECATEUR_DATA=... python benchmarks/bench_scan.py [--images 100] [--race-images 400] [--every 8] [--full]
 
-Two tables. The first compares the time of the same grid, decoding left out on both sides, with the share of the FLOPs
-that lie at or after the scanned layer, which is all that must be computed again. The second runs the adaptive scan
-with racing on SqueezeNet, and draws 20 other orders of the samples to see how often the intervals hold the drop that
-all samples have. Seconds are of this process's own processor time, one thread, so that a busy machine changes little.
-The dense network's own answers, one pass for all tensors, are left out of ours and shown apart. By default a part of
-the images and tensors; --full takes all 800 and 13 levels, which is hours on two cores. AlexNet has random weights: its
-times mean something, its accuracies do not.
+Two tables. The first compares the time of the same grid of 13 levels, decoding left out on both sides, with the share
+of the FLOPs that lie at or after the scanned layer, which is all that must be computed again. The second runs the
+adaptive scan with racing on SqueezeNet, and draws 20 other orders of the samples to see how often the intervals hold
+the drop that all samples have. Seconds are of this process's own processor time, one thread, so that a busy machine
+changes little. The dense network's own answers, one pass for all tensors, are left out of ours and shown apart. By
+default a part of the images and of SqueezeNet's tensors; --full takes all, which is hours on two cores. AlexNet has
+random weights: its times mean something, its accuracies do not.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from pipeline.prune.trace import graph_of
 CPU = torch.device("cpu")
 LEVELS = list(Scan.model_fields["levels"].default)
 ADAPTIVE = {"mode": "adaptive", "tolerance": 0.15, "max_levels": 7, "interval": 0.1}
+POINTS = [0.6, 0.3, 0.1]  # the levels whose coverage is checked
 REPEATS = 20
 
 
@@ -58,41 +59,47 @@ class Straightforward:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--every", type=int, default=4, help="takes every N-th tensor of SqueezeNet")
-    parser.add_argument("--levels", default="0.6,0.3,0.1")
-    parser.add_argument("--networks", default="alexnet,squeezenet1_1")
+    parser.add_argument("--images", type=int, default=100, help="of the first table")
+    parser.add_argument("--race-images", type=int, default=400, help="of the second table; 0 leaves it out")
+    parser.add_argument("--every", type=int, default=8, help="takes every N-th tensor of SqueezeNet")
+    parser.add_argument("--networks", default="alexnet,squeezenet1_1", help="of the first table")
     parser.add_argument("--full", action="store_true")
     given = parser.parse_args()
-    levels = [float(part) for part in given.levels.split(",")]
     if given.full:
-        given.images, given.every, levels = 800, 1, LEVELS
+        given.images, given.race_images, given.every = 800, 800, 1
     data = os.environ.get("SECATEUR_DATA")
     if not data:
         sys.exit("set SECATEUR_DATA to the folder that holds imagenette-224-subset.tar")
     torch.set_num_threads(1)
-    config = make_config(data, levels)
-    batches = read(config, given.images)
-    table = Table(title=f"same grid: {len(levels)} levels, {given.images} images, seconds")
-    for title in ("network", "tensors", "straightforward", "ours", "ratio", "suffix FLOPs", "ratio / share"):
+    table = Table(title=f"same grid: {len(LEVELS)} levels, {given.images} images, seconds")
+    for title in (
+        "network",
+        "tensors",
+        "straightforward",
+        "ours",
+        "ratio",
+        "suffix FLOPs",
+        "ratio / share",
+        "dense pass",
+    ):
         table.add_column(title, justify="right")
     console = Console(width=140)
-    for name in given.networks.split(","):
-        model = build(name, data)
-        tensors = models.survey(model)[0][:: given.every if name != "alexnet" else 1]
-        dense, once = timed(lambda model=model: sensitivity.answers(model, batches, config, CPU))
+    config = make_config(data, levels=LEVELS)
+    for name in filter(None, given.networks.split(",")):
+        model, tensors = build(name, data, given.every)
+        batches = read(config, given.images)
+        dense, once = timed(lambda model=model, batches=batches: sensitivity.answers(model, batches, config, CPU))
         found, seconds = same_grid(model, tensors, batches, dense, config)
-        share = suffix_share(model, tensors)
-        ratio = seconds / found.seconds
+        share, ratio = suffix_share(model, tensors), seconds / found.seconds
         cells = (f"{found.seconds:.1f}", f"{seconds:.1f}", f"{ratio:.3f}", f"{share:.3f}", f"{ratio / share:.2f}")
-        table.add_row(name, str(len(tensors)), *cells)
-        console.print(f"{name}: {ratio:.3f} of the straightforward scan, share {share:.3f}; dense pass {once:.1f} s")
-        if name != "alexnet":
-            race(console, model, tensors, batches, found, config)
-    console.print(table)
+        table.add_row(name, str(len(tensors)), *cells, f"{once:.1f}")
+    if given.networks:
+        console.print(table)
+    if given.race_images:
+        console.print(race(data, given.race_images, given.every))
 
 
-def make_config(data: str, levels: list[float], **scan: Any) -> Config:
+def make_config(data: str, **scan: Any) -> Config:
     tree = {
         "name": "bench",
         "data": {
@@ -100,7 +107,7 @@ def make_config(data: str, levels: list[float], **scan: Any) -> Config:
             "class_index": f"{data}/imagenet_class_index.json", "eval_batch": 50,
             "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
         },
-        "scan": {"levels": levels, **scan},
+        "scan": scan,
     }  # fmt: skip
     return settings.parse(tree)
 
@@ -114,13 +121,14 @@ def read(config: Config, count: int) -> list[Batch]:
     return [Batch(*parts) for parts in zip(*(t.split(config.data.eval_batch) for t in whole), strict=True)]
 
 
-def build(name: str, data: str) -> nn.Module:
+def build(name: str, data: str, every: int) -> tuple[nn.Module, list[Prunable]]:
+    """A network, and its tensors or, of SqueezeNet, every so many of them."""
     torch.manual_seed(0)
     model: nn.Module = getattr(torchvision.models, name)().eval()
     if name == "squeezenet1_1":
         path = Path(data) / "weights/squeezenet1_1_imagenet.pth"
         model.load_state_dict(torch.load(path, weights_only=True))
-    return model
+    return model, models.survey(model)[0][:: every if name == "squeezenet1_1" else 1]
 
 
 def same_grid(
@@ -174,40 +182,36 @@ def suffix_share(model: nn.Module, tensors: list[Prunable]) -> float:
     return float(np.mean(shares))
 
 
-def race(
-    console: Console,
-    model: nn.Module,
-    tensors: list[Prunable],
-    batches: list[Batch],
-    theirs: Straightforward,
-    config: Config,
-) -> None:
+def race(data: str, count: int, every: int) -> Table:
     """The adaptive scan with racing: its time against a straightforward grid of 13 levels, and its coverage."""
-    samples = sum(len(batch.labels) for batch in batches)
-    adaptive = config.model_copy(update={"scan": Scan.model_validate({"levels": LEVELS, **ADAPTIVE})})
-    mixed = sensitivity.shuffled(batches, samples, config.data.eval_batch, seed=0)
-    dense = sensitivity.answers(model, mixed, config, CPU)
+    model, tensors = build("squeezenet1_1", data, every)
+    config, adaptive = make_config(data, levels=POINTS), make_config(data, levels=LEVELS, **ADAPTIVE)
+    batches = read(config, count)
+    mixed = sensitivity.shuffled(batches, count, config.data.eval_batch, seed=0)
+    dense, once = timed(lambda: sensitivity.answers(model, mixed, config, CPU))
+    theirs = Straightforward({}, 0.0)
     levels, seconds = [], 0.0
     for tensor in tensors:
-        found, spent = timed(
-            lambda tensor=tensor: list(sensitivity.scan_tensor(model, tensor.name, [], mixed, dense, adaptive, CPU))
+        found, spent = timed(lambda name=tensor.name: straightforward(model, name, batches, config))
+        theirs.answers[tensor.name] = found
+        theirs.seconds += spent * len(LEVELS) / len(POINTS)
+        made, spent = timed(
+            lambda name=tensor.name: list(sensitivity.scan_tensor(model, name, [], mixed, dense, adaptive, CPU))
         )
-        levels += found
+        levels += made
         seconds += spent
-    thirteen = theirs.seconds * len(LEVELS) / len(config.scan.levels)
     widest = max((level.drop_high - level.drop_low) / 2 for level in levels)
-    table = Table(
-        "adaptive, racing", "", title=f"SqueezeNet 1.1, {len(tensors)} tensors, {samples} images", show_header=False
-    )
+    inside, points, samples = coverage(batches, model, theirs, adaptive)
+    table = Table("", "", title=f"adaptive, racing: SqueezeNet 1.1, {len(tensors)} tensors, {count} images")
     table.add_row("settings", ", ".join(f"{key}={value}" for key, value in ADAPTIVE.items()))
     table.add_row("levels of a tensor, mean", f"{len(levels) / len(tensors):.1f} (the grid has {len(LEVELS)})")
     table.add_row("samples of a level, mean", f"{np.mean([level.samples for level in levels]):.0f}")
     table.add_row("half-width of the drop's interval", f"{widest:.3f} at most")
-    table.add_row("seconds", f"{seconds:.1f} of {thirteen:.1f} straightforward (13 levels), {seconds / thirteen:.3f}")
-    inside, points, widths = coverage(batches, model, theirs, adaptive)
+    times = f"{seconds:.1f} of {theirs.seconds:.1f} straightforward (13 levels, reckoned from {len(POINTS)})"
+    table.add_row("seconds", f"{times}: {seconds / theirs.seconds:.3f}; dense pass {once:.1f}")
     table.add_row("inside their interval", f"{inside} of {points} points ({inside / points:.1%}), {REPEATS} orders")
-    table.add_row("samples of those points, mean", f"{widths:.0f}")
-    console.print(table)
+    table.add_row("samples of those points, mean", f"{samples:.0f}")
+    return table
 
 
 def coverage(batches: list[Batch], model: nn.Module, theirs: Straightforward, config: Config) -> tuple[int, int, float]:

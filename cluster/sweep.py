@@ -36,7 +36,10 @@ def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, so
 
     shared = ray.put(shared_inputs(config, run, source))
     reserved = {"num_cpus": config.cluster.cpus_per_trial, "num_gpus": config.cluster.gpus_per_trial}
-    dense = ray.get(ray.remote(**reserved, max_retries=config.cluster.max_failures)(answer).remote(shared))
+    try:
+        dense = ray.get(ray.remote(**reserved, max_retries=config.cluster.max_failures)(answer).remote(shared))
+    except ray.exceptions.RayError as error:
+        raise RunStopped(f"scan: the network as it is could not be measured: {str(error).splitlines()[-1]}") from error
     if not todo:
         return dict(dense.figures())
     name = f"{config.name}-scan-{uuid.uuid4().hex[:8]}"
