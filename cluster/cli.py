@@ -47,18 +47,26 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def scan(config: ConfigPath, overrides: Overrides = None) -> None:
+def scan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    after: Annotated[int | None, typer.Option(help="Scan the model of this finished round.", metavar="ROUND")] = None,
+    merge: Annotated[
+        list[str] | None, typer.Option(help="Take the levels of these scan.json, of other machines.", metavar="FILE...")
+    ] = None,
+) -> None:
     """Only the sensitivity scan, with what it needs before it (shards, dense network)."""
-    loaded = commands.load(config, _checked(config, overrides))
+    given = overrides or []
+    files = [*merge, *(part for part in given if "=" not in part)] if merge else []
+    given = [part for part in given if part not in files]
+    loaded = commands.load(config, _checked(config, given))
     engine = RayEngine()
     with Display() as display, state.open_run(loaded) as here:
         try:
-            made_from = stages.shards_stage(loaded, here, display)
-            made_from = stages.train_stage("dense", made_from, loaded, engine, here, display)
-            stages.scan_stage(made_from, loaded, engine, here, display)
+            found = stages.scan(loaded, engine, here, display, files, after)
         finally:
             engine.close()
-    show_scan(here.read("scan", "scan.json"))
+    show_scan(found)
 
 
 @app.command()

@@ -23,10 +23,10 @@ class RayEngine:
         self._connect(config, run)
         training.train(self.ray, stage, config, run, progress)
 
-    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel) -> dict[str, float]:
+    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
         """Run the scan as trials of Ray Tune."""
         self._connect(config, run)
-        return sweep.scan(self.ray, todo, config, run, on_level)
+        return sweep.scan(self.ray, todo, config, run, on_level, source)
 
     def _connect(self, config: Config, run: Run) -> None:
         self.ray = connect.connect(config)

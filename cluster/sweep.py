@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import uuid
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,32 +20,39 @@ from pipeline.engine import OnLevel, Trials
 from pipeline.errors import RunStopped
 from pipeline.local import scan_inputs
 from pipeline.prune import sensitivity
+from pipeline.prune.sensitivity import Answers
 from pipeline.session import open_session, place
 from pipeline.state import Run
 
-DENSE = "(dense)"  # the trial that measures the network as it is
 
+def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
+    """Measure the missing levels of each tensor in parallel. Returns the figures of the network as it is.
 
-def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel) -> dict[str, float]:
-    """Measure the missing levels of each tensor in parallel. Returns the dense network's figures.
-
-    Weights and val images (uint8) go through the object store once; a trial's process is reused for the
-    next tensor, so it keeps the network. Raises RunStopped when trials keep failing.
+    Weights and val images (uint8) go through the object store once, and the network's own answers are computed once,
+    by a task on what a trial reserves; a trial's process is reused for the next tensor, so it keeps the network.
+    Raises RunStopped when trials keep failing.
     """
     from ray import tune
 
+    shared = ray.put(shared_inputs(config, run, source))
+    reserved = {"num_cpus": config.cluster.cpus_per_trial, "num_gpus": config.cluster.gpus_per_trial}
+    try:
+        dense = ray.get(ray.remote(**reserved, max_retries=config.cluster.max_failures)(answer).remote(shared))
+    except ray.exceptions.RayError as error:
+        raise RunStopped(f"scan: the network as it is could not be measured: {str(error).splitlines()[-1]}") from error
+    if not todo:
+        return dict(dense.figures())
     name = f"{config.name}-scan-{uuid.uuid4().hex[:8]}"
-    trial = tune.with_parameters(make_trial(tune), shared=shared_inputs(config, run))
-    collector = make_collector(tune, on_level)
+    trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense)
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": config.cluster.cpus_per_trial, "GPU": config.cluster.gpus_per_trial}),
-        param_space={"tensor": tune.grid_search([DENSE, *todo]), "levels": todo},
+        param_space={"tensor": tune.grid_search(list(todo)), "known": todo},
         tune_config=tune.TuneConfig(reuse_actors=True),
         run_config=tune.RunConfig(
             name=name,
             storage_path=run.path("ray"),
             verbose=0,
-            callbacks=[collector],
+            callbacks=[make_collector(tune, on_level)],
             # A level is kept by the driver as soon as it is reported, so a trial needs no checkpoint of its own.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
@@ -56,62 +64,73 @@ def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel) ->
         shutil.rmtree(run.path("ray", name), ignore_errors=True)
     if results.errors:
         raise RunStopped(f"scan: {len(results.errors)} trials failed: {str(results.errors[0]).splitlines()[-1]}")
-    assert collector.dense is not None
-    return dict(collector.dense)
+    return dict(dense.figures())
 
 
-def shared_inputs(config: Config, run: Run) -> dict[str, Any]:
+def shared_inputs(config: Config, run: Run, source: str) -> dict[str, Any]:
     """What every trial needs, as NumPy arrays, which actors on a node read without a copy."""
     opened = open_session(config, World(0, 1, torch.device("cpu")), run, lambda event: None)
-    model, batches, calibration = scan_inputs(opened)
+    model, alive, batches, calibration = scan_inputs(opened, source)
     return {
         "config": config.model_dump(mode="json"),
         "classes": opened.manifest.num_classes,
         "weights": {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()},
+        "alive": {name: mask.numpy() for name, mask in alive.items()},
         "batches": [_arrays(batch) for batch in batches],
         "calibration": [_arrays(batch) for batch in calibration],
     }
 
 
-def make_trial(tune: Any) -> type:
+class Inputs:
+    """The shared inputs in a process of Ray's: settings, device, network, masks and batches."""
+
+    def __init__(self, shared: dict[str, Any]) -> None:
+        self.settings = settings.parse(shared["config"])
+        configure_process(self.settings)
+        self.device = choose_device(self.settings)
+        model = models.build(self.settings.model, shared["classes"], self.settings.seed)
+        # Arrays of the object store are read-only, and weights are changed in place: copied once here.
+        model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in shared["weights"].items()})
+        self.model = place(model, self.settings, self.device)
+        self.alive = {name: _readonly_tensor(mask) for name, mask in shared["alive"].items()}
+        self.batches = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["batches"]]
+        self.calibration = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["calibration"]]
+
+
+def answer(shared: dict[str, Any]) -> Answers:
+    """The network's own answers, to which every level is compared."""
+    given = Inputs(shared)
+    return sensitivity.answers(given.model, given.batches, given.settings, given.device)
+
+
+def make_trial(ray: Any, tune: Any) -> type:
     """The trainable; made in a function since its base class needs Ray."""
 
     class ScanTrial(tune.Trainable):
-        """One tensor; a step measures one level."""
+        """One tensor; a step reports one level, the last step none."""
 
-        def setup(self, params: dict[str, Any], shared: dict[str, Any]) -> None:
-            self.settings = settings.parse(shared["config"])
-            configure_process(self.settings)
-            self.device = choose_device(self.settings)
-            model = models.build(self.settings.model, shared["classes"], self.settings.seed)
-            # Arrays of the object store are read-only, and weights are changed in place: copied once here.
-            model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in shared["weights"].items()})
-            self.model = place(model, self.settings, self.device)
-            self.batches = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["batches"]]
-            self.calibration = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["calibration"]]
+        def setup(self, params: dict[str, Any], shared: list[Any], dense: Answers) -> None:
+            self.given, self.dense = Inputs(ray.get(shared[0])), dense
             self.reset_config(params)
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.tensor = new_config["tensor"]
-            densities = [level["density"] for level in new_config["levels"].get(self.tensor, [])]
-            self.remaining = len(densities)
             self.levels = sensitivity.scan_tensor(
-                self.model, self.tensor, densities, self.batches, self.settings, self.device, self.calibration
+                self.given.model,
+                self.tensor,
+                new_config["known"][self.tensor],
+                self.given.batches,
+                self.dense,
+                self.given.settings,
+                self.given.device,
+                self.given.alive,
+                self.given.calibration,
             )
             return True
 
         def step(self) -> dict[str, Any]:
-            if self.tensor == DENSE:
-                found = sensitivity.accuracy(self.model, self.batches, self.settings, self.device)
-                return {"tensor": DENSE, "level": found, "done": True}
-            level = sensitivity.as_dict(next(self.levels))
-            self.remaining -= 1
-            if self.remaining == 0:
-                self.levels.close()  # puts the tensor back
-            return {"tensor": self.tensor, "level": level, "done": self.remaining == 0}
-
-        def cleanup(self) -> None:
-            self.levels.close()
+            level = next(self.levels, None)
+            return {"tensor": self.tensor, "level": level and asdict(level), "done": level is None}
 
     return ScanTrial
 
@@ -122,15 +141,12 @@ def make_collector(tune: Any, on_level: OnLevel) -> Any:
     class Collector(tune.Callback):
         def __init__(self, hand_on: OnLevel | None) -> None:
             self.hand_on = hand_on
-            self.dense: dict[str, float] | None = None
 
         def __getstate__(self) -> dict[str, Any]:
-            return {"hand_on": None, "dense": None}  # Tune pickles its callbacks; this one lives in this process only
+            return {"hand_on": None}  # Tune pickles its callbacks; this one lives in this process only
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            if result["tensor"] == DENSE:
-                self.dense = result["level"]
-            elif self.hand_on is not None:
+            if self.hand_on is not None and result["level"] is not None:
                 self.hand_on(result["tensor"], result["level"])
 
     return Collector(on_level)

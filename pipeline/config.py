@@ -178,11 +178,28 @@ class Retrain(Train):
 class Scan(Section):
     """The sensitivity scan: each tensor pruned alone, no retraining (figure 6)."""
 
+    mode: Literal["grid", "adaptive"] = Field(
+        "grid",
+        description="grid measures every one of `levels`; adaptive the largest, middle and smallest of them, then "
+        "halfway (in the logarithm of the density) between neighbours whose drops differ by more than `tolerance`.",
+    )
     levels: Annotated[tuple[Density, ...], Field(min_length=1)] = Field(
         (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01),
         description="Densities at which each tensor is tried, falling.",
     )
     samples: Positive | None = Field(None, description="Uses so many of val's samples; by default all of them.")
+    tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.05, description="adaptive: neighbouring levels whose drops differ by more than this get one between them."
+    )
+    max_levels: Annotated[int, Field(ge=3, le=200)] = Field(10, description="adaptive: levels of a tensor, at most.")
+    interval: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description="Racing: a level is measured on no more samples than it takes until the 95% interval of its drop "
+        "reaches no further than this to either side; by default on all samples.",
+    )
+    hopeless: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.5, description="Racing: a level is also done when it has surely lost more than this share of the accuracy."
+    )
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="The drop in val accuracy, one for all tensors, at which a tensor's quality is read off."
     )

@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.session import Progress, Session
 from pipeline.state import Run
 
-# For each tensor, the levels still to measure (their densities), or those measured.
+# For each tensor, the levels measured so far.
 Trials = dict[str, list[dict[str, Any]]]
 OnLevel = Callable[[str, dict[str, Any]], None]
 
@@ -21,8 +21,11 @@ class Engine(Protocol):
     def train(self, stage: str, config: Config, run: Run, progress: Progress) -> None:
         """Run `work(stage, ...)` on cluster.workers processes that train together."""
 
-    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel) -> dict[str, float]:
-        """Measure the missing levels of each tensor in `todo`; returns the dense network's figures."""
+    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
+        """Measure what each tensor's levels in `todo` lack; returns the figures of the network as it is in `source`.
+
+        `source` is the folder of a checkpoint, whose masks stay applied.
+        """
 
     def close(self) -> None:
         """Release what the engine holds."""

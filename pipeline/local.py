@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from pipeline import config as settings
 from pipeline.config import Config
@@ -29,18 +30,17 @@ class LocalEngine:
         self._call({"stage": stage, "config": config.model_dump(mode="json"), "root": run.root, "fence": run.fence})
         work(stage, open_session(config, self.world, run, progress))
 
-    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel) -> dict[str, float]:
+    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
         """Measure tensor after tensor in this process."""
-        opened = open_session(config, World(0, 1, self.world.device), run, lambda event: None)
-        model, batches, calibration = scan_inputs(opened)
-        dense = sensitivity.accuracy(model, batches, config, self.world.device)
-        for name, levels in todo.items():
-            densities = [level["density"] for level in levels]
-            for level in sensitivity.scan_tensor(
-                model, name, densities, batches, config, self.world.device, calibration
-            ):
-                on_level(name, sensitivity.as_dict(level))
-        return dense
+        device = self.world.device
+        opened = open_session(config, World(0, 1, device), run, lambda event: None)
+        model, alive, batches, calibration = scan_inputs(opened, source)
+        dense = sensitivity.answers(model, batches, config, device)
+        for name, known in todo.items():
+            levels = sensitivity.scan_tensor(model, name, known, batches, dense, config, device, alive, calibration)
+            for level in levels:
+                on_level(name, asdict(level))
+        return dense.figures()
 
     def close(self) -> None:
         """Let the followers go."""
@@ -60,13 +60,17 @@ class LocalEngine:
         self.world.broadcast(json.dumps(call).encode())
 
 
-def scan_inputs(opened: Session) -> tuple[torch.nn.Module, list[Batch], list[Batch]]:
-    """The dense network, the val batches (uint8) that every level of the scan is measured on, and those of train that
-    batch norm is calibrated on."""
+def scan_inputs(opened: Session, source: str) -> tuple[nn.Module, dict[str, Tensor], list[Batch], list[Batch]]:
+    """The network and the masks in checkpoint `source`, and batches (uint8): those of val that levels are measured on,
+    and those of train that batch norm is calibrated on."""
     config = opened.config
-    model = opened.new_model()
-    model.load_state_dict(checkpoint.load(opened.run, "dense/checkpoint").weights)
+    model, saved = opened.new_model(), checkpoint.load(opened.run, source)
+    model.load_state_dict(saved.weights)
     loader = EvalLoader(opened.split("val"), config.data, limit=config.scan.samples, seed=config.seed)
     wanted = config.scan.bn_samples and batch_norm.norms(model)
     calibration = [*opened.calibration(config.scan.bn_samples)] if wanted else []
-    return model, [*loader.batches(0, 1)], calibration
+    batches = loader.batches(0, 1)
+    if config.scan.interval is None:
+        return model, saved.masks, list(batches), calibration
+    mixed = sensitivity.shuffled(batches, len(loader), config.data.eval_batch, config.seed)
+    return model, saved.masks, mixed, calibration

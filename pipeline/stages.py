@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
-from pipeline import models, session
+from pipeline import models, scans, session
 from pipeline.config import Config
 from pipeline.data import shards
-from pipeline.engine import Engine, Trials
+from pipeline.engine import Engine
 from pipeline.models import Prunable
 from pipeline.names import lookup
-from pipeline.prune import allocation, criteria, round_plan, sensitivity
+from pipeline.prune import allocation, criteria, round_plan
 from pipeline.results import final
 from pipeline.results.mirror import Mirror
 from pipeline.session import Progress
 from pipeline.state import Run, fingerprint, open_run
-from pipeline.train import batch_norm, checkpoint, phases
+from pipeline.train import batch_norm, phases
 
 MLFLOW_PATIENCE_S = 60.0  # how long the end of a run waits for a tracking server
 
@@ -128,35 +129,32 @@ def train_stage(stage: str, made_from: str, config: Config, engine: Engine, here
     return made_from
 
 
-def scan_stage(made_from: str, config: Config, engine: Engine, here: Run, progress: Progress) -> str:
-    """Scan every prunable tensor at every level; levels already known are not measured again."""
+def scan_stage(
+    made_from: str, config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = ()
+) -> str:
+    """Scan every prunable tensor; levels already known, here or in the files `merged`, are not measured again."""
     started = time.monotonic()
     made_from = fingerprint("scan", made_from, stage_settings("scan", config))
-    if here.finished("scan", made_from):
+    if here.finished("scan", made_from) and not merged:
         progress({"stage": "scan", "skipped": True})
         return made_from
-    prunable = survey(config, here)
-    known: Trials = {}
-    if here.has("scan", "trials.json"):
-        saved = here.read("scan", "trials.json")
-        known = saved["levels"] if saved["made_from"] == made_from else {}
-    todo = {t.name: [{"density": d} for d in missing_levels(config, known.get(t.name, []))] for t in prunable}
-    total = len(prunable) * len(config.scan.levels)
-    progress({"stage": "scan", "done": sum(map(len, known.values())), "total": total})
-
-    def on_level(name: str, level: dict[str, Any]) -> None:
-        levels = known.setdefault(name, [])
-        if any(level["density"] == before["density"] for before in levels):
-            return  # a trial that was lost and started again measures its first levels twice
-        levels.append(level)
-        here.commit({"made_from": made_from, "levels": known}, "scan", "trials.json")
-        progress({"scan": name, **level, "done": sum(map(len, known.values())), "total": total})
-
-    dense = engine.scan({name: levels for name, levels in todo.items() if levels}, config, here, on_level)
-    weights = checkpoint.load(here, "dense/checkpoint").weights
-    here.commit(sensitivity.join(known, prunable, weights, dense, config), "scan", "scan.json")
+    scans.measure(survey(config, here), config, engine, here, progress, merged)
     here.finish("scan", made_from, time.monotonic() - started)
     return made_from
+
+
+def scan(
+    config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = (), after: int | None = None
+) -> dict[str, Any]:
+    """Only the scan, with the stages before it, or of a finished round's model; returns the content of its file."""
+    if after is not None:
+        scans.require_round(after, here)
+        return scans.measure(survey(config, here), config, engine, here, progress, merged, after)
+    made_from = shards_stage(config, here, progress)
+    made_from = train_stage("dense", made_from, config, engine, here, progress)
+    scan_stage(made_from, config, engine, here, progress, merged)
+    found: dict[str, Any] = here.read("scan", "scan.json")
+    return found
 
 
 def final_stage(made_from: str, config: Config, here: Run, progress: Progress) -> dict[str, Any]:
@@ -178,12 +176,6 @@ def survey(config: Config, here: Run) -> list[Prunable]:
     manifest = shards.load_manifest(session.data_root(config, here))
     model = models.build(config.model, manifest.num_classes, config.seed)
     return models.survey(model, config.prune.include, config.prune.exclude)[0]
-
-
-def missing_levels(config: Config, known: list[dict[str, Any]]) -> list[float]:
-    """The densities of the scan that have not been measured yet."""
-    done = {level["density"] for level in known}
-    return [density for density in config.scan.levels if density not in done]
 
 
 def stage_settings(stage: str, config: Config) -> dict[str, Any]:

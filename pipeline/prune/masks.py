@@ -38,6 +38,28 @@ def top_mask(scores: Tensor, alive: Tensor, keep: int) -> Tensor:
     return torch.from_numpy(mask).reshape(scores.shape).to(scores.device)
 
 
+def nested(scores: Tensor, alive: Tensor, keeps: Sequence[int]) -> Tensor:
+    """How many of the masks top_mask(scores, alive, keep) for `keeps` keep each weight; uint8, shaped like `scores`.
+
+    Since ties go by index the masks lie inside each other, so with falling `keeps` mask i is `nested(...) > i`: one
+    byte a weight holds up to 255 masks. Scores must not be NaN; 1 <= keep <= alive.sum().
+    """
+    assert list(keeps) == sorted(keeps, reverse=True)
+    assert len(keeps) < 256
+    living, values = as_bool(alive), as_array(scores)
+    order = values[living]
+    assert all(1 <= keep <= order.size for keep in keeps), f"keeps={keeps} of {order.size} alive"
+    places = [order.size - keep for keep in keeps]
+    order.partition(sorted(set(places)))
+    counts = np.zeros(values.size, np.uint8)
+    for place, keep in zip(places, keeps, strict=True):
+        mask = (values > order[place]) & living
+        ties = np.flatnonzero((values == order[place]) & living)
+        mask[ties[: keep - int(np.count_nonzero(mask))]] = True
+        counts += mask
+    return torch.from_numpy(counts).reshape(scores.shape).to(scores.device)
+
+
 def kth_largest(values: NDArray[np.floating], k: int) -> float:
     """The k-th largest of the values (k from 1). Reorders `values`: hand over a copy."""
     place = values.size - k

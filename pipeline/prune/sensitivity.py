@@ -1,48 +1,92 @@
-"""The sensitivity scan: each tensor pruned alone at several densities, on val, without retraining (figure 6)."""
+"""The sensitivity scan: each tensor pruned alone at several densities, on val, without retraining (figure 6).
+
+Batches are outside and levels inside: what a level cannot change is computed once (`suffix`), and a level that is
+decided sees no more batches (`racing`). Every level is compared, sample by sample, with the dense network's answers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.data.loader import Batch
+from pipeline.prune import racing, suffix
 from pipeline.prune.criteria import scores
-from pipeline.prune.masks import top_mask
-from pipeline.results.stats import wilson
+from pipeline.prune.masks import nested
+from pipeline.results.stats import paired_mean, tango, wilson
+from pipeline.seeding import generator
 from pipeline.train import batch_norm
-from pipeline.train.evaluate import forward, judge
+from pipeline.train.evaluate import forward, inputs, judge
+
+CHUNK_BYTES = 2**28  # of shared states held at a time; a tensor is masked anew for each level and chunk
+PROBE = 2  # samples on which a cut is tried
 
 
 @dataclass(frozen=True)
 class Level:
-    """The network with one tensor at one density. quality = threshold / std of the tensor (paper section 3)."""
+    """The network with one tensor at one density, against the network as it was (dense), on the same samples.
+
+    `density` is kept / alive, `absolute` kept / weights; they differ only after a round. quality = threshold / std of
+    the tensor (paper section 3). `drop` is top1 of the dense network minus this one's on the `samples` measured,
+    `rise` the loss of this one minus the dense network's (nats), each with its paired 95% interval (null from one
+    sample alone). `top1` and `loss` are the dense network's on all samples, less the drop and plus the rise: where all
+    samples were measured, what was measured. low and high are top1's own interval (Wilson), not paired.
+    """
 
     density: float
+    kept: int
+    absolute: float
     quality: float
+    samples: int
     top1: float
-    loss: float
     low: float
     high: float
+    drop: float
+    drop_low: float
+    drop_high: float
+    loss: float
+    rise: float
+    rise_low: float | None
+    rise_high: float | None
+    method: str
 
 
-@torch.inference_mode()
-def accuracy(model: nn.Module, batches: Iterable[Batch], config: Config, device: torch.device) -> dict[str, float]:
-    """top1, its 95% interval (low, high), loss and the number of samples, in eval mode, over some batches."""
+@dataclass(frozen=True)
+class Answers:
+    """How each sample was answered, in the order of the batches: arrays of shape (samples,), loss in nats."""
+
+    right: NDArray[np.bool_]
+    loss: NDArray[np.float64]
+    valid: NDArray[np.bool_]
+
+    def figures(self, z: float = racing.Z95) -> dict[str, float]:
+        """top1, its interval (low, high), loss and the number of readable samples."""
+        right, count = int((self.right & self.valid).sum()), int(self.valid.sum())
+        low, high = wilson(right, count, z)
+        loss = math.fsum(self.loss[self.valid]) / count  # exactly rounded: the order of the samples does not matter
+        return {"top1": right / count, "loss": loss, "low": low, "high": high, "samples": count}
+
+    def first(self, count: int) -> Answers:
+        """The answers to the first `count` samples."""
+        return Answers(self.right[:count], self.loss[:count], self.valid[:count])
+
+
+@torch.no_grad()
+def answers(model: nn.Module, batches: Iterable[Batch], config: Config, device: torch.device) -> Answers:
+    """The answers of the network as it is, in eval mode, to all batches."""
     model.eval()
-    right, loss, count = 0, 0.0, 0
-    for batch in batches:
-        logits = forward(model, batch.images.to(device, non_blocking=True), config)
-        rows = judge(logits, batch, None).cpu()
-        right += int((rows[0] * rows[4]).sum())
-        loss += float((rows[3] * rows[4]).sum())
-        count += int(rows[4].sum())
-    low, high = wilson(right, count)
-    return {"top1": right / count, "loss": loss / count, "low": low, "high": high, "samples": count}
+    rows = [judge(forward(model, batch.images.to(device), config), batch, None).cpu() for batch in batches]
+    return _as_answers(rows)
 
 
 def sigma(weight: Tensor) -> float:
@@ -53,87 +97,237 @@ def sigma(weight: Tensor) -> float:
 def scan_tensor(
     model: nn.Module,
     name: str,
-    levels: Iterable[float],
-    batches: list[Batch],
+    known: Sequence[dict[str, Any]],
+    batches: Sequence[Batch],
+    dense: Answers,
     config: Config,
     device: torch.device,
+    alive: Mapping[str, Tensor] | None = None,
     calibration: Sequence[Batch] = (),
 ) -> Generator[Level]:
-    """Yield each level of one tensor as it is known. The tensor is put back at the end, also after an error.
+    """Yield the levels of one tensor that are missing from those known; in between the tensor is as it was.
 
-    At each level batch norm's statistics are those of the `calibration` batches, if there are any, and then put back.
+    `dense` are the network's answers to the same batches. `alive` are the masks that stay applied, by name; by default
+    every weight is alive. With racing the batches must be in an order by chance, and end at the looks (`shuffled`).
+    At each level batch norm's statistics are those of the `calibration` batches, if there are any.
     """
-    weight = dict(model.named_parameters())[name]
-    dense = weight.detach().clone()
-    ranking = scores(config.prune.criterion, {name: dense}, config.seed)[name]
-    alive = torch.ones_like(dense, dtype=torch.bool)
-    std = sigma(dense)
-    try:
-        for density in levels:
-            keep = max(1, round(density * dense.numel()))
-            mask = top_mask(ranking, alive, keep)
-            weight.data.copy_(dense * mask)
-            smallest = float(dense[mask].abs().min())
-            with batch_norm.recalibrated(model, calibration, config, device):
-                found = accuracy(model, batches, config, device)
-            quality = smallest / std if std > 0 else 0.0
-            yield Level(density, quality, found["top1"], found["loss"], found["low"], found["high"])
-    finally:
-        weight.data.copy_(dense)
+    model.eval()
+    calibrate = (lambda: batch_norm.recalibrate(model, calibration, config, device)) if calibration else None
+    tensor = _Tensor(model, name, config, None if alive is None else alive.get(name), calibrate)
+    prefixes: _Prefixes | None = None
+    levels = list(known)
+    while wanted := racing.next_levels(levels, config.scan, tensor.count):
+        tensor.plan(wanted)
+        if prefixes is None:
+            prefixes = _Prefixes(tensor, batches, config, device)
+        for level in _measure(tensor, prefixes, dense, config):
+            levels.append(asdict(level))
+            yield level
 
 
-def quality(levels: list[dict[str, Any]], dense_top1: float, delta: float) -> float:
-    """The largest quality whose drop stays within `delta`, read off a measured curve.
+class _Tensor:
+    """A tensor of a network, which can be pruned to some densities, one after the other, and put back."""
 
-    The curve runs from quality 0 (dense, no drop) through the levels in falling density; where it first
-    crosses `delta` the quality is interpolated between the two levels around the crossing.
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        config: Config,
+        alive: Tensor | None,
+        calibrate: Callable[[], None] | None,
+    ) -> None:
+        self.model, self.weight = model, dict(model.named_parameters())[name]
+        self.dense = self.weight.detach().clone()
+        self.alive = torch.ones_like(self.dense, dtype=torch.bool) if alive is None else alive.to(self.dense.device)
+        self.name, self.config = name, config
+        self.count = int(self.alive.sum())
+        self.std = sigma(self.dense[self.alive])
+        self.calibrate = calibrate
+        self.statistics: dict[int, batch_norm.Statistics] = {}  # batch norm's, of each level; empty: left as they are
+
+    def plan(self, densities: Sequence[float]) -> None:
+        """Make the masks of some densities, falling: their places in the list are their numbers."""
+        self.densities = densities
+        self.keeps = [racing.kept(density, self.count) for density in densities]
+        ranking = scores(self.config.prune.criterion, {self.name: self.dense}, self.config.seed)[self.name]
+        self.steps = nested(ranking, self.alive, self.keeps)
+        self.statistics = {}
+        if self.calibrate is not None:
+            found = {}
+            with self.pruned(range(len(densities))) as turns:
+                for number in turns:
+                    self.calibrate()
+                    found[number] = batch_norm.statistics(self.model)
+            self.statistics = found
+
+    @contextmanager
+    def pruned(self, numbers: Iterable[int]) -> Iterator[Iterator[int]]:
+        """An iterator that prunes to each level in turn; afterwards the tensor is put back, also after an error.
+
+        So are batch norm's statistics.
+        """
+        before = batch_norm.statistics(self.model) if self.calibrate is not None else []
+
+        def each() -> Iterator[int]:
+            for number in numbers:
+                torch.mul(self.dense, self.steps > number, out=self.weight.data)
+                if number in self.statistics:
+                    batch_norm.put_back(self.model, self.statistics[number])
+                yield number
+
+        try:
+            yield each()
+        finally:
+            self.weight.data.copy_(self.dense)
+            if self.calibrate is not None:
+                batch_norm.put_back(self.model, before)
+
+    @contextmanager
+    def at_first_level(self) -> Iterator[None]:
+        """Pruned to the first level in this block."""
+        with self.pruned([0]) as turns:
+            next(turns)
+            yield
+
+    def quality(self, number: int) -> float:
+        """threshold / std: the smallest weight that a level keeps, in standard deviations of those alive."""
+        smallest = float(torch.where(self.steps > number, self.dense.abs(), math.inf).min())
+        return smallest / self.std if self.std > 0 else 0.0
+
+
+class _Prefixes:
+    """What the levels share of each batch, in chunks of CHUNK_BYTES; the first of them kept for levels added later."""
+
+    def __init__(self, tensor: _Tensor, batches: Sequence[Batch], config: Config, device: torch.device) -> None:
+        self.batches, self.config, self.device = batches, config, device
+        self.ends = np.cumsum([len(batch.labels) for batch in batches])
+        self.kept: dict[int, Any] | None = {} if config.scan.mode == "adaptive" else None
+        self.kept_bytes = 0
+        if tensor.calibrate is not None:  # norms before the tensor change with it too, so there is nothing to share
+            self.suffix = suffix.Suffix(tensor.model)
+            return
+        with torch.no_grad():
+            example = self._inputs(0)[:PROBE]
+            self.suffix = suffix.choose(tensor.model, tensor.weight, example, tensor.at_first_level)
+
+    def chunks(self, start: int, stop: int) -> Iterator[list[tuple[Batch, Any]]]:
+        """The batches that hold samples start to stop, with their states."""
+        chunk: list[tuple[Batch, Any]] = []
+        held = 0
+        for number in np.flatnonzero((self.ends > start) & (self.ends <= stop)).tolist():
+            state = self._state(number)
+            chunk.append((self.batches[number], state))
+            held += suffix.nbytes(state)
+            if held >= CHUNK_BYTES:
+                yield chunk
+                chunk, held = [], 0
+        if chunk:
+            yield chunk
+
+    def _state(self, number: int) -> Any:
+        if self.kept is None:
+            return self.suffix.prepare(self._inputs(number))
+        if number in self.kept:
+            return self.kept[number]
+        state = self.suffix.prepare(self._inputs(number))
+        size = suffix.nbytes(state)
+        if self.kept_bytes + size <= CHUNK_BYTES:
+            self.kept[number] = state
+            self.kept_bytes += size
+        return state
+
+    def _inputs(self, number: int) -> Tensor:
+        return inputs(self.batches[number].images.to(self.device, non_blocking=True), self.config)
+
+
+@torch.no_grad()
+def _measure(tensor: _Tensor, prefixes: _Prefixes, dense: Answers, config: Config) -> list[Level]:
+    """The planned levels, in turn, each on as many samples as it takes."""
+    looks = racing.looks(len(dense.right), config.scan.interval is not None)
+    z, whole = racing.critical(len(looks)), dense.figures()
+    rows: list[list[Tensor]] = [[] for _ in tensor.densities]
+    found: dict[int, Level] = {}
+    for start, look in itertools.pairwise([0, *looks]):
+        for chunk in prefixes.chunks(start, look):
+            with tensor.pruned([i for i in range(len(rows)) if i not in found]) as turns:
+                for i in turns:
+                    rows[i] += [judge(prefixes.suffix.finish(s).float(), batch, None).cpu() for batch, s in chunk]
+        for i in [i for i in range(len(rows)) if i not in found]:
+            given = _as_answers(rows[i])
+            drop = _drop(given, dense, z)
+            if look == looks[-1] or racing.decided(drop["drop_low"], drop["drop_high"], whole["top1"], config.scan):
+                found[i] = Level(
+                    density=tensor.densities[i],
+                    kept=tensor.keeps[i],
+                    absolute=tensor.keeps[i] / tensor.dense.numel(),
+                    quality=tensor.quality(i),
+                    samples=int(given.valid.sum()),
+                    method=prefixes.suffix.method,
+                    **drop,
+                    **_rise(given, dense, z),
+                    **_figures(given, dense, z),
+                )
+        if len(found) == len(rows):
+            break
+    return [found[i] for i in range(len(rows))]
+
+
+def _drop(given: Answers, dense: Answers, z: float) -> dict[str, Any]:
+    """The paired drop in top1 on the samples given, and its interval; z is the normal quantile of its confidence."""
+    before, after = dense.right[: len(given.right)][given.valid], given.right[given.valid]
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    low, high = tango(lost, won, len(after), z)
+    return {"drop": (lost - won) / len(after), "drop_low": low, "drop_high": high}
+
+
+def _rise(given: Answers, dense: Answers, z: float) -> dict[str, Any]:
+    """The paired rise of the loss and its interval, which one sample alone does not have."""
+    differences = given.loss[given.valid] - dense.loss[: len(given.loss)][given.valid]
+    low, high = paired_mean(differences, z)
+    bounds = (low, high) if math.isfinite(low) else (None, None)
+    return {"rise": math.fsum(differences) / len(differences), "rise_low": bounds[0], "rise_high": bounds[1]}
+
+
+def _figures(given: Answers, dense: Answers, z: float) -> dict[str, Any]:
+    """top1, low, high and loss: as measured on all samples, or put on the dense network's figures on all samples."""
+    if len(given.right) == len(dense.right):
+        figures = given.figures(z)
+        return {key: figures[key] for key in ("top1", "low", "high", "loss")}
+    whole, part, beside = dense.figures(), given.figures(), dense.first(len(given.right)).figures()
+    top1 = min(1.0, max(0.0, whole["top1"] - (beside["top1"] - part["top1"])))
+    low, high = wilson(top1 * part["samples"], int(part["samples"]), z)
+    return {"top1": top1, "low": low, "high": high, "loss": whole["loss"] + part["loss"] - beside["loss"]}
+
+
+def _as_answers(rows: list[Tensor]) -> Answers:
+    """The answers in rows of `judge`, batch after batch."""
+    table = torch.cat(rows, 1).numpy()
+    return Answers(table[0] > 0, table[3], table[4] > 0)
+
+
+def shuffled(batches: Iterable[Batch], samples: int, batch_size: int, seed: int) -> list[Batch]:
+    """All samples in an order by chance, the same for a seed, in batches of at most batch_size that end at the looks.
+
+    Classes lie together in some data: without this the first samples would not stand for all.
     """
-    previous_quality, previous_drop = 0.0, 0.0
-    for level in sorted(levels, key=lambda level: -level["density"]):
-        drop = dense_top1 - level["top1"]
-        if drop > delta:
-            share = (delta - previous_drop) / (drop - previous_drop)
-            return previous_quality + share * (level["quality"] - previous_quality)
-        previous_quality, previous_drop = level["quality"], drop
-    return previous_quality
-
-
-def join(
-    trials: dict[str, list[dict[str, Any]]],
-    prunable: list[Any],
-    weights: dict[str, Tensor],
-    dense: dict[str, float],
-    config: Config,
-) -> dict[str, Any]:
-    """The content of scan.json from the levels of all tensors.
-
-    A quality can come out 0 where the very first level already loses more than delta; the lowest positive
-    level is then halved instead, since |w| / (q * std) needs q > 0.
-    """
-    tensors = []
-    for tensor in prunable:
-        levels = sorted(trials[tensor.name], key=lambda level: -level["density"])
-        found = quality(levels, dense["top1"], config.scan.delta)
-        floor = next((level["quality"] / 2 for level in levels if level["quality"] > 0), 1e-6)
-        tensors.append(
-            {
-                "name": tensor.name,
-                "kind": tensor.kind,
-                "weights": tensor.weights,
-                "sigma": sigma(weights[tensor.name]),
-                "levels": levels,
-                "quality": found if found > 0 else floor,
-            }
-        )
-    return {
-        "samples": dense["samples"],
-        "split": "val",
-        "dense": {"top1": dense["top1"], "loss": dense["loss"]},
-        "delta": config.scan.delta,
-        "tensors": tensors,
-    }
-
-
-def as_dict(level: Level) -> dict[str, Any]:
-    """A level as plain values."""
-    return asdict(level)
+    order = generator(seed, "scan", "order").permutation(samples)
+    place = torch.empty(samples, dtype=torch.int64)
+    place[torch.from_numpy(order)] = torch.arange(samples)
+    parts: list[Tensor] | None = None
+    first = 0
+    for batch in batches:
+        given = (batch.images, batch.labels, batch.weights, batch.indices)
+        if parts is None:
+            parts = [tensor.new_empty((samples, *tensor.shape[1:])) for tensor in given]
+        for part, tensor in zip(parts, given, strict=True):
+            part[place[first : first + len(tensor)]] = tensor
+        first += len(batch.labels)
+    assert first == samples
+    assert parts is not None
+    cuts = [0, *racing.looks(samples, racing=True)]
+    sizes = [
+        min(batch_size, end - start)
+        for begin, end in itertools.pairwise(cuts)
+        for start in range(begin, end, batch_size)
+    ]
+    return [Batch(*made) for made in zip(*(part.split(sizes) for part in parts), strict=True)]

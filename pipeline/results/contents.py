@@ -106,7 +106,7 @@ def read(run_dir: Path | str) -> Contents:
 def mirrored_files(run_dir: Path) -> list[str]:
     """Paths in a run directory, relative to it, that describe the run: no shards, no checkpoints."""
     found = [name for name in _FILES if (run_dir / name).is_file()]
-    for pattern in ("rounds/*/plan.json", "rounds/*/metrics.json", "final/*"):
+    for pattern in ("scan/after-[0-9]*[0-9].json", "rounds/*/plan.json", "rounds/*/metrics.json", "final/*"):
         found += sorted(str(p.relative_to(run_dir)) for p in run_dir.glob(pattern) if p.is_file() and _whole(p))
     return found
 

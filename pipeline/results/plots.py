@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from pipeline.results.figures import GRID, INK, MUTED, PALETTE, new, styled
 
@@ -22,8 +22,11 @@ _MARKERS = "osD^vPX*"
 _KEPT_TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1)
 
 
-def sensitivity(scan: Part) -> Figure:
-    """Figure 6: accuracy on val when one tensor alone is cut to so many % of its weights, nothing retrained."""
+def sensitivity(scan: Part, metric: str = "top1") -> Figure:
+    """Figure 6: accuracy on val when one tensor alone is cut to so many % of its weights, nothing retrained.
+
+    `metric` "loss" draws the loss instead. Bands are 95% intervals of the change against the dense network, paired.
+    """
     tensors = list(scan["tensors"])
     panels = [
         (title, group)
@@ -39,9 +42,14 @@ def sensitivity(scan: Part) -> Figure:
         height = max(3.4, 0.9 + 0.17 * names)
         figure, axes = new(10.5, height, 1, max(1, len(panels)), sharey=True, width_ratios=shares or None)
         for axis, (title, group) in zip(axes, panels, strict=False):
-            _sensitivity_panel(axis, group, scan)
+            _sensitivity_panel(axis, group, scan, metric)
             axis.set_title(title if len(panels) > 1 else "")
-        axes[0].set_ylabel(f"top-1 accuracy on {scan.get('split', 'val')} (%)")
+        split = scan.get("split", "val")
+        axes[0].set_ylabel(f"top-1 accuracy on {split} (%)" if metric == "top1" else f"loss on {split} (nats)")
+        if metric == "loss":
+            axes[0].set_yscale("log")
+            axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes[0].yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
@@ -50,11 +58,13 @@ def is_convolution(kind: str) -> bool:
     return kind.lower().startswith("conv")
 
 
-def _sensitivity_panel(axis: Axes, group: Sequence[Part], scan: Part) -> None:
+def _sensitivity_panel(axis: Axes, group: Sequence[Part], scan: Part, metric: str) -> None:
     few = len(group) <= len(PALETTE)
+    unit = 100 if metric == "top1" else 1
+    dense = scan["dense"][metric]
     # Many tensors: colour tells the depth, from first (dark) to last (light); eight colours cannot name 26 lines.
     shades = matplotlib.colormaps["plasma"]
-    axis.axhline(100 * scan["dense"]["top1"], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
+    axis.axhline(unit * dense, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
     for i, tensor in enumerate(group):
         colour = PALETTE[i] if few else shades(0.05 + 0.8 * i / (len(group) - 1))
         levels = sorted(tensor["levels"], key=lambda level: -level["density"])
@@ -62,23 +72,34 @@ def _sensitivity_panel(axis: Axes, group: Sequence[Part], scan: Part) -> None:
         mark = _MARKERS[i % len(_MARKERS)] if few else ""
         axis.plot(
             kept,
-            [100 * level["top1"] for level in levels],
+            [unit * level[metric] for level in levels],
             color=colour,
             marker=mark,
             markersize=4,
             linewidth=1.6 if few else 1.2,
             label=_short(tensor["name"]),
         )
-        banded = [level for level in levels if level.get("low") is not None and level.get("high") is not None]
-        if few and banded:
-            x = [100 * level["density"] for level in banded]
-            low, high = ([100 * level[end] for level in banded] for end in ("low", "high"))
-            axis.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
+        bands = [(100 * level["density"], *band) for level in levels if (band := _band(level, dense, metric))]
+        if few and bands:
+            x, low, high = zip(*bands, strict=True)
+            axis.fill_between(
+                x, [unit * v for v in low], [unit * v for v in high], color=colour, alpha=0.14, linewidth=0
+            )
     smallest = 100 * min((level["density"] for t in group for level in t["levels"]), default=0.01)
     _kept_axis(axis, smallest)
     axis.set_xlabel("weights of the tensor kept (%)")
     columns = 1 if len(group) <= 16 else 2
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=columns, labelspacing=0.25, handlelength=1.6)
+
+
+def _band(level: Part, dense: float, metric: str) -> tuple[float, float] | None:
+    """The interval of a level's metric: the dense network's less the drop's, or plus the rise's; None without one."""
+    low, high = (level.get(f"{'drop' if metric == 'top1' else 'rise'}_{end}") for end in ("low", "high"))
+    if low is None or high is None:
+        return None
+    if metric == "top1":
+        return max(0.0, dense - high), min(1.0, dense - low)
+    return max(0.1 * level["loss"], dense + low), dense + high  # the axis is logarithmic
 
 
 def _kept_axis(axis: Axes, smallest: float) -> None:

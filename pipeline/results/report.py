@@ -185,6 +185,7 @@ def _plots(run: Contents) -> dict[str, Any]:
     drawn: dict[str, Any] = {
         "layers": _svg(plots.layers(result), f"Percent of weights kept in each layer of {network}"),
         "sensitivity": None,
+        "sensitivity_loss": None,
         "rounds": None,
         "training": None,
         "histograms": {},
@@ -192,6 +193,7 @@ def _plots(run: Contents) -> dict[str, Any]:
     if run.scan is not None:
         label = f"Accuracy of {network} against percent of weights kept, one tensor pruned at a time"
         drawn["sensitivity"] = _svg(plots.sensitivity(run.scan), label)
+        drawn["sensitivity_loss"] = _svg(plots.sensitivity(run.scan, "loss"), label.replace("Accuracy", "Loss"))
     if run.dense is not None and rounds:
         label = "Validation accuracy against compression, before and after retraining, for each round"
         drawn["rounds"] = _svg(plots.rounds(run.dense, rounds, run.control), label)

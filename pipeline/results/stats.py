@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr
+from scipy.special import bdtr, ndtr, stdtrit
 
 Z95 = 1.959963984540054  # the 97.5% point of the normal distribution
 
@@ -83,13 +83,27 @@ def verdict(low: float, high: float, margin: float) -> Literal["no loss", "loss"
     return "loss" if low > 0 else "undecided"
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """95% score interval of a proportion, k of n (Wilson 1927); n > 0."""
+def paired_mean(differences: NDArray[np.float64], z: float = Z95) -> tuple[float, float]:
+    """Student's interval for the mean of paired differences; without end, (-inf, inf), for a single one.
+
+    z is the normal quantile of the wanted confidence; the t quantile of the same confidence is used.
+    """
+    count = len(differences)
+    assert count > 0
+    if count == 1:
+        return -math.inf, math.inf
+    mean = float(differences.mean())
+    reach = float(stdtrit(count - 1, ndtr(z))) * float(differences.std(ddof=1)) / math.sqrt(count)
+    return mean - reach, mean + reach
+
+
+def wilson(k: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Score interval of a proportion, k of n (Wilson 1927); n > 0. z is the normal quantile of the confidence."""
     assert n > 0
     assert 0 <= k <= n
-    z2 = Z95**2
+    z2 = z**2
     centre = (k + z2 / 2) / (n + z2)
-    reach = Z95 / (n + z2) * math.sqrt(k * (n - k) / n + z2 / 4)
+    reach = z / (n + z2) * math.sqrt(k * (n - k) / n + z2 / 4)
     low = 0.0 if k == 0 else max(0.0, centre - reach)  # exactly 0 and 1 at the ends, whatever the rounding
     high = 1.0 if k == n else min(1.0, centre + reach)
     return low, high

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.config import Config
 from pipeline.data.loader import Batch
 from pipeline.train.evaluate import forward
+
+Statistics = list[dict[str, Tensor]]  # each norm's buffers by name
 
 
 def norms(model: nn.Module) -> list[_BatchNorm]:
@@ -50,17 +51,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], config: Config, devi
             module.training = mode
 
 
-@contextmanager
-def recalibrated(model: nn.Module, batches: Sequence[Batch], config: Config, device: torch.device) -> Iterator[None]:
-    """Statistics of these batches within the block, to the bit those from before after it; no batches: no change."""
-    before: list[dict[str, Tensor]] = [
-        {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms(model)
-    ]
-    try:
-        if batches:
-            recalibrate(model, batches, config, device)
-        yield
-    finally:
-        for norm, buffers in zip(norms(model), before, strict=True):
-            for name, buffer in norm.named_buffers(recurse=False):
-                buffer.copy_(buffers[name])
+def statistics(model: nn.Module) -> Statistics:
+    """Copies of the running statistics, for `put_back`."""
+    return [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms(model)]
+
+
+def put_back(model: nn.Module, saved: Statistics) -> None:
+    """Set the running statistics to those saved, to the bit."""
+    for norm, buffers in zip(norms(model), saved, strict=True):
+        for name, buffer in norm.named_buffers(recurse=False):
+            buffer.copy_(buffers[name])

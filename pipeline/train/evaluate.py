@@ -43,11 +43,15 @@ class Answers:
 
 def forward(model: nn.Module, images: Tensor, config: Config, precision: str = "fp32") -> Tensor:
     """Logits (n, classes), float32, for uint8 images (n, channels, size, size) on the model's device."""
-    channels_last = config.retrain.channels_last or config.dense.channels_last
-    inputs = normalize(images, config.data.mean, config.data.std, channels_last)
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        logits: Tensor = model(inputs)
+        logits: Tensor = model(inputs(images, config))
     return logits.float()
+
+
+def inputs(images: Tensor, config: Config) -> Tensor:
+    """What the network takes, float32, for uint8 images (n, channels, size, size), on their device."""
+    channels_last = config.retrain.channels_last or config.dense.channels_last
+    return normalize(images, config.data.mean, config.data.std, channels_last)
 
 
 def judge(logits: Tensor, batch: Batch, present: Tensor | None) -> Tensor:

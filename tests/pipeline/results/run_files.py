@@ -64,6 +64,9 @@ def scan(run: Path, layers: list[tuple[str, str, int]] | None = None) -> None:
         for density in (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01):
             top1 = 0.983 / (1 + math.exp(-(math.log10(density) + 1.4 - 0.5 * math.sin(i) ** 2) * 9))
             near = {"low": max(0.0, top1 - 0.01), "high": min(1.0, top1 + 0.01)}
+            drop, rise = 0.983 - top1, 1 - top1 - 0.07
+            near |= {"samples": 6000, "drop": drop, "drop_low": drop - 0.01, "drop_high": drop + 0.01}
+            near |= {"rise": rise, "rise_low": rise - 0.02, "rise_high": rise + 0.02}
             levels.append({"density": density, "quality": -math.log(density), "top1": top1, "loss": 1 - top1, **near})
         tensors.append(
             {"name": name, "kind": kind, "weights": weights, "sigma": 0.04, "levels": levels, "quality": 0.9 + i / 9}

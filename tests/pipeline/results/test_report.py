@@ -74,7 +74,7 @@ def test_is_self_contained_and_accessible(tmp_path: Path) -> None:
     assert set(re.findall(r'href="#([^"]+)', text)) <= set(ids)
     assert ("html", "lang", "en") in page.attributes
     svgs = text.count("<svg ")
-    assert svgs == 4 + len(LAYERS) == len(re.findall(r'<svg role="img" aria-label="[^"]+"', text))
+    assert svgs == 5 + len(LAYERS) == len(re.findall(r'<svg role="img" aria-label="[^"]+"', text))
     assert text.count("<table>") == text.count("<caption>")
 
 

@@ -50,25 +50,40 @@ def test_statistics_come_back_to_the_bit(config: Config) -> None:
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(1)).eval()
     model[1].running_mean.fill_(0.123)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with batch_norm.recalibrated(model, [batch(0, 255)], config, CPU):
-        assert float(model[1].running_mean) == pytest.approx(0.5)
+    saved = batch_norm.statistics(model)
+    batch_norm.recalibrate(model, [batch(0, 255)], config, CPU)
+    assert float(model[1].running_mean) == pytest.approx(0.5)
+    batch_norm.put_back(model, saved)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_each_level_of_a_scan_has_its_own_statistics(small_session: Session) -> None:
     """Only the calibrated scan sees the outputs that a pruned convolution really has."""
-    calibrated = small_session.config.scan.model_copy(update={"bn_samples": 250, "samples": 100})
+    levels = {"levels": (0.5, 0.1), "samples": 100}
+    calibrated = small_session.config.scan.model_copy(update={"bn_samples": 250, **levels})
     session = replace(small_session, config=small_session.config.model_copy(update={"scan": calibrated}))
     checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(session.new_model().state_dict())))
-    model, val, calibration = local.scan_inputs(session)
+    model, alive, val, calibration = local.scan_inputs(session, "dense/checkpoint")
+    dense = sensitivity.answers(model, val, session.config, CPU)
     assert sum(len(part.images) for part in calibration) == 250
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def losses(batches: list[Batch]) -> list[float]:
-        levels = sensitivity.scan_tensor(model, "conv1.weight", [0.5, 0.1], val, session.config, CPU, batches)
+        levels = sensitivity.scan_tensor(model, "conv1.weight", [], val, dense, session.config, CPU, alive, batches)
         return [level.loss for level in levels]
 
-    assert losses(calibration) == losses(calibration)
+    def whole_forward(density: float) -> float:
+        weight = dict(model.named_parameters())["conv1.weight"]
+        kept, saved, statistics = weight.detach().clone(), weight.detach().clone(), batch_norm.statistics(model)
+        smallest = kept.abs().flatten().sort(descending=True).values[round(density * kept.numel()) - 1]
+        weight.data.copy_(kept * (kept.abs() >= smallest))
+        batch_norm.recalibrate(model, calibration, session.config, CPU)
+        loss = sensitivity.answers(model, val, session.config, CPU).figures()["loss"]
+        weight.data.copy_(saved)
+        batch_norm.put_back(model, statistics)
+        return loss
+
+    assert losses(calibration) == [whole_forward(0.5), whole_forward(0.1)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert losses(calibration)[0] != losses([])[0]
 
