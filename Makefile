@@ -27,7 +27,7 @@ demo: install
 	@echo "report: runs/demo/report.html    MLflow: $(BIN)/secateur ui"
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ STAGES = ("shards", "dense", "scan", "rounds", "final")
 SETTINGS = (
     "data.classes=1000", "data.val_fraction=0.25", "data.lanes=4", "data.eval_batch=8", "data.shard_samples=16",
     "data.decode_threads=1", "dense.epochs=1", "dense.steps=2", "dense.batch_size=8", "retrain.epochs=1",
-    "retrain.steps=2", "retrain.batch_size=8", "scan.levels=[0.5,0.1]", "scan.samples=8", "scan.delta=0.5",
+    "retrain.steps=3", "retrain.batch_size=8", "scan.levels=[0.5,0.1]", "scan.samples=8", "scan.delta=0.5",
     "prune.allocation=paper", "prune.rounds=1", "prune.dense_control=false", "tracking.enabled=false",
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from cluster import connect, submit
 from cluster.engine import RayEngine
 from cluster.packed_cli import packed_app
 from pipeline import commands, stages, state
+from pipeline import reproduce as paper
 from pipeline.console import Display, main_module, one_message, show_bench, show_scan
 from pipeline.data import shards
 from pipeline.distributed import configure_process
@@ -66,6 +67,21 @@ def scan(
         finally:
             engine.close()
     show_scan(found)
+
+
+@app.command()
+def reproduce(
+    target: paper.Target,
+    overrides: Overrides = None,
+    data: paper.DataRoot = None,
+    seeds: paper.Seeds = "0,1,2",
+    runs_dir: paper.RunsDir = None,
+    networks: paper.Networks = paper.ALL_NETWORKS,
+    configs: paper.Configs = paper.CONFIGS,
+) -> None:
+    """The paper's tables 1-3 and figures 4-7 beside ours; goes on where it was stopped."""
+    jobs = paper.jobs(target, overrides or [], data, seeds, runs_dir, networks, configs, _checked)
+    paper.carry_out(jobs, RayEngine(), _typed())
 
 
 @app.command()
@@ -209,8 +225,12 @@ def _checked(config: Path, overrides: list[str] | None) -> list[str]:
     return overrides or []
 
 
+def _typed() -> str:
+    """The command as it was typed."""
+    return main_module(["secateur", *(shlex.quote(part) for part in sys.argv[1:])])
+
+
 def main() -> None:
     """Run the command line: 0 when done, 2 for a mistake that the user can mend, 130 for Ctrl-C."""
-    command = main_module(["secateur", *(shlex.quote(part) for part in sys.argv[1:])])
-    with one_message(resume=command):
+    with one_message(resume=_typed()):
         app()

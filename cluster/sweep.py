@@ -70,16 +70,14 @@ def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, so
 def shared_inputs(config: Config, run: Run, source: str) -> dict[str, Any]:
     """What every trial needs, as NumPy arrays, which actors on a node read without a copy."""
     opened = open_session(config, World(0, 1, torch.device("cpu")), run, lambda event: None)
-    model, alive, batches = scan_inputs(opened, source)
+    model, alive, batches, calibration = scan_inputs(opened, source)
     return {
         "config": config.model_dump(mode="json"),
         "classes": opened.manifest.num_classes,
         "weights": {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()},
         "alive": {name: mask.numpy() for name, mask in alive.items()},
-        "batches": [
-            tuple(part.numpy() for part in (batch.images, batch.labels, batch.weights, batch.indices))
-            for batch in batches
-        ],
+        "batches": [_arrays(batch) for batch in batches],
+        "calibration": [_arrays(batch) for batch in calibration],
     }
 
 
@@ -96,6 +94,7 @@ class Inputs:
         self.model = place(model, self.settings, self.device)
         self.alive = {name: _readonly_tensor(mask) for name, mask in shared["alive"].items()}
         self.batches = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["batches"]]
+        self.calibration = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["calibration"]]
 
 
 def answer(shared: dict[str, Any]) -> Answers:
@@ -125,6 +124,7 @@ def make_trial(ray: Any, tune: Any) -> type:
                 self.given.settings,
                 self.given.device,
                 self.given.alive,
+                self.given.calibration,
             )
             return True
 
@@ -150,6 +150,10 @@ def make_collector(tune: Any, on_level: OnLevel) -> Any:
                 self.hand_on(result["tensor"], result["level"])
 
     return Collector(on_level)
+
+
+def _arrays(batch: Batch) -> tuple[Any, ...]:
+    return tuple(part.numpy() for part in (batch.images, batch.labels, batch.weights, batch.indices))
 
 
 def _readonly_tensor(array: Any) -> torch.Tensor:

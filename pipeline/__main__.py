@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline import commands
+from pipeline import reproduce as paper
 from pipeline.console import main_module, one_message
 from pipeline.distributed import configure_process, torchrun_world
 from pipeline.local import LocalEngine
@@ -36,6 +37,28 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show what a run would do, and run nothing."""
     commands.show(commands.load(config, overrides))
+
+
+@app.command()
+def reproduce(
+    target: paper.Target,
+    overrides: Overrides = None,
+    data: paper.DataRoot = None,
+    seeds: paper.Seeds = "0,1,2",
+    runs_dir: paper.RunsDir = None,
+    networks: paper.Networks = paper.ALL_NETWORKS,
+    configs: paper.Configs = paper.CONFIGS,
+) -> None:
+    """The paper's tables 1-3 and figures 4-7 beside ours; goes on where it was stopped."""
+    jobs = paper.jobs(target, overrides or [], data, seeds, runs_dir, networks, configs)
+    first = next(iter(jobs[0].runs.values()))
+    configure_process(first)
+    with torchrun_world(first) as world:
+        engine = LocalEngine(world)
+        if world.first:
+            paper.carry_out(jobs, engine, main_module(["python -m pipeline", *sys.argv[1:]]))
+        else:
+            engine.follow()
 
 
 def main() -> None:

@@ -125,7 +125,11 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="L2 regularisation of all parameters, biases included, as Caffe does (adamw: decoupled)."
     )
-    l1: Annotated[float, Field(ge=0.0)] = Field(0.0, description="L1 regularisation of the prunable weights.")
+    l1: Annotated[float, Field(ge=0.0)] = Field(
+        0.0,
+        description="L1 regularisation of the prunable weights, no others. The paper's L1 then L2 is dense.l1 with "
+        "retrain.weight_decay.",
+    )
     schedule: Literal["constant", "cosine", "step", "inv"] = Field(
         "cosine",
         description="cosine falls to 0; step multiplies by `gamma` at `milestones`; inv is Caffe's "
@@ -139,6 +143,36 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs forward and loss under autocast.")
     channels_last: bool = Field(False, description="Memory format of weights and images, faster on GPUs.")
     checkpoint_steps: Positive = Field(500, description="Updates between checkpoints; one is also kept at each end.")
+
+
+class Retrain(Train):
+    """How survivors are retrained in each round, and the dense control with them."""
+
+    lr: Annotated[float, Field(gt=0.0)] | None = Field(  # type: ignore[assignment]  # see recipe.resolve
+        None, description="Learning rate at the start (after warm-up); by default lr_scale * dense.lr, or else 0.01."
+    )
+    lr_scale: Annotated[float, Field(gt=0.0)] | None = Field(
+        None,
+        description="Learning rate as a factor of dense.lr, instead of lr; the paper's are 0.1 for the LeNets and 0.01 "
+        "for AlexNet.",
+    )
+    dropout_correction: bool = Field(
+        False,
+        description="The paper's section 3.2: a dropout rate D becomes D*sqrt(kept / all connections) of the layer "
+        "whose outputs it drops: 0.5 becomes 0.15 at 9% density. The dense control keeps the dense rates.",
+    )
+    phases: Annotated[tuple[Literal["fc", "conv", "all"], ...], Field(min_length=1)] = Field(
+        ("all",),
+        description="Which layers are updated while the others are held fixed, one kind after the other; a round's "
+        "steps are shared out equally, what is left over goes to the last. The paper's AlexNet: [fc, conv, all]. A "
+        "norm goes with the layer defined before it; the learning rate runs on, momentum starts anew in each phase.",
+    )
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Retrain:
+        if self.lr is not None and self.lr_scale is not None:
+            raise ValueError(f"lr={self.lr:g} and lr_scale={self.lr_scale:g} both set the learning rate: leave one out")
+        return self
 
 
 class Scan(Section):
@@ -169,6 +203,11 @@ class Scan(Section):
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="The drop in val accuracy, one for all tensors, at which a tensor's quality is read off."
     )
+    bn_samples: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Batch norm: at each level the running statistics are estimated again from so many train samples, "
+        "without augmentation; 0 leaves the dense network's.",
+    )
 
     @model_validator(mode="after")
     def _falling(self) -> Scan:
@@ -180,7 +219,11 @@ class Scan(Section):
 class Prune(Section):
     """Which weights go, and when."""
 
-    criterion: str = Field("magnitude", description="Scores for weights, higher keeps: magnitude, random.")
+    criterion: str = Field(
+        "magnitude",
+        description="Scores for weights, higher keeps: magnitude; probabilistic (drawn with chances in proportion to "
+        "|w|); random.",
+    )
     allocation: str = Field(
         "paper",
         description="A budget to a density for each tensor: paper (|w| / (quality x std), one threshold), "
@@ -202,6 +245,21 @@ class Prune(Section):
     )
     exclude: tuple[str, ...] = Field((), description="Patterns of whole tensor names (*.fc.weight) that stay dense.")
     min_weights: Annotated[int, Field(ge=0)] = Field(1, description="Weights that every tensor keeps at the least.")
+    survivors: Literal["keep", "reinitialise"] = Field(
+        "keep",
+        description="keep: retrain the survivors from the values that they have; reinitialise: from a network made "
+        "anew in each round, of which only the pattern of zeros is the pruned one's (the paper's control).",
+    )
+    bn_samples: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Batch norm: after each prune, before retraining, the running statistics are estimated again from "
+        "so many train samples, without augmentation; 0 leaves them as they are.",
+    )
+    dead_neurons: bool = Field(
+        False,
+        description="Also remove, in each round, the connections of units that have no input or no output left "
+        "(section 3.5); what such a unit adds goes into the next bias. The size may fall below the target.",
+    )
     dense_control: bool = Field(
         True, description="Also train the dense network on for the same steps: the reference of the verdict."
     )
@@ -269,8 +327,8 @@ class Config(Section):
     dense: Train = Field(default_factory=lambda: Train.model_validate({}), description="Training of the dense network.")
     scan: Scan = Field(default_factory=lambda: Scan.model_validate({}))
     prune: Prune = Field(default_factory=lambda: Prune.model_validate({}))
-    retrain: Train = Field(
-        default_factory=lambda: Train.model_validate({"lr": 0.01}), description="Retraining in each round."
+    retrain: Retrain = Field(
+        default_factory=lambda: Retrain.model_validate({}), description="Retraining in each round."
     )
     target: Target = Field(default_factory=lambda: Target.model_validate({}))
     cluster: Cluster = Field(default_factory=lambda: Cluster.model_validate({}))

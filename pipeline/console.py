@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.config import Config
 from pipeline.errors import RunStopped, UserError
 from pipeline.plan import RunPlan
 from pipeline.results import report
+from pipeline.results.tables import TextTable
 
 LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
@@ -27,6 +28,7 @@ TITLES = {
     "dense": "dense network",
     "scan": "sensitivity scan",
     "rounds": "rounds",
+    "figure5": "figure 5",
     "final": "final",
 }
 
@@ -78,7 +80,11 @@ class Display:
         """An event of a training: its start, its resumption, or the end of an epoch."""
         name = event["phase"]
         if "kept" in event:
-            self.line(f"{name}: {event['kept']:,} weights kept ({event['density']:.2%}), val {event['before']:.2%}")
+            self.line(
+                f"{name}: {event['kept']:,} weights kept ({event['density']:.2%}), val {event['before']:.2%}"
+                + (f", {event['dead']:,} of dead neurons gone" if event["dead"] else "")
+                + "".join(f", {path} drops {rate:.3g}" for path, rate in event["dropout"].items() if rate)
+            )
         elif "resumed" in event:
             self.line(f"{name}: resumed at step {event['resumed']} of {event['steps']}")
         else:
@@ -241,3 +247,18 @@ def show_bench(found: dict[str, Any], console: Console | None = None) -> None:
     for note in found["notes"]:
         console.print(f"note: {note}", markup=False)
     console.print(found["verdict"], markup=False)
+
+
+def show_tables(tables: Sequence[TextTable], said: Sequence[str], page: str, console: Console | None = None) -> None:
+    """Print tables, what they come to, and where the page with the figures is."""
+    console = console or make_console()
+    for each in tables:
+        table = Table(title=each.title, title_justify="left")
+        for number, column in enumerate(each.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in each.rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in said:
+        console.print(line, markup=False)
+    console.print(f"page: {page}", markup=False)

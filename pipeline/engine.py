@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from pipeline import rounds
+from pipeline import figure5, rounds
 from pipeline.config import Config
 from pipeline.session import Progress, Session
 from pipeline.state import Run
@@ -33,4 +33,4 @@ class Engine(Protocol):
 
 def work(stage: str, opened: Session) -> None:
     """What every worker of a training does, whichever engine started it."""
-    {"dense": rounds.dense, "rounds": rounds.prune}[stage](opened)
+    {"dense": rounds.dense, "rounds": rounds.prune, "figure5": figure5.measure}[stage](opened)

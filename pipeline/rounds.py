@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline import cost, models
+from pipeline import cost, models, prepare
 from pipeline.data import storage
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import Agreed, UserError
@@ -25,7 +25,7 @@ from pipeline.prune import criteria, masks, round_plan
 from pipeline.prune.round_plan import RoundPlan
 from pipeline.session import Session
 from pipeline.state import now_ms
-from pipeline.train import checkpoint
+from pipeline.train import checkpoint, dropout
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.evaluate import forward
 from pipeline.train.loop import Training
@@ -59,7 +59,7 @@ def prune(session: Session) -> None:
     model = session.new_model()
     model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
     prunable, _ = models.survey(model, session.config.prune.include, session.config.prune.exclude)
-    dense_weights = prunable_weights(model, prunable)
+    dense_weights = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
     alive = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense_weights.items()}
     for number in range(1, len(round_plan.densities(session.config)) + 1):
         alive = one_round(session, model, prunable, dense_weights, alive, number)
@@ -78,22 +78,34 @@ def one_round(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     number: int,
+    folder: str | None = None,
 ) -> dict[str, Tensor]:
-    """Plan, mask, retrain, evaluate, check and save one round; or load it where it is finished."""
-    folder, run, clock = round_folder(number), session.run, time.monotonic()
+    """Plan, mask, retrain, evaluate, check and save one round; or load it where it is finished.
+
+    It lies in `folder`, by default that of round `number`.
+    """
+    folder, run, clock = folder or round_folder(number), session.run, time.monotonic()
     if run.has(folder, "metrics.json"):
         saved = checkpoint.load(run, f"{folder}/checkpoint")
         model.load_state_dict(saved.weights)
         return {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
     plan = plan_round(session, model, prunable, dense_weights, alive, number)
     kept = shared_masks(session, plan, prunable_weights(model, prunable), alive)
+    plan, kept = prepare.remove_dead(session, model, plan, kept)
+    if session.world.first:
+        run.commit(plan.as_json(prunable), folder, "plan.json")
+    prepare.reinitialise(session, model, number)
     apply_masks(model, kept)
+    prepare.recalibrate(session, model)
     before = session.evaluate(model, "val").metrics()
-    session.progress(
-        {"phase": folder, "density": plan.density, "kept": sum(plan.keep.values()), "before": before["top1"]}
-    )
+    rates = prepare.dropout_rates(session, model, kept)
+    count, dead = sum(plan.keep.values()), sum(plan.dead.values())
+    density = count / sum(mask.numel() for mask in kept.values())
+    event = {"phase": folder, "density": density, "kept": count, "dead": dead, "before": before["top1"]}
+    session.progress(event | {"dropout": rates})
     training = Training(session, model, session.config.retrain, folder, folder, list(kept), kept)
-    position = training.fit()
+    with dropout.use(model, rates):
+        position = training.fit()
     training.applier.clean()
     guard(session, prunable_weights(model, prunable), kept, plan)
     val = session.evaluate(model, "val").metrics()
@@ -101,6 +113,7 @@ def one_round(
         checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), kept))
         facts = round_facts(plan, kept, before, val)
         seconds = round(time.monotonic() - clock, 3)
+        facts |= {"dead": dead, "dropout": rates}
         facts |= {"history": position.history, "steps": position.step, "seconds": seconds, "finished_ms": now_ms()}
         run.commit(facts, folder, "metrics.json")
         checkpoint.keep_last(run, folder, 0)
@@ -116,15 +129,12 @@ def plan_round(
     alive: dict[str, Tensor],
     number: int,
 ) -> RoundPlan:
-    """The plan of a round, the same on every rank, since all hold the same weights; rank 0 writes it down."""
+    """The plan of a round, the same on every rank, since all hold the same weights."""
     qualities = None
     if round_plan.needs_scan(session.config):
         qualities = {tensor["name"]: tensor["quality"] for tensor in session.run.read("scan", "scan.json")["tensors"]}
     weights = prunable_weights(model, prunable)
-    plan = round_plan.make(session.config, number, weights, dense_weights, alive, qualities)
-    if session.world.first:
-        session.run.commit(plan.as_json(prunable), round_folder(number), "plan.json")
-    return plan
+    return round_plan.make(session.config, number, weights, dense_weights, alive, qualities)
 
 
 def shared_masks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from pipeline import models
 from pipeline.config import Config
 from pipeline.data import loader, shards
-from pipeline.data.loader import EvalLoader, Split
+from pipeline.data.loader import Batch, EvalLoader, Split
 from pipeline.data.shards import Manifest
 from pipeline.distributed import World
 from pipeline.errors import UserError
@@ -56,6 +56,11 @@ class Session:
         bad = int((~answers.valid).sum())
         self.world.agree(self.too_many_bad(split, bad, len(answers.valid)))
         return answers
+
+    def calibration(self, samples: int) -> Iterator[Batch]:
+        """So many train samples, without augmentation, in batches of data.eval_batch; the same ones on every rank."""
+        loader = EvalLoader(self.split("train"), self.config.data, limit=samples, seed=self.config.seed)
+        return loader.batches(0, 1)
 
     def too_many_bad(self, split: str, bad: int, seen: int) -> str | None:
         """The problem to report when more than data.max_bad_fraction of the images could not be read."""

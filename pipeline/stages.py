@@ -7,6 +7,7 @@ several processes is handed to an engine: this process alone or torchrun's (`Loc
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.results import final
 from pipeline.results.mirror import Mirror
 from pipeline.session import Progress
 from pipeline.state import Run, fingerprint, open_run
+from pipeline.train import batch_norm, phases
 
 MLFLOW_PATIENCE_S = 60.0  # how long the end of a run waits for a tracking server
 
@@ -63,7 +65,10 @@ def check_names(config: Config) -> None:
 
 
 def check_network(config: Config, here: Run) -> None:
-    """Raise UserError if the network, its checkpoint, the patterns or the budget will not do, before training."""
+    """Raise UserError if the network, its checkpoint, the patterns or the budget will not do, before training.
+
+    Warns of settings that do nothing to this network.
+    """
     classes = shards.load_manifest(session.data_root(config, here)).num_classes
     model = models.build(config.model, classes, config.seed)
     session.check_output(model, config, classes)
@@ -71,6 +76,10 @@ def check_network(config: Config, here: Run) -> None:
     total = sum(tensor.weights for tensor in prunable)
     for number in range(1, len(round_plan.densities(config)) + 1):
         round_plan.budget(config, number, total)
+    phases.require_layers(model, config.retrain.phases)
+    for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
+        if samples and not batch_norm.norms(model):
+            warnings.warn(f"{name}.bn_samples={samples} is ignored: the network has no batch norm", stacklevel=2)
 
 
 def shards_stage(config: Config, here: Run, progress: Progress) -> str:
@@ -108,7 +117,7 @@ BUILD_SETTINGS = {
 
 
 def train_stage(stage: str, made_from: str, config: Config, engine: Engine, here: Run, progress: Progress) -> str:
-    """Run `dense` or `rounds` on the engine; returns what the stage is made from."""
+    """Run `dense`, `rounds` or `figure5` on the engine; returns what the stage is made from."""
     started = time.monotonic()
     made_from = fingerprint(stage, made_from, stage_settings(stage, config))
     if here.finished(stage, made_from):
@@ -182,4 +191,4 @@ def stage_settings(stage: str, config: Config) -> dict[str, Any]:
         },
         "rounds": {key: everything[key] for key in ("prune", "retrain", "target")},
     }
-    return parts[stage]
+    return parts["rounds" if stage == "figure5" else stage]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from small import SMALL
 
 from pipeline import config as settings
+from pipeline import stages
 from pipeline.config import Config
+from pipeline.distributed import World
+from pipeline.session import Session, open_session
+from pipeline.state import open_run
 
 # A whole run in a few seconds: real digits, two rounds, every stage.
 TINY: dict[str, Any] = {
@@ -47,6 +53,15 @@ def tiny(tmp_path: Path) -> Callable[..., Config]:
         return settings.parse(merged({**TINY, "runs_dir": str(tmp_path / "runs")}, changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """The session of a tiny run on `small.network`, whose shards are built and nothing else."""
+    config = settings.parse(merged({**TINY, "runs_dir": str(tmp_path_factory.mktemp("small"))}, SMALL))
+    with open_run(config) as here:
+        stages.shards_stage(config, here, lambda event: None)
+        yield open_session(config, World(0, 1, torch.device("cpu")), here, lambda event: None)
 
 
 @pytest.fixture

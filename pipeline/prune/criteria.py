@@ -30,7 +30,19 @@ def random(weight: Tensor, name: str, seed: int) -> Tensor:
     return torch.rand(weight.shape, generator=source).to(weight.device)
 
 
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "random": random}
+def probabilistic(weight: Tensor, name: str, seed: int) -> Tensor:
+    """The paper's control: |w| / e with e drawn from Exp(1), so weights are kept by chance, larger ones more often.
+
+    The k highest are k draws without replacement, each with probability |w| / (sum of |w| not drawn yet): the same as
+    the highest log|w| + Gumbel noise (Efraimidis and Spirakis 2006), but in the units of |w|, as thresholds need it. A
+    weight keeps its e in every round, so rounds on unchanged weights end where one shot would. Drawn on the CPU.
+    """
+    source = torch.Generator().manual_seed(derive(seed, "criterion", "probabilistic", name))
+    drawn = torch.empty(weight.shape).exponential_(generator=source).clamp_(min=torch.finfo(torch.float32).tiny)
+    return magnitude(weight, name, seed) / drawn.to(weight.device)
+
+
+CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "probabilistic": probabilistic, "random": random}
 
 
 def scores(criterion: str, weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -11,17 +11,21 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.models import Prunable
 from pipeline.prune import allocation, criteria, schedules
-from pipeline.prune.sensitivity import sigma
+from pipeline.prune.one_tensor import sigma
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """The counts of round `round` (from 1), and the score under which a tensor's weights go."""
+    """The counts of round `round` (from 1), and the score under which a tensor's weights go.
+
+    `dead` counts what was taken off each tensor since it led to or from a dead unit; `keep` is what is left after it.
+    """
 
     round: int
     density: float
     keep: dict[str, int]
     thresholds: dict[str, float]
+    dead: dict[str, int] = field(default_factory=dict)
 
     def as_json(self, prunable: list[Prunable]) -> dict[str, Any]:
         """The content of plan.json."""
@@ -31,7 +35,13 @@ class RoundPlan:
             "planned_density": self.density,
             "budget": sum(self.keep.values()),
             "tensors": [
-                {"name": t.name, "weights": t.weights, "keep": self.keep[t.name], "threshold": self.thresholds[t.name]}
+                {
+                    "name": t.name,
+                    "weights": t.weights,
+                    "keep": self.keep[t.name],
+                    "dead": self.dead.get(t.name, 0),
+                    "threshold": self.thresholds[t.name],
+                }
                 for t in prunable
             ],
         }
@@ -76,11 +86,14 @@ def make(
         scaled = {name: value * share for name, value in (qualities or {}).items()}
         keep = allocation.threshold_counts(ranking, alive, sigmas, scaled, config.prune.min_weights)
     else:
+        wanted = budget(config, number, sum(weight.numel() for weight in weights.values()))
+        if config.prune.dead_neurons:  # dead units of the rounds before may have left fewer than this one's budget
+            wanted = min(wanted, sum(int(mask.sum()) for mask in alive.values()))
         keep = allocation.allocate(
             config.prune.allocation,
             ranking,
             alive,
-            budget(config, number, sum(weight.numel() for weight in weights.values())),
+            wanted,
             sigmas=sigmas,
             qualities=qualities,
             densities=explicit_densities(config, density),

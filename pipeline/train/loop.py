@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import seeding
-from pipeline.config import Train
+from pipeline.config import Retrain, Train
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.errors import Agreed
 from pipeline.prune import masks as masking
 from pipeline.session import Session
-from pipeline.train import allreduce, checkpoint, recipe
+from pipeline.train import allreduce, checkpoint, phases, recipe
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.evaluate import forward
 
@@ -53,8 +54,11 @@ class Training:
         prunable: list[str],
         masks: dict[str, Tensor] | None = None,
     ) -> None:
-        self.session, self.model, self.settings, self.phase, self.order = session, model, settings, phase, order
+        self.session, self.model, self.phase, self.order = session, model, phase, order
         self.world, self.config = session.world, session.config
+        self.settings = recipe.resolve(settings, session.config.dense)
+        self.phases = settings.phases if isinstance(settings, Retrain) else ("all",)
+        phases.require_layers(model, self.phases)
         self.loader = TrainLoader(
             session.split("train"),
             session.config.data,
@@ -70,7 +74,8 @@ class Training:
             [self.parameters[name].data for name in self.masks],
             [mask.to(session.world.device) for mask in self.masks.values()],
         )
-        self.optimizer = recipe.make_optimizer(settings, list(self.parameters.values()))
+        self.trainable = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        self.optimizer = recipe.make_optimizer(self.settings, list(self.parameters.values()))
         self.total = recipe.total_steps(settings, self.loader.steps_per_epoch)
         self.position = Position()
         self.running = torch.zeros(3, dtype=torch.float64, device=session.world.device)
@@ -79,16 +84,18 @@ class Training:
     def fit(self) -> Position:
         """Train from the last whole step checkpoint, or from the start, to the end."""
         self._resume()
-        wrapped: nn.Module = self.model
-        if self.world.size > 1:
-            wrapped = DistributedDataParallel(self.model)
-            allreduce.use_masks(wrapped, {self.parameters[name]: mask for name, mask in self.masks.items()})
+        wrapped: nn.Module | None = None
+        entered: int | None = None
         self.model.train()
         self.applier.apply()
         clock = time.monotonic()
         while self.position.step < self.total:
             epoch, first = divmod(self.position.step, self.loader.steps_per_epoch)
             for batch in self.loader.epoch(epoch, first):
+                phase = phases.at(self.position.step, self.total, len(self.phases))
+                if wrapped is None or phase != entered:
+                    wrapped = None  # the DDP of the phase before goes first
+                    wrapped, entered = self._enter(phase), phase
                 self._update(wrapped, batch)
                 self.position.step += 1
                 last = self.position.step in (self.total, (epoch + 1) * self.loader.steps_per_epoch)
@@ -103,7 +110,21 @@ class Training:
                 if self.position.step == self.total:
                     break
         self.position.seconds += time.monotonic() - clock
+        phases.hold(self.model, "all", self.trainable)
         return self.position
+
+    def _enter(self, phase: int) -> nn.Module:
+        """Begin a phase, or go on within it: hold the other layers fixed, and wrap what is updated for DDP."""
+        if self.position.step == phases.first_step(phase, self.total, len(self.phases)):
+            self.optimizer.state.clear()  # momentum from before the layers were held is not theirs any more
+        phases.hold(self.model, self.phases[phase], self.trainable)
+        if self.world.size == 1:
+            return self.model
+        gc.collect()  # a DDP is in a reference cycle, and its buckets are as large as the gradients
+        wrapped = DistributedDataParallel(self.model)
+        updated = {name: mask for name, mask in self.masks.items() if self.parameters[name].requires_grad}
+        allreduce.use_masks(wrapped, {self.parameters[name]: mask for name, mask in updated.items()})
+        return wrapped
 
     def _update(self, wrapped: nn.Module, batch: Batch) -> None:
         """One optimizer update. Raises Agreed, on every rank, before an update that is not finite."""

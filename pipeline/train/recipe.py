@@ -8,7 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Train
+from pipeline.config import Retrain, Train
+
+DEFAULT_RETRAIN_LR = 0.01
+
+
+def resolve(recipe: Train, dense: Train) -> Train:
+    """The recipe with its learning rate worked out: retraining's may be a factor of the dense one's."""
+    if not isinstance(recipe, Retrain) or recipe.lr is not None:
+        return recipe
+    rate = DEFAULT_RETRAIN_LR if recipe.lr_scale is None else recipe.lr_scale * dense.lr
+    return recipe.model_copy(update={"lr": rate})
 
 
 def total_steps(recipe: Train, steps_per_epoch: int) -> int:

@@ -20,6 +20,11 @@ from support import ROOT, alone_on_the_network, environment, program
 
 pytestmark = pytest.mark.ray
 NO_SCAN = "prune.allocation=uniform"  # saves the seconds that Tune takes to start
+# One round of heavy steps: workers whose driver was killed go on for two seconds or so, and must not finish it.
+LONG_ROUND = [
+    NO_SCAN, "data.resize=56", "data.size=56", "model.kwargs.inputs=3136", "prune.rounds=1",
+    "prune.dense_control=false", "retrain.epochs=60", "retrain.checkpoint_steps=50",
+]  # fmt: skip
 
 
 def result(runs: Path, name: str) -> dict[str, Any]:
@@ -73,12 +78,11 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str], seconds
 
 def test_a_driver_killed_in_a_round_goes_on_and_ends_with_the_same_bits(tiny_yaml: Path) -> None:
     runs = tiny_yaml.parent / "runs"
-    longer = [NO_SCAN, "retrain.epochs=20", "retrain.checkpoint_steps=20"]
-    undisturbed = program("pipeline", "run", str(tiny_yaml), "name=undisturbed", *longer, ray=False)
+    undisturbed = program("pipeline", "run", str(tiny_yaml), "name=undisturbed", *LONG_ROUND, ray=False)
     assert undisturbed.returncode == 0, undisturbed.stderr
-    command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(tiny_yaml), "name=killed", *longer]
+    command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(tiny_yaml), "name=killed"]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *LONG_ROUND], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         wait_for("rounds/01/steps/*/manifest.json", runs / "killed", process)
@@ -86,7 +90,7 @@ def test_a_driver_killed_in_a_round_goes_on_and_ends_with_the_same_bits(tiny_yam
         os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
     assert not (runs / "killed/rounds/01/metrics.json").exists()
-    again = program("cluster", "run", str(tiny_yaml), "name=killed", *longer)
+    again = program("cluster", "run", str(tiny_yaml), "name=killed", *LONG_ROUND)
     assert again.returncode == 0, again.stderr + again.stdout
     assert "rounds/01: resumed at step" in again.stdout
     assert same_weights(runs, "undisturbed", "killed")
@@ -243,7 +247,7 @@ def test_a_job_runs_its_exit_code_and_log_come_back_and_it_resumes_when_submitte
 ) -> None:
     runs = tiny_yaml.parent / "runs"
     config, address = "configs/demo.yaml", "--address=http://127.0.0.1:8265"
-    small = [NO_SCAN, "dense.epochs=4", "retrain.epochs=10", "retrain.checkpoint_steps=20"]
+    small = ["dense.epochs=4", *LONG_ROUND]
     job = ["ray", "job", "submit", address, "--working-dir", ".", "--", "python", "-m", "cluster", "run", config]
 
     relative = head.run(*job, *small, "name=job")

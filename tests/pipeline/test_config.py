@@ -50,6 +50,10 @@ def test_settings_are_frozen() -> None:
         (["nonsense"], ["override 'nonsense'", "key=value"]),
         (["data.mean=[1,2]"], ["mean and std"]),
         (["name=../up"], ["name='../up'"]),
+        (["retrain.lr=0.1", "retrain.lr_scale=0.01"], ["retrain: lr=0.1 and lr_scale=0.01", "leave one out"]),
+        (["retrain.phases=[fc,cnv]"], ["retrain.phases.1='cnv'", "'fc', 'conv' or 'all'"]),
+        (["retrain.phases=[]"], ["retrain.phases=[]", "at least 1"]),
+        (["dense.phases=[fc]"], ["unknown setting 'dense.phases'"]),
     ],
 )
 def test_a_mistake_names_the_setting_its_value_and_the_remedy(
@@ -75,7 +79,8 @@ def test_a_missing_file_suggests_a_near_one(tmp_path: Path) -> None:
 
 
 def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
-    config = settings.parse({"name": "a", "model": {"kwargs": {"inputs": 64}}, "prune": {"densities": {"x": 0.5}}})
+    values = {"model": {"kwargs": {"inputs": 64}}, "prune": {"densities": {"x": 0.5}}, "retrain": {"lr_scale": 0.1}}
+    config = settings.parse({"name": "a", **values})
     assert settings.load(write(tmp_path, settings.dump(config))) == config
 
 
@@ -98,7 +103,7 @@ def test_the_schema_for_editors_is_up_to_date() -> None:
     ), "run `make schema`, which writes configs/schema.json"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_of_the_repo_loads(path: Path) -> None:
     text = yaml.safe_load(path.read_text())
     needs_root = text["data"]["source"] != "digits"

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small import SMALL
 from support import ROOT, program
 
-from pipeline import stages
+from pipeline import models, seeding, stages
 from pipeline.config import Config
 from pipeline.data import shards
 from pipeline.distributed import World, configure_process
 from pipeline.errors import RunStopped, UserError
 from pipeline.local import LocalEngine
+from pipeline.prune import round_plan
 from pipeline.results import packed
 from pipeline.state import run_root
 from pipeline.train import checkpoint
@@ -73,6 +75,23 @@ def test_a_run_reaches_its_target_and_says_what_it_did(tiny: Callable[..., Confi
     assert result["test"]["samples"] == 360
     assert (root / "report.html").read_text().count("<svg") > 3
     assert json.loads((root / "result.json").read_text()) == result
+
+
+def test_each_rounds_thresholds_rest_on_the_dense_networks_deviations(tiny: Callable[..., Config]) -> None:
+    config = tiny(**{"prune.dense_control": False})
+    carry_out(config)
+    here = stages.Run(run_root(config), 1)
+    dense, first = (checkpoint.load(here, f"{part}/checkpoint") for part in ("dense", "rounds/01"))
+    scan, plan = here.read("scan", "scan.json"), here.read("rounds/02", "plan.json")
+    expected = round_plan.make(
+        config,
+        2,
+        {name: first.weights[name] for name in first.masks},
+        {name: dense.weights[name] for name in first.masks},
+        first.masks,
+        {tensor["name"]: tensor["quality"] for tensor in scan["tensors"]},
+    )
+    assert {row["name"]: row["keep"] for row in plan["tensors"]} == expected.keep
 
 
 def test_a_finished_run_is_not_run_again(tiny: Callable[..., Config]) -> None:
@@ -145,6 +164,7 @@ def test_a_scan_goes_on_with_the_levels_that_are_missing(tiny: Callable[..., Con
         {"target.mode": "thresholds", "prune.sigma": "renewed"},
         {"prune.criterion": "random", "prune.allocation": "uniform", "prune.dense_control": False},
         {"retrain.optimizer": "adamw", "retrain.lr": 0.001, "retrain.l1": 1e-5, "retrain.precision": "bf16"},
+        {"prune.criterion": "probabilistic", "prune.survivors": "reinitialise"},
     ],
 )
 def test_every_mode_goes_through(tiny: Callable[..., Config], changes: dict[str, Any]) -> None:
@@ -158,6 +178,74 @@ def test_every_mode_goes_through(tiny: Callable[..., Config], changes: dict[str,
     if config.prune.schedule == "list":
         assert result["density"] == pytest.approx(0.2, abs=1e-4)
     assert (result["test"]["dense_control"] is None) == (not config.prune.dense_control)
+
+
+def rounds_of(config: Config) -> list[dict[str, Any]]:
+    return [
+        json.loads((Path(run_root(config)) / f"rounds/0{n}/metrics.json").read_text())
+        for n in range(1, config.prune.rounds + 1)
+    ]
+
+
+PAPER = {
+    **SMALL, "retrain.lr": None, "retrain.lr_scale": 0.1, "retrain.dropout_correction": True, "prune.bn_samples": 500,
+    "retrain.phases": ["fc", "conv", "all"], "prune.dead_neurons": True, "scan.bn_samples": 250,
+    "target.compression": 20,
+}  # fmt: skip
+
+
+def test_the_papers_recipe_goes_through_and_a_stop_in_a_phase_changes_no_bit(
+    tiny: Callable[..., Config], interrupt: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, stopped = tiny(name="undisturbed", **PAPER), tiny(name="stopped", **PAPER)
+    result = carry_out(config)
+    for metrics in rounds_of(config):
+        plan = json.loads((Path(run_root(config)) / f"rounds/0{metrics['round']}/plan.json").read_text())
+        assert metrics["dead"] == sum(tensor["dead"] for tensor in plan["tensors"])
+        assert metrics["kept"] == plan["budget"] == sum(layer["kept"] for layer in metrics["layers"])
+        [fc1] = [layer for layer in metrics["layers"] if layer["name"] == "fc1.weight"]
+        assert metrics["dropout"] == {"drop1": pytest.approx(0.5 * fc1["density"] ** 0.5)}
+        assert metrics["history"][0]["lr"] < 0.005  # a tenth of 0.05, on its way down
+    total, dead = result["weights_total"], rounds_of(config)[-1]["dead"]
+    assert dead > 0
+    assert result["weights_kept"] == total // 20 - dead
+    interrupt("rounds/02", 20)  # of 40: in the second phase
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(stopped)
+    monkeypatch.undo()
+    assert carry_out(stopped)["test"] == result["test"]
+    assert equal(final_weights(stopped), final_weights(config))
+
+
+def test_survivors_made_anew_keep_the_pattern_alone(tiny: Callable[..., Config]) -> None:
+    """With one update too small to matter, what is left is each round's own initialisation, masked."""
+    recipe = {"retrain.steps": 1, "retrain.lr": 1e-12, "prune.allocation": "uniform", "prune.dense_control": False}
+    anew = tiny(name="anew", **recipe, **{"prune.survivors": "reinitialise"})
+    kept = tiny(name="kept", **recipe)
+    for config in (anew, kept):
+        carry_out(config)
+    for number in (1, 2):
+        saved = checkpoint.load(stages.Run(run_root(anew), 1), f"rounds/0{number}/checkpoint")
+        fresh = models.build(anew.model, 10, seeding.derive(0, "survivors", number)).state_dict()
+        for name, weight in saved.weights.items():
+            expected = fresh[name] * saved.masks[name] if name in saved.masks else fresh[name]
+            torch.testing.assert_close(weight, expected)
+    dense = checkpoint.load(stages.Run(run_root(kept), 1), "dense/checkpoint").weights["fc1.weight"]
+    left = final_weights(kept)["fc1.weight"]
+    torch.testing.assert_close(left, dense * (left != 0))
+
+
+def test_settings_of_the_recipe_belong_to_the_stage_that_uses_them(tiny: Callable[..., Config]) -> None:
+    def changed(**changes: Any) -> list[str]:
+        return [s for s in ("dense", "scan", "rounds") if stages.stage_settings(s, tiny()) != stages.stage_settings(
+            s, tiny(**changes))]  # fmt: skip
+
+    assert changed(**{"scan.bn_samples": 10}) == ["scan"]
+    for key, value in {
+        "prune.bn_samples": 10, "prune.survivors": "reinitialise", "prune.dead_neurons": True,
+        "retrain.dropout_correction": True, "retrain.phases": ["fc", "all"],
+    }.items():  # fmt: skip
+        assert changed(**{key: value}) == ["rounds"]
 
 
 def test_masks_that_are_not_kept_stop_the_run(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,26 @@ def test_random_does_not_touch_the_global_generator() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_probabilistic_keeps_by_chance_in_proportion_to_magnitude() -> None:
+    """Of the weights 1 and 3, one kept: it is the larger three times in four. A pruned 0 never comes before another."""
+    pairs = {f"w{i}": torch.tensor([-1.0, 3.0, 0.0]) for i in range(2000)}
+    drawn = torch.stack([*scores("probabilistic", pairs, seed=0).values()])
+    assert float((drawn.argmax(1) == 1).double().mean()) == pytest.approx(0.75, abs=0.03)
+    assert bool((drawn[:, :2] > 0).all())
+    assert not drawn[:, 2].any()
+
+
+def test_probabilistic_depends_on_seed_and_name_and_scales_with_the_weight() -> None:
+    ones = torch.ones(50)
+    first = scores("probabilistic", {"a": ones, "b": ones}, seed=1)
+    assert torch.equal(scores("probabilistic", {"a": 2 * ones}, seed=1)["a"], 2 * first["a"])
+    assert not torch.equal(first["a"], first["b"])
+    assert not torch.equal(first["a"], scores("probabilistic", {"a": ones}, seed=2)["a"])
+
+
 def test_unknown_criterion_suggests() -> None:
     with pytest.raises(
-        UserError, match=r"prune.criterion='magnitud'.*did you mean 'magnitude'\? known: magnitude, random"
+        UserError,
+        match=r"prune.criterion='magnitud'.*did you mean 'magnitude'\? known: magnitude, probabilistic, random",
     ):
         scores("magnitud", {}, seed=0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import Train
+from pipeline.config import Retrain, Train
 from pipeline.train import recipe
 
 
@@ -31,6 +31,17 @@ def train(**settings: Any) -> Train:
 )
 def test_learning_rate(settings: dict[str, Any], step: int, expected: float) -> None:
     assert recipe.learning_rate(train(**settings), step, steps_per_epoch=10) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({"lr": 0.3}, 0.3), ({"lr_scale": 0.01}, 0.005), ({}, 0.01), ({"epochs": 5}, 0.01)]
+)
+def test_the_learning_rate_of_retraining(settings: dict[str, Any], expected: float) -> None:
+    retrain = Retrain.model_validate({"schedule": "constant", **settings})
+    resolved = recipe.resolve(retrain, train(lr=0.5))
+    assert recipe.learning_rate(resolved, 0, 10) == pytest.approx(expected)
+    assert retrain == Retrain.model_validate({"schedule": "constant", **settings})
+    assert recipe.resolve(train(lr=0.5), train(lr=0.5)).lr == 0.5
 
 
 def test_steps_end_a_training_early() -> None:

@@ -1,0 +1,66 @@
+"""Batch norm's running statistics, estimated again: a pruned network's activations are not the dense one's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.config import Config
+from pipeline.data.loader import Batch
+from pipeline.train.evaluate import forward
+
+
+def norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that keep running statistics, in definition order."""
+    return [part for part in model.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Batch], config: Config, device: torch.device) -> None:
+    """Set every running mean and variance to the plain average over these batches (uint8), all else in eval mode.
+
+    Unreadable images are left out, and so is a batch smaller than the first, whose statistics are rougher. Every rank
+    that is given the same batches computes the same bits. A network without batch norm stays as it is.
+    """
+    found = norms(model)
+    if not found:
+        return
+    modes = {part: part.training for part in model.modules()}
+    momenta = [norm.momentum for norm in found]
+    model.eval()
+    for norm in found:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's sign for a cumulative average
+        norm.training = True
+    try:
+        size = 0
+        for batch in batches:
+            size = size or len(batch.images)
+            images = batch.images[batch.weights > 0]
+            if len(batch.images) == size and len(images) > 1:
+                forward(model, images.to(device, non_blocking=True), config)
+    finally:
+        for norm, momentum in zip(found, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def recalibrated(model: nn.Module, batches: Sequence[Batch], config: Config, device: torch.device) -> Iterator[None]:
+    """Statistics of these batches within the block, to the bit those from before after it; no batches: no change."""
+    before: list[dict[str, Tensor]] = [
+        {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms(model)
+    ]
+    try:
+        if batches:
+            recalibrate(model, batches, config, device)
+        yield
+    finally:
+        for norm, buffers in zip(norms(model), before, strict=True):
+            for name, buffer in norm.named_buffers(recurse=False):
+                buffer.copy_(buffers[name])

@@ -1,0 +1,84 @@
+"""Batch norm's statistics estimated again: the average over the batches, by hand, and put back to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import local, stages
+from pipeline.config import Config
+from pipeline.data.loader import Batch
+from pipeline.prune import sensitivity
+from pipeline.session import Session
+from pipeline.train import batch_norm, checkpoint
+from pipeline.train.checkpoint import Checkpoint
+
+CPU = torch.device("cpu")
+
+
+def batch(*pixels: int, bad: int = 0) -> Batch:
+    """One-pixel images; the last `bad` of them could not be read."""
+    images = torch.tensor(pixels, dtype=torch.uint8).view(-1, 1, 1, 1)
+    weights = torch.ones(len(pixels))
+    weights[len(pixels) - bad :] = 0
+    return Batch(images, torch.zeros(len(pixels), dtype=torch.int64), weights, torch.arange(len(pixels)))
+
+
+@pytest.fixture
+def config(tiny: Callable[..., Config]) -> Config:
+    return tiny(**{"data.mean": [0.0], "data.std": [1.0]})
+
+
+def test_statistics_are_the_average_over_the_batches(config: Config) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.BatchNorm1d(1, momentum=0.3)).train()
+    norm = model[2]
+    assert isinstance(norm, nn.BatchNorm1d)
+    norm.running_mean += 100
+    # Pixels are read as 0..1: means 0.5 and 1, variances 0.5 (of two, unbiased) and 0; the batch of one is left out.
+    batch_norm.recalibrate(model, [batch(0, 255, 9, bad=1), batch(255, 255, 255), batch(0)], config, CPU)
+    assert float(norm.running_mean) == pytest.approx(0.75)
+    assert float(norm.running_var) == pytest.approx(0.25)
+    assert norm.momentum == 0.3
+    assert all(part.training for part in model.modules())
+
+
+def test_statistics_come_back_to_the_bit(config: Config) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(1)).eval()
+    model[1].running_mean.fill_(0.123)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with batch_norm.recalibrated(model, [batch(0, 255)], config, CPU):
+        assert float(model[1].running_mean) == pytest.approx(0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_each_level_of_a_scan_has_its_own_statistics(small_session: Session) -> None:
+    """Only the calibrated scan sees the outputs that a pruned convolution really has."""
+    calibrated = small_session.config.scan.model_copy(update={"bn_samples": 250, "samples": 100})
+    session = replace(small_session, config=small_session.config.model_copy(update={"scan": calibrated}))
+    checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(session.new_model().state_dict())))
+    model, _, val, calibration = local.scan_inputs(session, "dense/checkpoint")
+    dense = sensitivity.answers(model, val, session.config, CPU)
+    assert sum(len(part.images) for part in calibration) == 250
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def losses(batches: list[Batch]) -> list[float]:
+        levels = sensitivity.scan_tensor(
+            model, "conv1.weight", [], val, dense, session.config, CPU, calibration=batches
+        )
+        return [level.loss for level in levels]
+
+    assert losses(calibration) == losses(calibration)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert losses(calibration)[0] != losses([])[0]
+
+
+def test_a_network_without_batch_norm_is_told_that_the_setting_does_nothing(small_session: Session) -> None:
+    config = small_session.config
+    plain = config.model.model_copy(update={"kwargs": {"norm": False}})
+    asked = config.prune.model_copy(update={"bn_samples": 64})
+    with pytest.warns(UserWarning, match=r"prune\.bn_samples=64 is ignored: the network has no batch norm"):
+        stages.check_network(config.model_copy(update={"model": plain, "prune": asked}), small_session.run)

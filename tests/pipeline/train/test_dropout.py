@@ -1,0 +1,89 @@
+"""Dropout at retraining: whose connections count, and the paper's rate from them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from pipeline import models
+from pipeline.train import dropout
+
+
+def kept(count: int, *shape: int) -> Tensor:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask.view(-1)[:count] = True
+    return mask
+
+
+def layers(**parts: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(parts))
+
+
+def test_half_becomes_015_at_9_percent() -> None:
+    model = layers(fc1=nn.Linear(20, 10), relu=nn.ReLU(), drop=nn.Dropout(0.5), fc2=nn.Linear(10, 3))
+    masks = {"fc1.weight": kept(18, 10, 20), "fc2.weight": kept(30, 3, 10)}
+    assert dropout.corrected_rates(model, masks) == {"drop": pytest.approx(0.15)}
+
+
+def test_a_dropout_of_no_pruned_layer_stays_as_it_is() -> None:
+    model = layers(first=nn.Dropout(0.2), fc1=nn.Linear(4, 4), drop=nn.Dropout(0.3), fc2=nn.Linear(4, 2))
+    assert dropout.owners(model) == {"first": [], "drop": ["fc1.weight"]}
+    assert dropout.corrected_rates(model, {"fc2.weight": kept(1, 2, 4)}) == {"first": 0.2, "drop": 0.3}
+
+
+class Branches(nn.Module):
+    """Two layers' outputs side by side, then dropout; `looks` adds code that torch.fx cannot follow."""
+
+    def __init__(self, looks: bool) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.left, self.right, self.last = nn.Linear(4, 2), nn.Linear(4, 6), nn.Linear(8, 2)
+        self.looks = looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.looks and x.sum() > 0:
+            x = -x
+        return self.last(self.drop(torch.cat([self.left(x), self.right(x)], 1).relu()))
+
+
+def test_where_layers_meet_their_connections_count_together() -> None:
+    masks = {"left.weight": kept(2, 2, 4), "right.weight": kept(6, 6, 4)}
+    assert dropout.corrected_rates(Branches(False), masks) == {"drop": 0.25}  # 8 of 32
+
+
+def test_a_network_that_cannot_be_followed_keeps_its_rates() -> None:
+    masks = {"left.weight": kept(2, 2, 4), "right.weight": kept(6, 6, 4)}
+    assert dropout.owners(Branches(True)) == {"drop": []}
+    assert dropout.corrected_rates(Branches(True), masks) == {"drop": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (models.alexnet_caffe, {"drop6": ["fc6.weight"], "drop7": ["fc7.weight"]}),
+        (
+            torchvision.models.alexnet,  # its first dropout acts on the last convolution's outputs
+            {"classifier.0": ["features.10.weight"], "classifier.3": ["classifier.1.weight"]},
+        ),
+        (
+            torchvision.models.squeezenet1_1,
+            {"classifier.0": ["features.12.expand1x1.weight", "features.12.expand3x3.weight"]},
+        ),
+    ],
+)
+def test_the_owners_in_known_networks(build: Callable[[], nn.Module], expected: dict[str, list[str]]) -> None:
+    with torch.device("meta"):
+        found = dropout.owners(build())
+    assert {path: sorted(names) for path, names in found.items()} == expected
+
+
+def test_the_dense_rates_come_back() -> None:
+    model = layers(fc=nn.Linear(2, 2), drop=nn.Dropout(0.5))
+    with dropout.use(model, {"drop": 0.1}):
+        assert dropout.rates(model) == {"drop": 0.1}
+    assert dropout.rates(model) == {"drop": 0.5}
