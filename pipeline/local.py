@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -37,8 +37,9 @@ class LocalEngine:
         model, alive, batches, calibration = scan_inputs(opened, source)
         dense = sensitivity.answers(model, batches, config, device)
         for name, known in todo.items():
-            levels = sensitivity.scan_tensor(model, name, known, batches, dense, config, device, alive, calibration)
-            for level in levels:
+            for level in sensitivity.scan_tensor(
+                model, name, known, batches, dense, config, device, alive, calibration
+            ):
                 on_level(name, asdict(level))
         return dense.figures()
 
@@ -60,17 +61,26 @@ class LocalEngine:
         self.world.broadcast(json.dumps(call).encode())
 
 
-def scan_inputs(opened: Session, source: str) -> tuple[nn.Module, dict[str, Tensor], list[Batch], list[Batch]]:
-    """The network and the masks in checkpoint `source`, and batches (uint8): those of val that levels are measured on,
-    and those of train that batch norm is calibrated on."""
+class ScanInputs(NamedTuple):
+    """The network and masks of a checkpoint, the val batches (uint8) that levels are measured on, and those of train
+    that batch norm is calibrated on."""
+
+    model: nn.Module
+    alive: dict[str, Tensor]
+    batches: list[Batch]
+    calibration: list[Batch]
+
+
+def scan_inputs(opened: Session, source: str) -> ScanInputs:
+    """What every level of a scan of checkpoint `source` needs."""
     config = opened.config
     model, saved = opened.new_model(), checkpoint.load(opened.run, source)
     model.load_state_dict(saved.weights)
     loader = EvalLoader(opened.split("val"), config.data, limit=config.scan.samples, seed=config.seed)
+    if config.scan.interval is None:
+        batches = [*loader.batches(0, 1)]
+    else:
+        batches = sensitivity.shuffled(loader.batches(0, 1), len(loader), config.data.eval_batch, config.seed)
     wanted = config.scan.bn_samples and batch_norm.norms(model)
     calibration = [*opened.calibration(config.scan.bn_samples)] if wanted else []
-    batches = loader.batches(0, 1)
-    if config.scan.interval is None:
-        return model, saved.masks, list(batches), calibration
-    mixed = sensitivity.shuffled(batches, len(loader), config.data.eval_batch, config.seed)
-    return model, saved.masks, mixed, calibration
+    return ScanInputs(model, saved.masks, batches, calibration)

@@ -13,7 +13,7 @@ from pipeline.engine import Engine, Trials
 from pipeline.errors import UserError
 from pipeline.models import Prunable
 from pipeline.prune import racing
-from pipeline.prune.sensitivity import sigma
+from pipeline.prune.one_tensor import sigma
 from pipeline.rounds import round_folder
 from pipeline.session import Progress, data_root
 from pipeline.state import Run, fingerprint
@@ -24,7 +24,7 @@ DENSE = "dense/checkpoint"
 KEY_SETTINGS = {
     "data": ("channels", "resize", "size", "mean", "std"),
     "model": ("factory", "kwargs"),
-    "scan": ("samples", "interval", "hopeless"),
+    "scan": ("samples", "interval", "hopeless", "bn_samples"),
     "prune": ("criterion",),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.models import Prunable
 from pipeline.prune import allocation, criteria, schedules
-from pipeline.prune.sensitivity import sigma
+from pipeline.prune.one_tensor import sigma
 
 
 @dataclass(frozen=True)

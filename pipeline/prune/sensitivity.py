@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,11 +20,9 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.data.loader import Batch
 from pipeline.prune import racing, suffix
-from pipeline.prune.criteria import scores
-from pipeline.prune.masks import nested
+from pipeline.prune.one_tensor import OneTensor
 from pipeline.results.stats import paired_mean, tango, wilson
 from pipeline.seeding import generator
-from pipeline.train import batch_norm
 from pipeline.train.evaluate import forward, inputs, judge
 
 CHUNK_BYTES = 2**28  # of shared states held at a time; a tensor is masked anew for each level and chunk
@@ -89,11 +86,6 @@ def answers(model: nn.Module, batches: Iterable[Batch], config: Config, device: 
     return _as_answers(rows)
 
 
-def sigma(weight: Tensor) -> float:
-    """The standard deviation of a tensor's weights, over all of them (population form)."""
-    return float(weight.detach().double().std(correction=0))
-
-
 def scan_tensor(
     model: nn.Module,
     name: str,
@@ -105,15 +97,14 @@ def scan_tensor(
     alive: Mapping[str, Tensor] | None = None,
     calibration: Sequence[Batch] = (),
 ) -> Generator[Level]:
-    """Yield the levels of one tensor that are missing from those known; in between the tensor is as it was.
+    """Yield the levels of one tensor that are missing from those known; in between the network is as it was.
 
     `dense` are the network's answers to the same batches. `alive` are the masks that stay applied, by name; by default
-    every weight is alive. With racing the batches must be in an order by chance, and end at the looks (`shuffled`).
-    At each level batch norm's statistics are those of the `calibration` batches, if there are any.
+    every weight is alive. At each level batch norm's statistics are those of the `calibration` batches, if there are
+    any. With racing the batches must be in an order by chance, and end at the looks (`shuffled`).
     """
     model.eval()
-    calibrate = (lambda: batch_norm.recalibrate(model, calibration, config, device)) if calibration else None
-    tensor = _Tensor(model, name, config, None if alive is None else alive.get(name), calibrate)
+    tensor = OneTensor(model, name, config, device, None if alive is None else alive.get(name), calibration)
     prefixes: _Prefixes | None = None
     levels = list(known)
     while wanted := racing.next_levels(levels, config.scan, tensor.count):
@@ -125,88 +116,15 @@ def scan_tensor(
             yield level
 
 
-class _Tensor:
-    """A tensor of a network, which can be pruned to some densities, one after the other, and put back."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        config: Config,
-        alive: Tensor | None,
-        calibrate: Callable[[], None] | None,
-    ) -> None:
-        self.model, self.weight = model, dict(model.named_parameters())[name]
-        self.dense = self.weight.detach().clone()
-        self.alive = torch.ones_like(self.dense, dtype=torch.bool) if alive is None else alive.to(self.dense.device)
-        self.name, self.config = name, config
-        self.count = int(self.alive.sum())
-        self.std = sigma(self.dense[self.alive])
-        self.calibrate = calibrate
-        self.statistics: dict[int, batch_norm.Statistics] = {}  # batch norm's, of each level; empty: left as they are
-
-    def plan(self, densities: Sequence[float]) -> None:
-        """Make the masks of some densities, falling: their places in the list are their numbers."""
-        self.densities = densities
-        self.keeps = [racing.kept(density, self.count) for density in densities]
-        ranking = scores(self.config.prune.criterion, {self.name: self.dense}, self.config.seed)[self.name]
-        self.steps = nested(ranking, self.alive, self.keeps)
-        self.statistics = {}
-        if self.calibrate is not None:
-            found = {}
-            with self.pruned(range(len(densities))) as turns:
-                for number in turns:
-                    self.calibrate()
-                    found[number] = batch_norm.statistics(self.model)
-            self.statistics = found
-
-    @contextmanager
-    def pruned(self, numbers: Iterable[int]) -> Iterator[Iterator[int]]:
-        """An iterator that prunes to each level in turn; afterwards the tensor is put back, also after an error.
-
-        So are batch norm's statistics.
-        """
-        before = batch_norm.statistics(self.model) if self.calibrate is not None else []
-
-        def each() -> Iterator[int]:
-            for number in numbers:
-                torch.mul(self.dense, self.steps > number, out=self.weight.data)
-                if number in self.statistics:
-                    batch_norm.put_back(self.model, self.statistics[number])
-                yield number
-
-        try:
-            yield each()
-        finally:
-            self.weight.data.copy_(self.dense)
-            if self.calibrate is not None:
-                batch_norm.put_back(self.model, before)
-
-    @contextmanager
-    def at_first_level(self) -> Iterator[None]:
-        """Pruned to the first level in this block."""
-        with self.pruned([0]) as turns:
-            next(turns)
-            yield
-
-    def quality(self, number: int) -> float:
-        """threshold / std: the smallest weight that a level keeps, in standard deviations of those alive."""
-        smallest = float(torch.where(self.steps > number, self.dense.abs(), math.inf).min())
-        return smallest / self.std if self.std > 0 else 0.0
-
-
 class _Prefixes:
     """What the levels share of each batch, in chunks of CHUNK_BYTES; the first of them kept for levels added later."""
 
-    def __init__(self, tensor: _Tensor, batches: Sequence[Batch], config: Config, device: torch.device) -> None:
-        self.batches, self.config, self.device = batches, config, device
+    def __init__(self, tensor: OneTensor, batches: Sequence[Batch], config: Config, device: torch.device) -> None:
+        self.tensor, self.batches, self.config, self.device = tensor, batches, config, device
         self.ends = np.cumsum([len(batch.labels) for batch in batches])
         self.kept: dict[int, Any] | None = {} if config.scan.mode == "adaptive" else None
         self.kept_bytes = 0
-        if tensor.calibrate is not None:  # norms before the tensor change with it too, so there is nothing to share
-            self.suffix = suffix.Suffix(tensor.model)
-            return
-        with torch.no_grad():
+        with torch.no_grad(), tensor.shared():
             example = self._inputs(0)[:PROBE]
             self.suffix = suffix.choose(tensor.model, tensor.weight, example, tensor.at_first_level)
 
@@ -225,13 +143,12 @@ class _Prefixes:
             yield chunk
 
     def _state(self, number: int) -> Any:
-        if self.kept is None:
-            return self.suffix.prepare(self._inputs(number))
-        if number in self.kept:
+        if self.kept is not None and number in self.kept:
             return self.kept[number]
-        state = self.suffix.prepare(self._inputs(number))
+        with self.tensor.shared():
+            state = self.suffix.prepare(self._inputs(number))
         size = suffix.nbytes(state)
-        if self.kept_bytes + size <= CHUNK_BYTES:
+        if self.kept is not None and self.kept_bytes + size <= CHUNK_BYTES:
             self.kept[number] = state
             self.kept_bytes += size
         return state
@@ -241,7 +158,7 @@ class _Prefixes:
 
 
 @torch.no_grad()
-def _measure(tensor: _Tensor, prefixes: _Prefixes, dense: Answers, config: Config) -> list[Level]:
+def _measure(tensor: OneTensor, prefixes: _Prefixes, dense: Answers, config: Config) -> list[Level]:
     """The planned levels, in turn, each on as many samples as it takes."""
     looks = racing.looks(len(dense.right), config.scan.interval is not None)
     z, whole = racing.critical(len(looks)), dense.figures()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.data.loader import Batch
 from pipeline.prune import racing, sensitivity
 from pipeline.prune.masks import nested, top_mask
 from pipeline.prune.sensitivity import Answers, Level, scan_tensor
+from pipeline.prune.suffix import Suffix
 
 CPU = torch.device("cpu")
 SAMPLES = 420
@@ -203,3 +205,20 @@ def test_nested_counts_the_masks_that_keep_a_weight(seed: int) -> None:
     counts = nested(values, alive, keeps)
     for i, keep in enumerate(keeps):
         assert torch.equal(counts > i, top_mask(values, alive, keep))
+
+
+def test_calibrated_levels_share_what_comes_before_with_its_new_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms before the tensor get new statistics too: what is shared must be computed with these."""
+    _, batches = problem()
+    torch.manual_seed(1)
+    parts = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(64, 5)).eval()
+    before = copy.deepcopy(model.state_dict())
+    found = run(model, "3.weight", batches, config(), calibration=batches[:3])
+    plain = run(model, "3.weight", batches, config())
+    monkeypatch.setattr(sensitivity.suffix, "choose", lambda model, *_: Suffix(model))
+    whole = run(model, "3.weight", batches, config(), calibration=batches[:3])
+    assert [replace(level, method="whole") for level in found] == whole
+    assert [level.method for level in found] == ["fx"] * 3
+    assert found[0].loss != plain[0].loss
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -63,23 +63,25 @@ def test_each_level_of_a_scan_has_its_own_statistics(small_session: Session) -> 
     calibrated = small_session.config.scan.model_copy(update={"bn_samples": 250, **levels})
     session = replace(small_session, config=small_session.config.model_copy(update={"scan": calibrated}))
     checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(session.new_model().state_dict())))
-    model, alive, val, calibration = local.scan_inputs(session, "dense/checkpoint")
+    model, _, val, calibration = local.scan_inputs(session, "dense/checkpoint")
     dense = sensitivity.answers(model, val, session.config, CPU)
     assert sum(len(part.images) for part in calibration) == 250
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def losses(batches: list[Batch]) -> list[float]:
-        levels = sensitivity.scan_tensor(model, "conv1.weight", [], val, dense, session.config, CPU, alive, batches)
+        levels = sensitivity.scan_tensor(
+            model, "conv1.weight", [], val, dense, session.config, CPU, calibration=batches
+        )
         return [level.loss for level in levels]
 
     def whole_forward(density: float) -> float:
         weight = dict(model.named_parameters())["conv1.weight"]
-        kept, saved, statistics = weight.detach().clone(), weight.detach().clone(), batch_norm.statistics(model)
+        kept, statistics = weight.detach().clone(), batch_norm.statistics(model)
         smallest = kept.abs().flatten().sort(descending=True).values[round(density * kept.numel()) - 1]
         weight.data.copy_(kept * (kept.abs() >= smallest))
         batch_norm.recalibrate(model, calibration, session.config, CPU)
         loss = sensitivity.answers(model, val, session.config, CPU).figures()["loss"]
-        weight.data.copy_(saved)
+        weight.data.copy_(kept)
         batch_norm.put_back(model, statistics)
         return loss
 
