@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support import S3_ENVIRONMENT, free_port, start_moto
 
 from pipeline import config as settings
 from pipeline.config import Config
+from pipeline.data.storage import s3 as boto
 
 # A whole run in a few seconds: real digits, two rounds, every stage.
 TINY: dict[str, Any] = {
@@ -64,3 +70,39 @@ def real_data() -> Path:
     if not where or not Path(where).is_dir():
         pytest.skip("real data is not here: set SECATEUR_DATA to its folder")
     return Path(where)
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """The endpoint of a server that speaks S3 (moto's)."""
+    port = free_port()
+    server = start_moto(port)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 60
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/moto-api/data.json", timeout=5).close()
+                break
+            except urllib.error.URLError:
+                assert server.poll() is None, "moto's server ended"
+                assert time.monotonic() < deadline, "moto's server does not answer"
+                time.sleep(0.1)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A new bucket, as s3://name; this process and its children are set up for it."""
+    for name, value in {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": moto}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    boto.client.cache_clear()
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    boto.client().create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}"
+    boto.client.cache_clear()

@@ -86,7 +86,8 @@ class RangeStream(io.RawIOBase):
 
     def _request(self) -> None:
         """Ask for the next range; learn the object's version and where it ends."""
-        wanted = self._position + RANGE
+        fresh = self._position >= self._range_end
+        wanted = self._position + RANGE if fresh else self._range_end
         body = self._fetch(self._position, wanted if self._stop is None else min(wanted, self._stop), self._version)
         if body is None:
             self._stop = self._position

@@ -48,17 +48,17 @@ _reached = False  # whether the store has ever answered this process
 def client() -> Any:
     """This process's connection to the store (safe for threads)."""
     # botocore reads AWS_DEFAULT_REGION and the profile, but not AWS_REGION, which AWS sets in its own services.
-    return boto3.session.Session().client(
-        "s3",
-        region_name=os.environ.get("AWS_REGION"),
-        config=botocore.config.Config(
-            connect_timeout=min(10.0, retry.timeout_s()),
-            read_timeout=retry.timeout_s(),
-            retries={"total_max_attempts": 1},
-            max_pool_connections=32,
-            tcp_keepalive=True,
-        ),
+    settings = botocore.config.Config(
+        connect_timeout=min(10.0, retry.timeout_s()),
+        read_timeout=retry.timeout_s(),
+        retries={"total_max_attempts": 1},
+        max_pool_connections=32,
+        tcp_keepalive=True,
     )
+    try:
+        return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"), config=settings)
+    except ValueError as error:
+        raise UserError(f"AWS_ENDPOINT_URL (or AWS_REGION) cannot be used ({error}): write http(s)://host") from error
 
 
 def place(url: str) -> tuple[str, str]:
@@ -225,10 +225,14 @@ def remove_tree(folder: str) -> None:
         keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
         if keys:
             orders = {"Objects": keys, "Quiet": True}
-            answer = _call(folder, functools.partial(client().delete_objects, Bucket=bucket, Delete=orders))
+            answer = _call(folder, functools.partial(_delete, bucket, orders))
             if answer.get("Errors"):
                 first = answer["Errors"][0]
                 raise UserError(f"'s3://{bucket}/{first['Key']}' cannot be deleted ({first['Code']}): allow it")
+
+
+def _delete(bucket: str, orders: dict[str, Any]) -> Any:
+    return client().delete_objects(Bucket=bucket, Delete=orders)
 
 
 def remove_leftovers(folder: str) -> None:
@@ -254,7 +258,10 @@ def _prefix(folder: str) -> str:
 def _pages(folder: str, operation: str, **options: Any) -> Iterator[dict[str, Any]]:
     """The pages of a listing. boto3's paginator ends where a page fails, as if that were all."""
     bucket, _ = place(folder)
-    ask = functools.partial(getattr(client(), operation), Bucket=bucket, **options)
+
+    def ask(**following: str) -> dict[str, Any]:
+        return dict(getattr(client(), operation)(Bucket=bucket, **options, **following))
+
     page = _call(folder, ask)
     yield page
     while page.get("IsTruncated"):

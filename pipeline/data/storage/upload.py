@@ -65,5 +65,7 @@ class Upload(io.RawIOBase):
         self._parts.append({"PartNumber": number, "ETag": sent["ETag"], **checksums})
 
     def _call(self, operation: str, **options: Any) -> Any:
-        send = getattr(s3.client(), operation)
-        return retry.call(self._url, s3.judge, s3.ERRORS, lambda: send(Bucket=self._bucket, Key=self._key, **options))
+        def send() -> Any:
+            return getattr(s3.client(), operation)(Bucket=self._bucket, Key=self._key, **options)
+
+        return retry.call(self._url, s3.judge, s3.ERRORS, send)
