@@ -22,7 +22,7 @@ from pipeline.data import storage
 from pipeline.errors import UserError
 
 _checked: set[tuple[str, int]] = set()  # path and inode of the entries that this process has checked
-_ABANDONED_S = 600.0  # a fetch that has written nothing for so long was killed
+_ABANDONED_NS = 600 * 10**9  # a fetch that has written nothing for so long was killed
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class Cache:
                     storage.copy(entry.url, str(target), entry.sha256, entry.version)
                     _remember(target)
                     self._make_room(0)  # others may have fetched at the same time
-                os.utime(target)
+                now = time.time_ns()  # the kernel's own clock for this is coarse
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(target, ns=(now, now))
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise UserError(f"data.cache_dir={self.folder} cannot be used: {error.strerror}") from error
         return target
@@ -80,8 +82,9 @@ class Cache:
             files = []
             for file in os.scandir(self.folder):
                 with contextlib.suppress(FileNotFoundError):
-                    files.append((file.stat().st_mtime, file.stat().st_size, file.path))
-            abandoned = [file for file in files if file[2].endswith(".tmp") and time.time() - file[0] > _ABANDONED_S]
+                    files.append((file.stat().st_mtime_ns, file.stat().st_size, file.path))
+            old = time.time_ns() - _ABANDONED_NS
+            abandoned = [file for file in files if file[2].endswith(".tmp") and file[0] < old]
             total = needed + sum(size for _, size, _ in files)
             for _, size, path in abandoned + sorted(file for file in files if file[2].endswith(".tar")):
                 if total <= self.limit:
@@ -96,21 +99,22 @@ class Cache:
             yield
 
 
-def _key(path: Path) -> tuple[str, int]:
-    return str(path), path.stat().st_ino
-
-
 def _remember(path: Path) -> None:
-    _checked.add(_key(path))
+    with contextlib.suppress(FileNotFoundError):  # another process has made room
+        _checked.add((str(path), path.stat().st_ino))
 
 
 def _sound(path: Path, entry: Entry) -> bool:
     """Whether an entry is there and whole; hashed once by each process."""
-    if not path.is_file() or path.stat().st_size != entry.bytes:
-        return False
-    if _key(path) not in _checked:
-        if storage.sha256(path) != entry.sha256:
-            warnings.warn(f"data.cache_dir: '{path}' is damaged; '{entry.url}' is fetched again", stacklevel=2)
+    try:
+        found = path.stat()
+        if found.st_size != entry.bytes:
             return False
-        _remember(path)
+        if (str(path), found.st_ino) not in _checked:
+            if storage.sha256(path) != entry.sha256:
+                warnings.warn(f"data.cache_dir: '{path}' is damaged; '{entry.url}' is fetched again", stacklevel=2)
+                return False
+            _remember(path)
+    except FileNotFoundError:
+        return False
     return True
