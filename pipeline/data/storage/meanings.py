@@ -50,7 +50,8 @@ def _refused(url: str, error: boto.ClientError) -> Exception:
     if code in _DENIED:
         return UserError(
             f"'{url}': S3 denies access ({error.operation_name}): allow s3:GetObject, s3:PutObject, s3:DeleteObject, "
-            f"s3:AbortMultipartUpload and s3:ListBucket on bucket '{bucket}', or use other credentials"
+            "s3:AbortMultipartUpload, s3:ListBucket and s3:ListBucketMultipartUploads on bucket "
+            f"'{bucket}', or use other credentials"
         )
     if code in _ELSEWHERE:
         return UserError(f"'{url}': bucket '{bucket}' is in another region ({code}): set AWS_REGION to it")

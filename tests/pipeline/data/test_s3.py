@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from botocore.exceptions import ClientError
 from faults.proxy import Fault, Proxy
 
 from pipeline.data import storage
@@ -260,3 +261,20 @@ def test_http_is_read_and_not_written(proxy: Proxy, s3: str) -> None:
     assert not storage.exists(f"{proxy.url}/{bucket}/none")
     with pytest.raises(UserError, match="can only be read"):
         storage.write_bytes(url, b"")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("AccessDenied", r"denies access \(PutObject\): allow s3:GetObject.*bucket 'b'"),
+        ("ExpiredToken", r"does not accept the credentials \(ExpiredToken\): renew"),
+        ("PermanentRedirect", r"another region.*AWS_REGION"),
+        ("RequestTimeTooSkewed", r"clock is wrong"),
+        ("NotImplemented", r"conditional writes"),
+        ("EntityTooLarge", r"refuses PutObject"),
+    ],
+)
+def test_what_s3_refuses_is_told_with_its_remedy(code: str, words: str) -> None:
+    error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 400}}, "PutObject")
+    with pytest.raises(UserError, match=words):
+        boto.judge("s3://b/x", error)
