@@ -106,3 +106,16 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     boto.client().create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
     boto.client.cache_clear()
+
+
+@pytest.fixture
+def secateur(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """secateur("report", RUN) carries out a command line in this process and returns what it prints."""
+    from cluster.cli import app
+
+    def run(*args: str) -> str:
+        capsys.readouterr()
+        app(list(args), standalone_mode=False)
+        return capsys.readouterr().out
+
+    return run

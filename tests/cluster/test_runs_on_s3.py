@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 import torch
 import yaml
@@ -19,7 +18,6 @@ from conftest import TINY
 from safetensors.torch import load, load_file
 from support import ROOT, S3_ENVIRONMENT, alone_on_the_network, environment, free_port, program, start_moto
 
-from cluster.cli import app
 from pipeline import commands as pipeline_commands
 from pipeline import config as settings
 from pipeline.data import shards, storage
@@ -28,7 +26,6 @@ from pipeline.errors import UserError
 from pipeline.local import LocalEngine
 from pipeline.results import tracking
 
-Command = Callable[..., str]
 SETTINGS = ["prune.allocation=uniform", "data.source=shards", "retrain.epochs=12", "retrain.checkpoint_steps=20"]
 # Waits until a round has a whole checkpoint.
 WATCH = (
@@ -71,18 +68,6 @@ def reference(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return load_file(runs / "tiny/final/model.safetensors")
 
 
-@pytest.fixture
-def secateur(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Carries out a command line in this process; returns what it prints."""
-
-    def run(*args: str) -> str:
-        capsys.readouterr()
-        app(list(args), standalone_mode=False)
-        return capsys.readouterr().out
-
-    return run
-
-
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -99,13 +84,17 @@ def killed_in_a_round(command: list[str], watch: list[str], env: dict[str, str])
 
 
 def test_a_run_without_ray_goes_on_after_sigkill_with_the_same_bits(
-    s3: str, tiny_yaml: Path, stored: Path, reference: dict[str, torch.Tensor], tmp_path: Path, secateur: Command
+    s3: str,
+    tiny_yaml: Path,
+    stored: Path,
+    reference: dict[str, torch.Tensor],
+    tmp_path: Path,
+    secateur: Callable[..., str],
 ) -> None:
     assert "10 shards uploaded, 0 were there" in secateur("shards", "push", str(stored), f"{s3}/shards")
     run = f"{s3}/runs/tiny"
     command = ["pipeline", "run", str(tiny_yaml), *SETTINGS, f"runs_dir={s3}/runs", f"data.root={s3}/shards"]
-    # Streams, from the node's own disk.
-    command += [f"data.cache_dir={tmp_path / 'cache'}", "data.cache_bytes=0"]
+    command.append(f"data.cache_dir={tmp_path / 'cache'}")
     killed_in_a_round([sys.executable, "-m", *command], [sys.executable, "-c", WATCH, run], environment())
     assert not storage.exists(f"{run}/rounds/01/metrics.json")
     again = program(*command, ray=False)
@@ -115,21 +104,9 @@ def test_a_run_without_ray_goes_on_after_sigkill_with_the_same_bits(
     assert same(load(storage.read_bytes(f"{run}/final/model.safetensors")), reference)
     assert list((tmp_path / "cache").glob("*.tar"))
     assert storage.list_folders(f"{run}/rounds/01") == ["checkpoint"]
-    # What is done to a finished run is done to one on S3.
-    storage.remove(f"{run}/report.html")
-    assert secateur("report", run).strip() == f"{run}/report.html"
-    assert b"<html" in storage.read_bytes(f"{run}/report.html")
-    assert "median latency" in secateur("bench", run, "--repeats=5")
-    assert storage.read_json(f"{run}/result.json")["latency_ms"]["batch"] == 1
-    assert {"model.onnx", "compact.safetensors"} <= set(storage.list_files(f"{run}/final"))
     assert "weights are those of the run's dense network" in secateur("plan", f"{run}/config.yaml")
     with pytest.raises(UserError, match=r"tracking\.uri is not set"):
         tracking.sync(run, pipeline_commands.config_of(run))
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    told = secateur("sync", run, f"--uri={uri}")
-    client = mlflow.MlflowClient(uri)
-    found = client.get_run(told.split()[-1])
-    assert found.info.status == "FINISHED"
 
 
 class Inside:
