@@ -17,9 +17,9 @@ from pipeline.errors import UserError
 EXCLUDES = ["runs", ".venv", ".git", "*.tar", "*.db", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
 
 
-def entrypoint(config: str, overrides: list[str]) -> str:
+def entrypoint(config: str | Path, overrides: list[str]) -> str:
     """The command that the job runs in its working directory."""
-    return shlex.join(["python", "-m", "cluster", "run", config, *overrides])
+    return shlex.join(["python", "-m", "cluster", "run", str(config), *overrides])
 
 
 def submit(config: str, overrides: list[str], address: str | None, wait: bool) -> int:
