@@ -16,7 +16,7 @@ from cluster.packed_cli import packed_app
 from pipeline import commands, stages, state
 from pipeline import reproduce as paper
 from pipeline.console import Display, main_module, one_message, show_bench, show_scan
-from pipeline.data import shards
+from pipeline.data import push, shards, storage
 from pipeline.distributed import configure_process
 from pipeline.errors import UserError
 from pipeline.results import final, tracking
@@ -28,9 +28,11 @@ shards_app = typer.Typer(help="Make, take over and check WebDataset shards.", no
 app.add_typer(shards_app, name="shards")
 app.add_typer(packed_app, name="packed")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/, or its URL.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, as in runs/demo.")]
+RunPath = Annotated[
+    str, typer.Argument(metavar="RUN", help="Folder of a run, as in runs/demo or s3://bucket/runs/demo.")
+]
 Address = Annotated[str | None, typer.Option(help="Ray dashboard, as in http://127.0.0.1:8265.")]
 
 
@@ -88,7 +90,7 @@ def reproduce(
 def report(run_dir: RunPath) -> None:
     """Write report.html of a finished run again."""
     commands.config_of(run_dir)
-    if not (run_dir / "result.json").is_file():
+    if not storage.exists(storage.join(run_dir, "result.json")):
         raise UserError(f"run '{run_dir}' has no result.json yet: run the command that started it again to finish it")
     print(reports.write(run_dir))
 
@@ -101,7 +103,7 @@ def bench(
     config = commands.config_of(run_dir)
     configure_process(config)
     with state.open_run(config) as here:
-        found = bench_run(Path(here.root), repeats)
+        found = bench_run(here.root, repeats)
         final.update(here, latency_ms=found["summary"])
     show_bench(found)
 
@@ -156,18 +158,18 @@ def ui(
 
 @shards_app.command("build")
 def shards_build(
-    config: ConfigPath, out: Annotated[Path, typer.Argument(help="Folder for the shards.")], overrides: Overrides = None
+    config: ConfigPath, out: Annotated[str, typer.Argument(help="Folder for the shards.")], overrides: Overrides = None
 ) -> None:
     """Write WebDataset shards and manifest.json from the config's data source."""
     loaded = commands.load(config, overrides)
     with Display() as display:
-        made = shards.build(loaded.data, loaded.seed, str(out), _counting(display))
+        made = shards.build(loaded.data, loaded.seed, out, _counting(display))
     _describe(made)
 
 
 @shards_app.command("index")
 def shards_index(
-    root: Annotated[Path, typer.Argument(help="Folder with train*.tar, val*.tar, test*.tar.")],
+    root: Annotated[str, typer.Argument(help="Folder with train*.tar, val*.tar, test*.tar.")],
     label: Annotated[str, typer.Option(help="cls, or the name of a field of json.")] = "cls",
     classes: Annotated[int | None, typer.Option(help="Number of classes; by default the largest label + 1.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Held out of train where there is no val.")] = 0.1,
@@ -176,7 +178,7 @@ def shards_index(
     """Make a manifest.json for shards that another program wrote."""
     with Display() as display:
         made, notes = shards.index(
-            str(root),
+            root,
             label=label,
             val_fraction=val_fraction,
             seed=seed,
@@ -189,15 +191,26 @@ def shards_index(
 
 
 @shards_app.command("verify")
-def shards_verify(root: Annotated[Path, typer.Argument(help="Folder with manifest.json.")]) -> None:
+def shards_verify(root: Annotated[str, typer.Argument(help="Folder with manifest.json.")]) -> None:
     """Check shards against their manifest, down to every image."""
     with Display() as display:
-        problems = shards.verify(str(root), _counting(display))
+        problems = shards.verify(root, _counting(display))
     for problem in problems:
         print(problem)
     if problems:
         raise UserError(f"{len(problems)} problems in '{root}': replace the shards named above, or index again")
     print("all shards are as their manifest says")
+
+
+@shards_app.command("push")
+def shards_push(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder with manifest.json.")],
+    target: Annotated[str, typer.Argument(metavar="s3://BUCKET/PREFIX", help="Where the shards go.")],
+) -> None:
+    """Upload shards, those that are there already left out, and then their manifest."""
+    with Display() as display:
+        sent, there = push.push(source, target, _counting(display))
+    print(f"{sent} shards uploaded, {there} were there: data.source=shards data.root={target}")
 
 
 def _counting(display: Display) -> shards.Progress:
@@ -213,7 +226,7 @@ def _describe(manifest: shards.Manifest) -> None:
     print(f"{parts}{held}; {manifest.num_classes} classes")
 
 
-def _checked(config: Path, overrides: list[str] | None) -> list[str]:
+def _checked(config: str, overrides: list[str] | None) -> list[str]:
     """Refuse relative paths in a job, whose working directory is gone when it ends."""
     if connect.in_job():
         from pipeline import config as settings

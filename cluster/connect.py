@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.data import storage
 from pipeline.errors import UserError
+from pipeline.state import Run
 
 # Read by Ray's processes when they start, so they must be set before Ray is imported.
 ENVIRONMENT = {
@@ -38,13 +44,18 @@ def connect(config: Config) -> Any:
 
 
 def check_shared(ray: Any, root: str) -> None:
-    """Raise UserError if a node does not see the run's folder: its workers could not find data or checkpoints."""
+    """Raise UserError if a node does not see the run's folder: its workers could not find data or checkpoints.
+
+    A URL is not asked for: a node that cannot reach it says so itself, and why.
+    """
+    if not storage.is_local(root):
+        return
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
-    marker = os.path.join(root, "lease.json")
+    marker = os.path.join(storage.local_path(root), "lease.json")
     look = ray.remote(num_cpus=0)(os.path.isfile)
     seen = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(marker)
@@ -107,6 +118,23 @@ def check_resources(available: dict[str, float], config: Config) -> None:
                 f"cluster.workers={wanted.workers} with {each:g} {kind} each, or a scan trial, needs {needed:g} "
                 f"{kind}, but the cluster has {has:g}: lower cluster.workers or {setting}, or add nodes"
             )
+
+
+@contextmanager
+def ray_folder(run: Run, name: str) -> Iterator[str]:
+    """Where Ray keeps its own record of a training or scan while it goes on; thrown away at the end.
+
+    The run's checkpoints are not Ray's, so no other node looks there: for a run on S3 it is a folder of this machine.
+    """
+    if storage.is_local(run.root):
+        folder = run.path("ray")
+        gone = os.path.join(folder, name)
+    else:
+        folder = gone = tempfile.mkdtemp(prefix="secateur-ray-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def in_job() -> bool:

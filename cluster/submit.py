@@ -10,24 +10,26 @@ from typing import Any
 
 from cluster.connect import require_shared_paths
 from pipeline import config as settings
+from pipeline.data import storage
 from pipeline.errors import UserError
 
 # What a job does not need from the working directory: data, runs, and what tools leave behind.
 EXCLUDES = ["runs", ".venv", ".git", "*.tar", "*.db", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
 
 
-def entrypoint(config: Path, overrides: list[str]) -> str:
+def entrypoint(config: str | Path, overrides: list[str]) -> str:
     """The command that the job runs in its working directory."""
     return shlex.join(["python", "-m", "cluster", "run", str(config), *overrides])
 
 
-def submit(config: Path, overrides: list[str], address: str | None, wait: bool) -> int:
+def submit(config: str, overrides: list[str], address: str | None, wait: bool) -> int:
     """Submit a run as a job and return the job's exit code (0 at once with wait=False).
 
     The working directory is the current folder. Raises UserError where the config, its paths or the
     address will not do.
     """
-    if config.is_absolute() or ".." in config.parts:
+    path = Path(config)
+    if storage.is_local(config) and (path.is_absolute() or ".." in path.parts):
         raise UserError(f"config '{config}' must lie below the current folder, which is sent as the job's working_dir")
     loaded = settings.load(config, overrides)
     require_shared_paths(loaded, "a job's working directory is temporary and the next submission does not see it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
 import warnings
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster import connect
 from pipeline import config as settings
 from pipeline import models
 from pipeline.config import Config
@@ -44,24 +44,22 @@ def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, so
         return dict(dense.figures())
     name = f"{config.name}-scan-{uuid.uuid4().hex[:8]}"
     trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense)
-    tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": config.cluster.cpus_per_trial, "GPU": config.cluster.gpus_per_trial}),
-        param_space={"tensor": tune.grid_search(list(todo)), "known": todo},
-        tune_config=tune.TuneConfig(reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=name,
-            storage_path=run.path("ray"),
-            verbose=0,
-            callbacks=[make_collector(tune, on_level)],
-            # A level is kept by the driver as soon as it is reported, so a trial needs no checkpoint of its own.
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
-        ),
-    )
-    try:
+    with connect.ray_folder(run, name) as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(trial, {"CPU": config.cluster.cpus_per_trial, "GPU": config.cluster.gpus_per_trial}),
+            param_space={"tensor": tune.grid_search(list(todo)), "known": todo},
+            tune_config=tune.TuneConfig(reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=folder,
+                verbose=0,
+                callbacks=[make_collector(tune, on_level)],
+                # A level is kept by the driver as soon as it is reported, so a trial needs no checkpoint of its own.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
+            ),
+        )
         results = tuner.fit()
-    finally:
-        shutil.rmtree(run.path("ray", name), ignore_errors=True)
     if results.errors:
         raise RunStopped(f"scan: {len(results.errors)} trials failed: {str(results.errors[0]).splitlines()[-1]}")
     return dict(dense.figures())

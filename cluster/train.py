@@ -6,7 +6,6 @@ worker group, or a new driver on another cluster. Ray's own record of a training
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 import uuid
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cluster import connect
 from pipeline import config as settings
 from pipeline.config import Config
 from pipeline.distributed import choose_device, configure_process, current_world
@@ -63,7 +63,7 @@ def train(ray: Any, stage: str, config: Config, run: Run, progress: Progress) ->
     resources = {"CPU": wanted.cpus_per_worker}
     if wanted.gpus_per_worker:
         resources["GPU"] = wanted.gpus_per_worker
-    with Board(ray, progress) as board:
+    with Board(ray, progress) as board, connect.ray_folder(run, name) as folder:
         job = {
             "stage": stage,
             "config": config.model_dump(mode="json"),
@@ -80,7 +80,7 @@ def train(ray: Any, stage: str, config: Config, run: Run, progress: Progress) ->
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=run.path("ray"),
+                storage_path=folder,
                 failure_config=FailureConfig(max_failures=wanted.max_failures, controller_failure_limit=3),
             ),
         )
@@ -95,7 +95,6 @@ def train(ray: Any, stage: str, config: Config, run: Run, progress: Progress) ->
             failure = error
         finally:
             signal.signal(signal.SIGINT, handler)
-            shutil.rmtree(run.path("ray", name), ignore_errors=True)
         ended = ray.get(board.actor.ended.remote())
     if ended is not None:
         raise UserError(ended["message"]) if ended["user"] else RunStopped(ended["message"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,7 @@ from pipeline.local import LocalEngine
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/.")]
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/, or its URL.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
 
 

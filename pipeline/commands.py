@@ -10,13 +10,14 @@ from pipeline import config as settings
 from pipeline import plan, stages
 from pipeline.config import Config
 from pipeline.console import Display, show_plan, show_result
+from pipeline.data import storage
 from pipeline.distributed import configure_process
 from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.state import run_root
 
 
-def load(path: Path, overrides: list[str] | None) -> Config:
+def load(path: str | Path, overrides: list[str] | None) -> Config:
     """The config of a command, with local paths made absolute: workers may run in other folders."""
     config = settings.load(path, overrides)
 
@@ -38,7 +39,7 @@ def run(config: Config, engine: Engine) -> dict[str, Any]:
             result = stages.run(config, engine, display)
         finally:
             engine.close()
-    show_result(result, str(Path(run_root(config)) / "report.html"))
+    show_result(result, storage.join(run_root(config), "report.html"))
     return result
 
 
@@ -49,9 +50,11 @@ def show(config: Config) -> None:
     show_plan(made, config)
 
 
-def config_of(run_dir: Path) -> Config:
+def config_of(run_dir: str | Path) -> Config:
     """The config of an existing run, its runs_dir being where the run lies now."""
-    if not (run_dir / "config.yaml").is_file():
+    file = storage.join(run_dir, "config.yaml")
+    if not storage.exists(file):
         raise UserError(f"'{run_dir}' is not a run: it has no config.yaml; give a folder such as runs/demo")
-    config = settings.load(run_dir / "config.yaml")
-    return config.model_copy(update={"runs_dir": str(run_dir.resolve().parent), "name": run_dir.resolve().name})
+    place = str(storage.local_path(run_dir).resolve()) if storage.is_local(run_dir) else str(run_dir).rstrip("/")
+    runs_dir, _, name = place.rpartition("/")
+    return settings.load(file).model_copy(update={"runs_dir": runs_dir, "name": name})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
+from pipeline.data import storage
 from pipeline.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -75,6 +77,12 @@ class Data(Section):
         2**30,
         description="A split whose decoded images fit is decoded once and kept in memory; else it streams. "
         "The order is the same.",
+    )
+    cache_dir: str | None = Field(
+        None, description="Folder on each node's own disk that keeps shards read from a URL; by default none is kept."
+    )
+    cache_disk_bytes: Positive = Field(
+        50 * 2**30, description="Size of data.cache_dir on each node; the shards used longest ago are removed."
     )
     decode_threads: Positive = Field(2, description="Threads that decode images in each process.")
     eval_batch: Positive = Field(250, description="Samples a forward pass takes in evaluation.")
@@ -301,6 +309,10 @@ class Cluster(Section):
     cpus_per_trial: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each scan trial.")
     gpus_per_trial: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs, or a share of one, for a trial.")
     max_failures: Annotated[int, Field(ge=0)] = Field(3, description="Lost workers that a training survives.")
+    lease_seconds: Annotated[float, Field(ge=1.0)] = Field(
+        60.0,
+        description="Where runs_dir is on S3: a run whose driver has been silent so long can be taken over by another.",
+    )
     ray_logs: bool = Field(False, description="Also show what Ray's own processes print.")
 
 
@@ -308,7 +320,9 @@ class Tracking(Section):
     """MLflow."""
 
     enabled: bool = Field(True, description="Mirror the run to MLflow.")
-    uri: str | None = Field(None, description="Tracking server; by default sqlite in runs_dir/mlflow.db.")
+    uri: str | None = Field(
+        None, description="Tracking server; by default sqlite in runs_dir/mlflow.db, where runs_dir is no URL."
+    )
     experiment: str = Field("secateur", description="Experiment the run is filed under.")
 
 
@@ -318,7 +332,9 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
         description="Name of the run, and of its folder under runs_dir."
     )
-    runs_dir: str = Field("runs", description="Folder that holds runs; shared and absolute on a cluster.")
+    runs_dir: str = Field(
+        "runs", description="Folder that holds runs, a path or s3://bucket/prefix; shared and absolute on a cluster."
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="The one seed that sets everything.")
     threads: Positive = Field(1, description="torch's threads in each process; sums, and so bits, depend on it.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where the process has one.")
@@ -342,6 +358,11 @@ class Config(Section):
                     f"{part}.batch_size={train.batch_size} must be a multiple of data.lanes={self.data.lanes}: each "
                     "step takes equally many samples from every lane"
                 )
+        if self.tracking.enabled and self.tracking.uri is None and not storage.is_local(self.runs_dir):
+            raise ValueError(
+                f"runs_dir={self.runs_dir} cannot hold MLflow's sqlite file, the default of tracking.uri: set "
+                "tracking.uri to a server's URL, or tracking.enabled=false"
+            )
         if self.cluster.workers > self.data.lanes:
             raise ValueError(
                 f"cluster.workers={self.cluster.workers} is more than data.lanes={self.data.lanes}: a worker would "
@@ -355,13 +376,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises UserError with the setting, its value and the remedy.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"config '{path}' does not exist{hint}")
     try:
-        tree: Any = OmegaConf.load(path)
+        tree: Any = OmegaConf.load(_source(path))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"config '{path}' is not valid YAML: {_one_line(error)}") from error
     if not isinstance(tree, DictConfig):
@@ -379,6 +395,21 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(f"config '{path}': {_one_line(error)}") from error
     return parse(values, origin=f"config '{path}'")
+
+
+def _source(path: str | Path) -> io.StringIO | Path:
+    """What OmegaConf reads a file from. Raises UserError where there is none."""
+    if not storage.is_local(path):
+        try:
+            return io.StringIO(storage.read_bytes(path).decode())
+        except FileNotFoundError as error:
+            raise UserError(f"config '{path}' does not exist: check the URL") from error
+    path = storage.local_path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"config '{path}' does not exist{hint}")
+    return path
 
 
 def parse(values: Any, origin: str = "config") -> Config:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from pipeline import config
 from pipeline.cost import CONVOLUTIONS, LAYERS, NORMS
+from pipeline.data import storage
 from pipeline.errors import UserError
 from pipeline.names import few, hint
 from pipeline.networks import BUILTIN, alexnet_caffe, lenet_5, lenet_300_100, vgg_16
@@ -66,7 +67,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     A "module." before every name (DataParallel's) is taken off. Raises UserError for a file that cannot be read so, or
     that lacks tensors, has others, or others' shapes.
     """
-    given = _read_tensors(Path(path))
+    given = _read_tensors(path)
     if given and all(name.startswith("module.") for name in given):
         given = {name.removeprefix("module."): tensor for name, tensor in given.items()}
     wanted = module.state_dict(keep_vars=True)
@@ -204,17 +205,21 @@ def _class_argument(factory: Callable[..., Any], given: Mapping[str, Any], class
     return {"num_classes": classes} if takes_any else {}
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Every named tensor in a file."""
-    if not path.is_file():
+    if not storage.exists(path):
         raise UserError(f"model.checkpoint '{path}' does not exist; give the path of a .safetensors, .pth or .pt file")
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise UserError(f"model.checkpoint '{path}' must end in .safetensors, .pth or .pt, not '{path.suffix}'")
+    suffix = PurePosixPath(str(path)).suffix
+    if suffix not in (".safetensors", ".pth", ".pt"):
+        raise UserError(f"model.checkpoint '{path}' must end in .safetensors, .pth or .pt, not '{suffix}'")
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with storage.local_copy(path) as file:
+            if suffix == ".safetensors":
+                content: Any = load_file(file)
+            else:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file fails in any way; none of them is worth a traceback
         raise UserError(
             f"model.checkpoint '{path}' cannot be read as tensors alone (weights_only): it is damaged, or holds "

@@ -58,7 +58,7 @@ def jobs(
     runs_dir: str | None,
     networks: str,
     configs: Path,
-    checked: Callable[[Path, list[str]], list[str]] = lambda _, overrides: overrides,
+    checked: Callable[[str, list[str]], list[str]] = lambda _, overrides: overrides,
 ) -> list[Job]:
     """What a command has to do; `checked` may refuse settings before they are used.
 
@@ -76,7 +76,7 @@ def jobs(
         path = configs / f"{name}.yaml"
         if not path.is_file():
             raise UserError(f"--configs={configs}: there is no {name}.yaml; give the folder configs/paper of a clone")
-        return commands.load(path, checked(path, settings))
+        return commands.load(path, checked(str(path), settings))
 
     figure = [network.strip() for network in networks.split(",")]
     return [

@@ -110,6 +110,8 @@ def shards_stage(config: Config, here: Run, progress: Progress) -> str:
     return source
 
 
+# Settings of data that change how it is read, but not what is read.
+HOW_READ = {"cache_bytes", "cache_dir", "cache_disk_bytes", "decode_threads"}
 # The settings that decide which bytes `shards build` writes.
 BUILD_SETTINGS = {
     "source", "root", "classes", "class_index", "val_fraction", "test_fraction", "shard_samples", "shrink", "quality",
@@ -182,7 +184,7 @@ def stage_settings(stage: str, config: Config) -> dict[str, Any]:
     """The settings that decide what a stage computes, beyond what the stages before it were made from."""
     everything = config.model_dump(mode="json")
     common = {key: everything[key] for key in ("seed", "threads", "device", "model")}
-    data = {key: value for key, value in everything["data"].items() if key not in ("cache_bytes", "decode_threads")}
+    data = {key: value for key, value in everything["data"].items() if key not in HOW_READ}
     parts = {
         "dense": {**common, "data": data, "dense": everything["dense"]},
         "scan": {

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import socket
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline import config as settings
+from pipeline import lease
 from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.errors import RunStopped, UserError
 
 # Settings that change how a run is carried out, but not what it computes: they may differ when it resumes.
-OPERATIONAL = ("runs_dir", "cluster", "tracking", "data.decode_threads", "data.cache_bytes")
+OPERATIONAL = (
+    "runs_dir", "cluster", "tracking", "data.decode_threads", "data.cache_bytes", "data.cache_dir",
+    "data.cache_disk_bytes",
+)  # fmt: skip
 
 
 def fingerprint(*parts: Any) -> str:
@@ -76,10 +76,10 @@ class Run:
 
     def check_fence(self) -> None:
         """Raise RunStopped if another driver has taken the run over."""
-        lease = self.read("lease.json")
-        if lease["fence"] != self.fence:
+        holder = self.read(lease.NAME)
+        if holder["fence"] != self.fence:
             raise RunStopped(
-                f"run '{self.root}' was taken over by process {lease['pid']} on {lease['host']}; this one stops"
+                f"run '{self.root}' was taken over by process {holder['pid']} on {holder['host']}; this one stops"
             )
 
 
@@ -99,43 +99,30 @@ def open_run(config: Config) -> Iterator[Run]:
 
     Raises UserError when the run was made with other settings, or is being written by a live process.
     """
-    root = Path(run_root(config))
+    root = run_root(config)
+    if storage.is_local(root):
+        _make_folder(root, config)
+    with lease.hold(root, config.cluster.lease_seconds, lambda: _check_config(root, config)) as fence:
+        run = Run(root, fence)
+        if not storage.is_local(root):
+            storage.remove_leftovers(root)
+        if not run.has("run.json"):
+            run.commit({"uid": uuid.uuid4().hex, "name": config.name, "created_ms": now_ms()}, "run.json")
+        run.commit_bytes(settings.dump(config).encode(), "config.yaml")
+        yield run
+
+
+def _make_folder(root: str, config: Config) -> None:
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        storage.local_path(root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"runs_dir={config.runs_dir} cannot be written: {error.strerror}") from error
-    with _lock(root) as previous:
-        lease = {"fence": previous + 1, "pid": os.getpid(), "host": socket.gethostname(), "since_ms": now_ms()}
-        _check_config(root, config)
-        storage.write_json(str(root / "lease.json"), lease)
-        if not (root / "run.json").exists():
-            identity = {"uid": uuid.uuid4().hex, "name": config.name, "created_ms": now_ms()}
-            storage.write_json(str(root / "run.json"), identity)
-        storage.write_bytes(str(root / "config.yaml"), settings.dump(config).encode())
-        yield Run(str(root), previous + 1)
 
 
-@contextmanager
-def _lock(root: Path) -> Iterator[int]:
-    """Hold the run's lock file and yield the last fencing number. The kernel frees it if the process dies."""
-    with open(root / ".lock", "a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            path = root / "lease.json"
-            lease = storage.read_json(str(path)) if path.exists() else {"pid": "?", "host": "?"}
-            raise UserError(
-                f"run '{root}' is being written by process {lease['pid']} on {lease['host']}: wait for it, stop it, "
-                "or use another name=..."
-            ) from error
-        path = root / "lease.json"
-        yield storage.read_json(str(path))["fence"] if path.exists() else 0
-
-
-def _check_config(root: Path, config: Config) -> None:
-    if not (root / "config.yaml").exists():
+def _check_config(root: str, config: Config) -> None:
+    if not storage.exists(storage.join(root, "config.yaml")):
         return
-    before = settings.load(root / "config.yaml")
+    before = settings.load(storage.join(root, "config.yaml"))
     changed = settings.differences(before, config, ignore=OPERATIONAL)
     if changed:
         raise UserError(

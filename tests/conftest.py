@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+import urllib.error
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,12 @@ import pytest
 import torch
 import yaml
 from small import SMALL
+from support import S3_ENVIRONMENT, free_port, start_moto
 
 from pipeline import config as settings
 from pipeline import stages
 from pipeline.config import Config
+from pipeline.data.storage import s3 as boto
 from pipeline.distributed import World
 from pipeline.session import Session, open_session
 from pipeline.state import open_run
@@ -79,3 +85,52 @@ def real_data() -> Path:
     if not where or not Path(where).is_dir():
         pytest.skip("real data is not here: set SECATEUR_DATA to its folder")
     return Path(where)
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """The endpoint of a server that speaks S3 (moto's)."""
+    port = free_port()
+    server = start_moto(port)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 60
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/moto-api/data.json", timeout=5).close()
+                break
+            except urllib.error.URLError:
+                assert server.poll() is None, "moto's server ended"
+                assert time.monotonic() < deadline, "moto's server does not answer"
+                time.sleep(0.1)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A new bucket, as s3://name; this process and its children are set up for it."""
+    for name, value in {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": moto}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    boto.client.cache_clear()
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    boto.client().create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}"
+    boto.client.cache_clear()
+
+
+@pytest.fixture
+def secateur(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """secateur("report", RUN) carries out a command line in this process and returns what it prints."""
+    from cluster.cli import app
+
+    def run(*args: str) -> str:
+        capsys.readouterr()
+        app(list(args), standalone_mode=False)
+        return capsys.readouterr().out
+
+    return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -36,3 +37,31 @@ def program(*args: str, ray: bool = True, cwd: Path = ROOT, timeout: float = 400
     return subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=cwd, timeout=timeout, env=environment(**extra)
     )
+
+
+# What programs under test need to reach a server that stands in for S3; it believes every key.
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_REGION": "us-east-1",
+    "AWS_CONFIG_FILE": "/dev/null",
+    "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "SECATEUR_STORAGE_BACKOFF_S": "0.01",
+}
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_moto(port: int, prefix: list[str] | None = None) -> subprocess.Popen[bytes]:
+    """moto's S3 server on a port of this machine, or of the network that `prefix` makes; lists 10 names a page."""
+    command = [*(prefix or []), sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=environment(MOTO_S3_DEFAULT_MAX_KEYS="10"),
+    )  # fmt: skip

@@ -138,19 +138,26 @@ def parse_label(sample: Mapping[str, Any], label: str) -> int:
     return number
 
 
-class _Hashing:
-    """Passes reads on and hashes them: a shard is scanned and hashed in one pass."""
+class Hashing:
+    """Passes reads on and hashes them: a shard is read and hashed in one pass."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: BinaryIO, hashes: bool = True) -> None:
+        self._stream, self._hashes = stream, hashes
         self.digest = hashlib.sha256()
         self.bytes = 0
 
     def read(self, count: int = -1) -> bytes:
         data = self._stream.read(count)
-        self.digest.update(data)
+        if self._hashes:
+            self.digest.update(data)
         self.bytes += len(data)
         return data
+
+    def rest(self) -> str:
+        """Read to the end; the SHA-256 of all of it."""
+        while self.read(2**20):
+            pass
+        return self.digest.hexdigest()
 
 
 def scan_shard(root: str, name: str, label: str, num_classes: int | None) -> Shard:
@@ -163,7 +170,7 @@ def scan_shard(root: str, name: str, label: str, num_classes: int | None) -> Sha
     offsets: list[int] = []
     samples: list[dict[str, Any]] = []
     with storage.open_range(url) as stream:
-        hashing = _Hashing(stream)
+        hashing = Hashing(stream)
         try:
             with tarfile.open(fileobj=hashing, mode="r|", bufsize=2**18) as archive:  # type: ignore[call-overload]
                 for member in archive:
@@ -172,13 +179,12 @@ def scan_shard(root: str, name: str, label: str, num_classes: int | None) -> Sha
                 end = archive.offset
         except tarfile.TarError as error:
             raise UserError(f"shard '{url}' is empty, cut short or not an uncompressed tar ({error})") from error
-        while hashing.read(2**20):
-            pass
+        sha256 = hashing.rest()
     check_tar_end(url, end)
     if not samples:
         raise UserError(f"shard '{url}' holds no samples: remove it, or make it again")
     labels = tuple(_checked(url, sample, label, num_classes) for sample in samples)
-    return Shard(name, len(samples), hashing.bytes, hashing.digest.hexdigest(), tuple(offsets), labels)
+    return Shard(name, len(samples), hashing.bytes, sha256, tuple(offsets), labels)
 
 
 def _collect(

@@ -258,17 +258,18 @@ def verify(root: str, progress: Progress | None = None) -> list[str]:
 
 def _verify_shard(root: str, shard: Shard, manifest: Manifest) -> list[str]:
     url = storage.join(root, shard.name)
-    if not storage.exists(url):
+    known = storage.stat(url)
+    if known is None:
         return [f"shard '{url}' is missing"]
     problems = []
-    if storage.size(url) != shard.bytes:
-        problems.append(f"shard '{url}' has {storage.size(url)} bytes, the manifest says {shard.bytes}")
-    elif storage.sha256(url) != shard.sha256:
-        problems.append(f"shard '{url}' has another SHA-256 than the manifest says")
+    if known.bytes != shard.bytes:
+        problems.append(f"shard '{url}' has {known.bytes} bytes, the manifest says {shard.bytes}")
     try:
         found = scan_shard(root, shard.name, manifest.label, manifest.num_classes)
     except UserError as error:
         return [*problems, str(error)]
+    if not problems and found.sha256 != shard.sha256:
+        problems.append(f"shard '{url}' has another SHA-256 than the manifest says")
     if found.samples != shard.samples:
         problems.append(f"shard '{url}' holds {found.samples} samples, the manifest says {shard.samples}")
     bad = []

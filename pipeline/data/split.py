@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Data
 from pipeline.data import images, storage, stream
+from pipeline.data.cache import Cache, Entry
 from pipeline.data.images import Pixels
 from pipeline.data.manifest import Manifest
 from pipeline.data.stream import Piece, Raw
@@ -79,7 +80,10 @@ class Split:
         self.bad: dict[str, str] = {}
         held_out = manifest.holdout is not None and name != "test"
         self.shards = manifest.splits["train" if held_out else name]
+        self.root = root
         self.urls = [storage.join(root, shard.name) for shard in self.shards]
+        self.versions: dict[str, str] = {}  # of remote shards by name, as they are when the split is opened
+        self.cache: Cache | None = None
         kept = _kept(manifest, name)
         self.counts = [len(samples) for samples in kept]
         self.labels: Numbers = _gather([shard.labels for shard in self.shards], kept)
@@ -99,19 +103,25 @@ class Split:
 
     def check(self) -> None:
         """UserError where a shard is missing or has another size, or a label is outside of the classes."""
-        for shard, url, count in zip(self.shards, self.urls, self.counts, strict=True):
-            if not count:
-                continue
+        used = [number for number, count in enumerate(self.counts) if count]
+        found = storage.stats_of(self.root, [self.shards[number].name for number in used])
+        for number in used:
+            shard, url = self.shards[number], self.urls[number]
+            known = found.get(shard.name)
             problem = None
-            if not storage.exists(url):
+            if known is None:
                 problem = "is missing"
-            elif storage.size(url) != shard.bytes:
-                problem = f"has {storage.size(url)} bytes where the manifest says {shard.bytes}"
+            elif known.bytes != shard.bytes:
+                problem = f"has {known.bytes} bytes where the manifest says {shard.bytes}"
             if problem:
                 raise UserError(
                     f"shard '{url}' {problem}: `secateur shards verify` lists all that differs; restore the shard, "
                     "or build or index again"
                 )
+        if not storage.is_local(self.root):
+            self.versions = {name: known.version for name, known in found.items()}
+            if self.config.cache_dir is not None:
+                self.cache = Cache(self.config.cache_dir, self.config.cache_disk_bytes, map(self._entry, used))
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(wrong):
             number = int(wrong[0])
@@ -123,7 +133,7 @@ class Split:
 
     def read(self, numbers: Numbers, places: Numbers | None = None) -> Iterator[Raw]:
         """The stored images of samples in turn, or as output places[i] for input i; ranged reads, nothing decoded."""
-        return stream.read_pieces(self._pieces(numbers), self.label, places)
+        return stream.read_pieces(self._pieces(numbers), self.label, places, self.cache)
 
     def _pieces(self, numbers: Numbers) -> list[Piece]:
         """Ranges of shards that hold `numbers` in turn: a new one at another shard, a step back or a long gap."""
@@ -134,9 +144,19 @@ class Split:
         breaks = (np.diff(shard) != 0) | (np.diff(place) <= 0) | (start[1:] - stop[:-1] > _GAP)
         edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(numbers)]
         return [
-            Piece(self.urls[shard[a]], int(start[a]), int(stop[b - 1]), place[a:b], self.labels[numbers[a:b]])
+            self._piece(int(shard[a]), int(start[a]), int(stop[b - 1]), place[a:b], self.labels[numbers[a:b]])
             for a, b in itertools.pairwise(edges)
         ]
+
+    def _piece(self, number: int, start: int, stop: int, wanted: Numbers, labels: Numbers) -> Piece:
+        shard = self.shards[number]
+        version = self.versions.get(shard.name)
+        whole = version is not None and (start, stop) == (0, shard.bytes)
+        return Piece(self.urls[number], start, stop, wanted, labels, version, shard.sha256 if whole else None)
+
+    def _entry(self, number: int) -> Entry:
+        shard = self.shards[number]
+        return Entry(self.urls[number], self.versions[shard.name], shard.bytes, shard.sha256)
 
     def canvas(self, raw: Raw) -> Pixels | None:
         """The decoded image, or None for a bad one, which is noted in `bad`."""

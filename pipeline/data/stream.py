@@ -17,7 +17,8 @@ from webdataset import DataPipeline
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.data import storage
-from pipeline.data.manifest import IMAGES, parse_label
+from pipeline.data.cache import Cache
+from pipeline.data.manifest import IMAGES, Hashing, parse_label
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -35,6 +36,8 @@ class Piece:
     stop: int
     wanted: NDArray[np.int64]
     labels: NDArray[np.int64]
+    version: str | None = None  # of a remote shard, as it was when the split was opened
+    sha256: str | None = None  # where the range is a whole remote shard, checked when all of it has passed
 
 
 @dataclass(frozen=True)
@@ -49,31 +52,43 @@ class Raw:
 def read_members(ranges: list[tuple[str, int, int | None]]) -> Iterator[Members]:
     """The samples in ranges (url, start, stop) of shards, undecoded. UserError where a tar is torn."""
     sources = [{"url": url, "start": start, "stop": stop} for url, start, stop in ranges]
-    return iter(DataPipeline(lambda: iter(sources), _open_ranges, tar_file_expander, group_by_keys, _whole))
+    opened = functools.partial(_open_ranges, None)
+    return iter(DataPipeline(lambda: iter(sources), opened, tar_file_expander, group_by_keys, _whole))
 
 
-def read_pieces(pieces: list[Piece], label: str, places: NDArray[np.int64] | None = None) -> Iterator[Raw]:
+def read_pieces(
+    pieces: list[Piece], label: str, places: NDArray[np.int64] | None = None, cache: Cache | None = None
+) -> Iterator[Raw]:
     """The wanted samples of pieces in turn, or put in the order of `places` (input i is output places[i]).
 
     Holds no more samples than `places` moves them. Raises UserError where a shard is not what the
     manifest says.
     """
-    ranges = [{"url": piece.url, "start": piece.start, "stop": piece.stop} for piece in pieces]
-    stages = [_open_ranges, tar_file_expander, group_by_keys, _whole, functools.partial(_pick, pieces, label)]
+    ranges = [
+        {"url": p.url, "start": p.start, "stop": p.stop, "version": p.version, "sha256": p.sha256} for p in pieces
+    ]
+    opened, picked = functools.partial(_open_ranges, cache), functools.partial(_pick, pieces, label)
+    stages = [opened, tar_file_expander, group_by_keys, _whole, picked]
     if places is not None:
         stages.append(functools.partial(reorder, places))
     return iter(DataPipeline(lambda: iter(ranges), *stages))
 
 
-def _open_ranges(ranges: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _open_ranges(cache: Cache | None, ranges: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Our opener: through storage, never through WebDataset's URL handlers, which can run a shell."""
     for item in ranges:
+        url, start, stop = item["url"], item["start"], item["stop"]
         try:
-            stream = storage.open_range(item["url"], item["start"], item["stop"])
+            kept = cache.open(url, start, stop) if cache is not None else None
+            stream = kept or storage.open_range(url, start, stop, item.get("version"))
         except FileNotFoundError as error:
-            raise _mismatch(item["url"], "is missing") from error
+            raise _mismatch(url, "is missing") from error
+        wanted = item.get("sha256") if kept is None else None
+        hashing = Hashing(stream, wanted is not None)
         with stream:
-            yield {"url": item["url"], "stream": stream}
+            yield {"url": url, "stream": hashing}
+            if wanted is not None and hashing.rest() != wanted:
+                raise _mismatch(url, "has another SHA-256")
 
 
 def _whole(samples: Iterable[Members]) -> Iterator[Members]:

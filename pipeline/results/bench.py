@@ -28,7 +28,7 @@ SAMPLES = 64  # random and real inputs each, on which the compact network and th
 TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that passes for rounding of float32
 
 
-def bench_run(run_dir: Path, repeats: int = 100) -> dict[str, Any]:
+def bench_run(run_dir: str | Path, repeats: int = 100) -> dict[str, Any]:
     """Write final/{compact.safetensors, model.onnx, compact.onnx, fc.csr.safetensors, latency.json}; returns the last.
 
     latency.json holds `rows` (fields of latency.Latency; dense, pruned, compact, and CSR: the pruned network with CSR

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
+from pipeline.data import storage
+from pipeline.data.storage import Stat
 from pipeline.errors import UserError
 
 Json = dict[str, Any]
@@ -25,6 +28,7 @@ _FILES = (
     "test_looks.jsonl",
     "report.html",
 )
+_AFTER = re.compile(r"after-\d+\.json")  # the scan of a round's model
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Round:
 class Contents:
     """A run directory, parsed. Shapes are those that `cluster/stages.py` and `pipeline/rounds.py` write."""
 
-    path: Path
+    path: str
     run: Json
     config_text: str
     config: Json
@@ -72,53 +76,62 @@ class Contents:
         return latest + round(1000 * final)
 
 
-def read(run_dir: Path | str) -> Contents:
+def read(run_dir: str | Path) -> Contents:
     """Read a run directory.
 
     Raises UserError if it is not one, or if a file in it is damaged.
     """
-    run_dir = Path(run_dir)
-    run = _json(run_dir / "run.json")
+
+    def parsed(*parts: str) -> Any:
+        return _json(storage.join(run_dir, *parts))
+
+    run = parsed("run.json")
     if run is None:
         raise UserError(f"'{run_dir}' is not a run: it has no run.json; name a folder under runs_dir")
-    config_file = run_dir / "config.yaml"
-    if not config_file.is_file():
+    config = _text(storage.join(run_dir, "config.yaml"))
+    if config is None:
         raise UserError(f"run '{run_dir}' has no config.yaml; start it again with the command that made it")
-    config_text = config_file.read_text(encoding="utf-8")
-    looks = run_dir / "test_looks.jsonl"
+    looks = _text(storage.join(run_dir, "test_looks.jsonl")) or ""
     return Contents(
-        path=run_dir,
+        path=str(run_dir),
         run=run,
-        config_text=config_text,
-        config=yaml.safe_load(config_text) or {},
-        data=_json(run_dir / "data.json"),
-        dense=_json(run_dir / "dense" / "metrics.json"),
-        scan=_json(run_dir / "scan" / "scan.json"),
-        rounds=tuple(_rounds(run_dir / "rounds")),
-        control=_json(run_dir / "rounds" / "control.json"),
-        histograms=_json(run_dir / "final" / "histograms.json"),
-        activity=tuple(_json(run_dir / "final" / "activity.json") or ()),
-        result=_json(run_dir / "result.json"),
-        looks=sum(1 for line in looks.read_text(encoding="utf-8").splitlines() if line) if looks.is_file() else 0,
+        config_text=config,
+        config=yaml.safe_load(config) or {},
+        data=parsed("data.json"),
+        dense=parsed("dense", "metrics.json"),
+        scan=parsed("scan", "scan.json"),
+        rounds=tuple(_rounds(storage.join(run_dir, "rounds"))),
+        control=parsed("rounds", "control.json"),
+        histograms=parsed("final", "histograms.json"),
+        activity=tuple(parsed("final", "activity.json") or ()),
+        result=parsed("result.json"),
+        looks=sum(1 for line in looks.splitlines() if line),
     )
 
 
-def mirrored_files(run_dir: Path) -> list[str]:
-    """Paths in a run directory, relative to it, that describe the run: no shards, no checkpoints."""
-    found = [name for name in _FILES if (run_dir / name).is_file()]
-    for pattern in ("scan/after-[0-9]*[0-9].json", "rounds/*/plan.json", "rounds/*/metrics.json", "final/*"):
-        found += sorted(str(p.relative_to(run_dir)) for p in run_dir.glob(pattern) if p.is_file() and _whole(p))
-    return found
+def mirrored_files(run_dir: str | Path) -> dict[str, Stat]:
+    """The files in a run directory that describe the run, by their path within it: no shards, no checkpoints."""
+    found: dict[str, Stat] = {}
+    for folder in ("", "dense", "scan", "rounds"):
+        there = storage.stats(storage.join(run_dir, folder))
+        found |= {name: there[PurePosixPath(name).name] for name in _FILES if _is_in(name, folder, there)}
+    for folder in storage.list_folders(storage.join(run_dir, "rounds")):
+        there = storage.stats(storage.join(run_dir, "rounds", folder))
+        found |= {f"rounds/{folder}/{name}": there[name] for name in ("plan.json", "metrics.json") if name in there}
+    scans = storage.stats(storage.join(run_dir, "scan"))
+    found |= {f"scan/{name}": known for name, known in scans.items() if _AFTER.fullmatch(name)}
+    final = storage.stats(storage.join(run_dir, "final"))
+    return found | {f"final/{name}": known for name, known in final.items() if not name.endswith(".tmp")}
 
 
-def _whole(path: Path) -> bool:
-    """Not a file that is being written under a temporary name."""
-    return not path.name.startswith(".") and path.suffix != ".tmp"
+def _is_in(path: str, folder: str, there: dict[str, Stat]) -> bool:
+    place = PurePosixPath(path)
+    return str(place.parent) == (folder or ".") and place.name in there
 
 
-def _rounds(folder: Path) -> Iterator[Round]:
-    for part in sorted((p for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name)):
-        plan, metrics = _json(part / "plan.json"), _json(part / "metrics.json")
+def _rounds(folder: str) -> Iterator[Round]:
+    for part in sorted((name for name in storage.list_folders(folder) if name.isdigit()), key=int):
+        plan, metrics = (_json(storage.join(folder, part, name)) for name in ("plan.json", "metrics.json"))
         if plan is not None and metrics is not None and plan.get("attempt", 1) != metrics.get("attempt", 1):
             metrics = None  # left from the attempt before this one
         known = metrics or plan
@@ -126,10 +139,19 @@ def _rounds(folder: Path) -> Iterator[Round]:
             yield Round(int(known["round"]), int(known.get("attempt") or 1), plan, metrics)
 
 
-def _json(path: Path) -> Any:
-    if not path.is_file():
+def _json(url: str) -> Any:
+    text = _text(url)
+    if text is None:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text)
     except ValueError as error:
-        raise UserError(f"'{path}' is damaged ({error}); delete it and run the same command again") from error
+        raise UserError(f"'{url}' is damaged ({error}); delete it and run the same command again") from error
+
+
+def _text(url: str) -> str | None:
+    """A file's text, or None where there is none. A damaged one comes back with marks where it is."""
+    try:
+        return storage.read_bytes(url).decode(errors="replace")
+    except FileNotFoundError:
+        return None

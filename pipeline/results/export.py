@@ -56,7 +56,7 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     _require("onnxscript", path, "written")
     plain = copy.deepcopy(model).eval()
     pair = example if len(example) > 1 else torch.cat([example, example])  # a batch of 1 would be taken as fixed
-    with storage.atomic_path(Path(path)) as temporary, _quiet():
+    with storage.atomic_path(path) as temporary, _quiet():
         try:
             program = torch.onnx.export(
                 plain, (pair,), input_names=["input"], output_names=["output"], opset_version=OPSET, dynamo=True,
@@ -77,8 +77,9 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Tensor) -> float:
     Raises UserError where onnxruntime is not installed.
     """
     onnxruntime = _require("onnxruntime", path, "checked")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (got,) = session.run(["output"], {"input": inputs.cpu().numpy()})
+    with storage.local_copy(path) as file:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        (got,) = session.run(["output"], {"input": inputs.cpu().numpy()})
     plain = copy.deepcopy(model).eval()
     with torch.no_grad():
         wanted = plain(inputs).cpu().numpy()

@@ -7,7 +7,6 @@ import io
 import platform
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
     model_bytes = save_safetensors(kept.weights)
     here.commit_bytes(model_bytes, "final", "model.safetensors")
     here.check_fence()
-    sizes = packed.write(Path(here.path("final", "model.packed")), kept.weights)
+    sizes = packed.write(here.path("final", "model.packed"), kept.weights)
     here.commit(histograms(prunable, dense.weights, kept), "final", "histograms.json")
     dense_bytes = sum(tensor.numel() * tensor.element_size() for tensor in dense.weights.values())
     result = assemble(config, here, prunable, sizes, model_bytes, dense_bytes)
@@ -56,7 +55,7 @@ def write_result(here: Run, result: dict[str, Any]) -> None:
     """Check result.json against its schema, write it, and render the report from it."""
     schema.validate(result)
     here.commit(result, "result.json")
-    report.write(Path(here.root))
+    report.write(here.root)
 
 
 def assemble(

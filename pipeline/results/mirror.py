@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.data import storage
+from pipeline.errors import UserError
 from pipeline.results import tracking
 from pipeline.results.contents import mirrored_files
 from pipeline.results.tracking import Synced
 
 _LONGEST_WAIT = 60.0  # seconds between tries while the server is away
+_POLL, _POLL_REMOTE = 2.0, 15.0  # seconds between looks at a run on disk, and at one on S3, where each is paid for
 
 
 class Mirror:
@@ -23,10 +26,14 @@ class Mirror:
     """
 
     def __init__(
-        self, run_dir: Path | str, config: Config, on_problem: Callable[[str], None], poll_seconds: float = 2.0
+        self,
+        run_dir: str | Path,
+        config: Config,
+        on_problem: Callable[[str], None],
+        poll_seconds: float | None = None,
     ) -> None:
-        self._run_dir, self._config, self._on_problem = Path(run_dir), config, on_problem
-        self._poll = poll_seconds
+        self._run_dir, self._config, self._on_problem = run_dir, config, on_problem
+        self._poll = poll_seconds or (_POLL if storage.is_local(run_dir) else _POLL_REMOTE)
         self._state = threading.Condition()
         self._asked = self._answered = 0  # syncs asked for by `flush`, and the last of them that was tried
         self._closing = False
@@ -97,15 +104,11 @@ class Mirror:
             return False
         return True
 
-    def _fingerprint(self) -> tuple[tuple[str, int, int], ...]:
-        """Name, bytes and time of each file that is mirrored; empty before the run directory is set up."""
-        if not (self._run_dir / "run.json").is_file():
+    def _fingerprint(self) -> tuple[tuple[str, str], ...]:
+        """Name and version of each file that is mirrored; empty before the run directory is set up, or while the store
+        is away, which the run itself meets and tells."""
+        try:
+            found = mirrored_files(self._run_dir)
+        except (UserError, OSError):
             return ()
-        found = []
-        for name in mirrored_files(self._run_dir):
-            try:
-                state = (self._run_dir / name).stat()
-            except OSError:  # replaced or deleted since the listing; the next look sees it
-                continue
-            found.append((name, state.st_size, state.st_mtime_ns))
-        return tuple(found)
+        return tuple((name, known.version) for name, known in found.items()) if "run.json" in found else ()

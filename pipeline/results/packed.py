@@ -70,7 +70,8 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], values: Values | None
     """
     for name, tensor in tensors.items():
         _check(name, tensor)
-    with storage.create(path) as file:
+    # By a local file, since the header at its front is written last.
+    with storage.atomic_path(path) as local, local.open("wb") as file:
         sizes, unpacked = _write(file, tensors, None if values is None else VALUES[values])
         if unpacked > max(unpack.FREE_BYTES, unpack.EXPANSION * sizes.total):
             raise UserError(
@@ -94,9 +95,10 @@ def iterate(path: str | Path, most: int | None = None) -> Iterator[tuple[str, Te
     if not storage.exists(path):
         raise UserError(f"packed file '{path}' does not exist: check its name")
     try:
-        for entry, raw in unpack.iterate(storage.local_path(path), most):
-            yield entry.name, unpack.to_torch(entry, raw)
-            del raw  # so that the next one is not read beside it
+        with storage.local_copy(path) as file:
+            for entry, raw in unpack.iterate(file, most):
+                yield entry.name, unpack.to_torch(entry, raw)
+                del raw  # so that the next one is not read beside it
     except OSError as error:
         raise UserError(f"packed file '{path}' cannot be opened: {error.strerror}; check its permissions") from error
     except unpack.Damaged as error:

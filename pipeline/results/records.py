@@ -7,11 +7,12 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.config import Config, flatten
+from pipeline.data import storage
 from pipeline.results import figures, plots
 from pipeline.results.contents import Contents, Json, Round, mirrored_files
 
@@ -199,12 +200,18 @@ def _numbers(values: dict[str, Any], step: int, when: int) -> Iterator[Point]:
 
 
 def _files(run: Contents, wanted: Callable[[str], bool], strip: str = "") -> Iterator[Artifact]:
-    for name in mirrored_files(run.path):
+    for name, known in mirrored_files(run.path).items():
         if wanted(name):
-            source = run.path / name
-            state = source.stat()
-            digest = _file_digest(str(source), state.st_size, state.st_mtime_ns)
-            yield Artifact(name.removeprefix(strip), digest, lambda _folder, source=source: source)  # type: ignore[misc]
+            url = storage.join(run.path, name)
+            yield Artifact(name.removeprefix(strip), _file_digest(url, known.version), partial(_fetch, url))
+
+
+def _fetch(url: str, folder: Path) -> Path:
+    if storage.is_local(url):
+        return storage.local_path(url)
+    target = Path(tempfile.mkdtemp(dir=folder), PurePosixPath(url).name)
+    storage.copy(url, str(target))
+    return target
 
 
 def _table(path: str, rows: list[Json]) -> Artifact:
@@ -253,10 +260,12 @@ def _generated(path: str, basis: bytes, make: Callable[[], bytes]) -> Artifact:
 
 
 @lru_cache(maxsize=256)
-def _file_digest(path: str, size: int, mtime_ns: int) -> str:
-    """SHA-256 of a file. Size and time are only the cache's key: a large model is not read again each time."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _file_digest(url: str, version: str) -> str:
+    """SHA-256 of a local file; the version is only the cache's key: a large model is not read again each time.
+
+    On S3 that of the version, which says what it holds without a download.
+    """
+    return storage.sha256(url) if storage.is_local(url) else hashlib.sha256(version.encode()).hexdigest()
 
 
 def _safe(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from pipeline.data import storage
 from pipeline.errors import UserError
 from pipeline.results import figures, plots
 from pipeline.results.contents import Contents, Json, read
@@ -20,24 +20,22 @@ from pipeline.results.contents import Contents, Json, read
 NOT_MEASURED = "not measured"
 
 
-def write(run_dir: Path | str) -> Path:
-    """Write `report.html` into the run directory and return its path.
+def write(run_dir: str | Path) -> str:
+    """Write `report.html` into the run directory and return where it is.
 
     Raises UserError if the run is not finished or a file of it is damaged.
     """
-    target = Path(run_dir) / "report.html"
-    unfinished = target.with_name(".report.html.tmp")
-    unfinished.write_text(render(Path(run_dir)), encoding="utf-8")
-    os.replace(unfinished, target)
+    target = storage.join(run_dir, "report.html")
+    storage.write_bytes(target, render(run_dir).encode())
     return target
 
 
-def render(run_dir: Path | str) -> str:
+def render(run_dir: str | Path) -> str:
     """The report as HTML text: one self-contained page without scripts; the same run gives the same text.
 
     Raises UserError if the run is not finished or a file of it is damaged.
     """
-    run = read(Path(run_dir))
+    run = read(run_dir)
     result = run.result
     if result is None:
         raise UserError(
@@ -72,7 +70,7 @@ def render(run_dir: Path | str) -> str:
         cuts=scan_rows(run.scan),
         plots=_plots(run),
         config=json.loads(json.dumps(run.config, default=str)),
-        command=f"secateur run {run.path / 'config.yaml'}",
+        command=f"secateur run {storage.join(run.path, 'config.yaml')}",
         seconds=result["seconds"],
         versions=result["versions"],
     )

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.data import storage
 from pipeline.errors import UserError
 from pipeline.results import records
 from pipeline.results.contents import read
@@ -50,15 +51,20 @@ class Synced:
 
 def tracking_uri(config: Config) -> str:
     """The tracking server of the config, or the sqlite file that stands in for it."""
+    if config.tracking.uri is None and not storage.is_local(config.runs_dir):
+        raise UserError(
+            f"tracking.uri is not set, and its default, a sqlite file, cannot be in runs_dir={config.runs_dir}: "
+            "give the URL of a tracking server"
+        )
     return config.tracking.uri or f"sqlite:///{_home(config) / 'mlflow.db'}"
 
 
-def sync(run_dir: Path | str, config: Config) -> Synced:
+def sync(run_dir: str | Path, config: Config) -> Synced:
     """Make MLflow hold all that the run directory holds; done twice it is as done once.
 
     Raises UserError if the directory is not a run, or the server is away or refuses.
     """
-    contents = read(Path(run_dir))
+    contents = read(run_dir)
     uri = tracking_uri(config)
     client = _client(config)
     from mlflow.exceptions import MlflowException
@@ -83,7 +89,7 @@ def sync(run_dir: Path | str, config: Config) -> Synced:
 
 
 def _home(config: Config) -> Path:
-    return Path(config.runs_dir).absolute()
+    return storage.local_path(config.runs_dir).absolute()
 
 
 def _hide(text: str) -> str:

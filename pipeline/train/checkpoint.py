@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load as load_safetensors
@@ -37,6 +35,10 @@ class Checkpoint:
     state: dict[str, Any] = field(default_factory=dict)
 
 
+class Torn(UserError):
+    """A checkpoint that was never completed, or was harmed since."""
+
+
 def save(run: Run, folder: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into `folder` (relative to the run). The manifest makes it valid."""
     files = {
@@ -58,19 +60,24 @@ def save(run: Run, folder: str, checkpoint: Checkpoint) -> None:
 
 
 def load(run: Run, folder: str) -> Checkpoint:
-    """Read a checkpoint. Raises UserError that says what is wrong with it."""
+    """Read a checkpoint. Raises Torn that says what is wrong with it."""
     where = run.path(folder)
-    if not run.has(folder, "manifest.json"):
-        raise UserError(f"checkpoint '{where}' has no manifest.json: it was never completed")
-    manifest = run.read(folder, "manifest.json")
+    try:
+        manifest = json.loads(storage.read_bytes(run.path(folder, "manifest.json")))
+    except FileNotFoundError as error:
+        raise Torn(f"checkpoint '{where}' has no manifest.json: it was never completed") from error
+    except ValueError as error:
+        raise Torn(f"checkpoint '{where}' is torn: its manifest.json is not valid JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"checkpoint '{where}' has a manifest of another format than {FORMAT}: it cannot be read")
+        raise Torn(f"checkpoint '{where}' has a manifest of another format than {FORMAT}: it cannot be read")
     files: dict[str, bytes] = {}
     for name, facts in manifest["files"].items():
-        path = run.path(folder, name)
-        data = storage.read_bytes(path) if storage.exists(path) else b""
+        try:
+            data = storage.read_bytes(run.path(folder, name))
+        except FileNotFoundError:
+            data = b""
         if len(data) != facts["bytes"] or hashlib.sha256(data).hexdigest() != facts["sha256"]:
-            raise UserError(f"checkpoint '{where}' is torn: {name} does not match its SHA-256 in the manifest")
+            raise Torn(f"checkpoint '{where}' is torn: {name} does not match its SHA-256 in the manifest")
         files[name] = data
     shapes = {name: tuple(shape) for name, shape in manifest["masked"].items()}
     return Checkpoint(
@@ -88,11 +95,10 @@ def step_folder(phase: str, step: int) -> str:
 
 def latest(run: Run, phase: str) -> Checkpoint | None:
     """The newest whole step checkpoint of a phase, or None."""
-    steps = Path(run.path(phase, "steps"))
-    for folder in sorted(steps.glob("[0-9]*"), reverse=True) if steps.is_dir() else []:
+    for name in reversed(storage.list_folders(run.path(phase, "steps"))):
         try:
-            return load(run, f"{phase}/steps/{folder.name}")
-        except UserError as error:
+            return load(run, f"{phase}/steps/{name}")
+        except Torn as error:
             warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
     return None
 
@@ -100,12 +106,12 @@ def latest(run: Run, phase: str) -> Checkpoint | None:
 def keep_last(run: Run, phase: str, count: int) -> None:
     """Remove all but the last `count` step checkpoints of a phase."""
     run.check_fence()
-    steps = Path(run.path(phase, "steps"))
-    folders = sorted(steps.glob("[0-9]*")) if steps.is_dir() else []
-    for folder in folders[: len(folders) - count]:
-        shutil.rmtree(folder)
-    if count == 0 and steps.is_dir():
-        steps.rmdir()
+    steps = run.path(phase, "steps")
+    if count == 0:
+        storage.remove_tree(steps)
+        return
+    for name in storage.list_folders(steps)[:-count]:
+        storage.remove_tree(storage.join(steps, name))
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def test_is_self_contained_and_accessible(tmp_path: Path) -> None:
 def test_same_run_same_text(tmp_path: Path) -> None:
     run = whole(config(tmp_path))
     assert report.render(run) == report.render(run)
-    assert report.write(run) == run / "report.html"
+    assert report.write(run) == str(run / "report.html")
     assert (run / "report.html").read_text(encoding="utf-8") == report.render(run)
     assert not list(run.glob("*.tmp"))
 

@@ -1,29 +1,24 @@
-"""Files by path or URL; the one module that knows where bytes live.
-
-Today that is the local file system (a path or a file:// URL). Everything else in secateur reads and
-writes through these functions, so another store is added here and nowhere else.
-"""
+"""Files on this machine, or on a file system that looks so."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
-import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
+from pipeline.data.storage.stat import Stat
 from pipeline.errors import UserError
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 _BUFFER = 2**20  # bytes; a local file is read in pieces of this size
-_HASH_PIECE = 2**22
 _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")
 
 
@@ -39,57 +34,51 @@ def local_path(url: str | Path) -> Path:
     if text.startswith("pipe:"):
         raise UserError(f"'{text}' would run a shell command, which secateur never does: give a path")
     if scheme is not None and not Path(text).exists():
-        raise UserError(f"'{text}': scheme '{scheme[1]}' is not supported: give a local path or a file:// URL")
+        raise UserError(f"'{text}': scheme '{scheme[1]}' cannot be used here: give a local path or a file:// URL")
     return Path(text)
 
 
-def join(*parts: str) -> str:
-    """Parts of a path or URL joined by single slashes; the first keeps its leading slash or scheme."""
-    assert parts
-    kept = [part for part in parts if part]
-    if not kept:
-        return ""
-    head = kept[0].rstrip("/") or "/"
-    tail = "/".join(part.strip("/") for part in kept[1:])
-    return head if not tail else f"{head.rstrip('/')}/{tail}"
+def stat(url: str | Path) -> Stat | None:
+    """What is known of a file, or None where there is none (a folder is not a file)."""
+    path = local_path(url)
+    return _stat(path.stat()) if path.is_file() else None
 
 
-def exists(url: str | Path) -> bool:
-    """Whether a file is there (a folder is not a file)."""
-    return local_path(url).is_file()
+def _stat(found: os.stat_result) -> Stat:
+    return Stat(found.st_size, f"{found.st_mtime_ns}-{found.st_ino}")
 
 
-def size(url: str | Path) -> int:
-    """Bytes in a file. Raises FileNotFoundError."""
-    return local_path(url).stat().st_size
+def stats(folder: str | Path) -> dict[str, Stat]:
+    """The files directly in a folder."""
+    path = local_path(folder)
+    found = {}
+    for entry in os.scandir(path) if path.is_dir() else ():
+        # A file that was replaced or deleted since the listing is left out; the next look sees it.
+        with contextlib.suppress(FileNotFoundError):
+            if entry.is_file():
+                found[entry.name] = _stat(entry.stat())
+    return found
 
 
-def read_bytes(url: str | Path) -> bytes:
+def folders(folder: str | Path) -> list[str]:
+    """Names of the folders directly in a folder."""
+    path = local_path(folder)
+    return [entry.name for entry in os.scandir(path) if entry.is_dir()] if path.is_dir() else []
+
+
+def read(url: str | Path) -> bytes:
     """A whole file. Raises FileNotFoundError."""
     return local_path(url).read_bytes()
 
 
-def read_json(url: str | Path) -> Any:
-    """A JSON file's value. Raises FileNotFoundError, or UserError where it is not valid JSON."""
-    try:
-        return json.loads(read_bytes(url))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"'{url}' is not valid JSON ({error}): restore it, or delete it and make it again") from error
-
-
-def write_bytes(url: str | Path, data: bytes) -> None:
-    """Write a whole file; a reader sees the old one or the new one, never a part. UserError if the disk is full."""
+def write(url: str | Path, data: bytes) -> None:
+    """Write a whole file atomically."""
     with create(url) as stream:
         stream.write(data)
 
 
-def write_json(url: str | Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically. NaN and infinity are our mistake: ValueError."""
-    write_bytes(url, (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
-
-
 @contextlib.contextmanager
-def create(url: str | Path) -> Iterator[BinaryIO]:
+def create(url: str | Path, sha256: str | None = None) -> Iterator[BinaryIO]:
     """A stream to a new file that takes its name only when the block ends well. UserError if the disk is full."""
     with atomic_path(url) as temporary, temporary.open("wb") as stream:
         yield stream
@@ -136,6 +125,13 @@ def remove(url: str | Path) -> None:
     local_path(url).unlink(missing_ok=True)
 
 
+def remove_tree(folder: str | Path) -> None:
+    """Delete a folder and all that is in it; nothing happens if it is not there."""
+    path = local_path(folder)
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Delete the temporary files that a killed writer left in a folder."""
     path = local_path(folder)
@@ -144,27 +140,8 @@ def remove_leftovers(folder: str | Path) -> None:
             (path / name).unlink(missing_ok=True)
 
 
-def list_files(url: str | Path) -> list[str]:
-    """Names of the files directly in a folder, sorted, hidden ones left out; empty if there is no such folder."""
-    folder = local_path(url)
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
-
-
-def sha256(url: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file. Raises FileNotFoundError."""
-    digest = hashlib.sha256()
-    with local_path(url).open("rb") as stream:
-        while piece := stream.read(_HASH_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def open_range(url: str | Path, start: int = 0, stop: int | None = None) -> BinaryIO:
+def open_range(url: str | Path, start: int, stop: int | None, version: str | None) -> BinaryIO:
     """A stream of the bytes from `start` up to `stop` (None: the end). Raises FileNotFoundError."""
-    assert start >= 0, start
-    assert stop is None or stop >= start, (start, stop)
     return cast(BinaryIO, io.BufferedReader(_Range(local_path(url), start, stop), _BUFFER))
 
 

@@ -1,0 +1,120 @@
+"""Shards from a URL, kept on a node's own disk: whole, checked, and shared by all processes of the node.
+
+An entry is named after the whole URL and the version (ETag), so that shards of one name, or a shard that was replaced,
+never stand in for each other. It takes its name when its size and SHA-256 are those of the manifest, and each process
+checks it once more before its first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.data import storage
+from pipeline.errors import UserError
+
+_checked: set[tuple[str, int]] = set()  # path and inode of the entries that this process has checked
+_ABANDONED_NS = 600 * 10**9  # a fetch that has written nothing for so long was killed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shard as it should be."""
+
+    url: str
+    version: str
+    bytes: int
+    sha256: str
+
+
+class Cache:
+    """Entries in `folder`, at most `limit` bytes in all; those used longest ago go first."""
+
+    def __init__(self, folder: str, limit: int, entries: Iterable[Entry]) -> None:
+        self.folder, self.limit = Path(folder), limit
+        self.entries = {entry.url: entry for entry in entries}
+
+    def open(self, url: str, start: int, stop: int | None) -> BinaryIO | None:
+        """Bytes of the local copy of a shard, fetched if it is not there; None where it cannot be kept.
+
+        That is: it has no version, or is larger than the limit.
+
+        Raises UserError where the shard is not what the manifest says, or the folder cannot be written.
+        """
+        entry = self.entries[url]
+        if not entry.version or entry.bytes > self.limit:
+            return None
+        name = hashlib.sha256(f"{entry.url}\n{entry.version}".encode()).hexdigest()
+        while True:
+            target = self._entry(entry, name)
+            with contextlib.suppress(FileNotFoundError):  # another process has made room in between
+                return storage.open_range(target, start, stop)
+
+    def _entry(self, entry: Entry, name: str) -> Path:
+        target = self.folder / f"{name}.tar"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(f"{name}.lock"):  # one process fetches, the others wait for it
+                if not _sound(target, entry):
+                    target.unlink(missing_ok=True)
+                    self._make_room(entry.bytes)
+                    storage.copy(entry.url, str(target), entry.sha256, entry.version)
+                    _remember(target)
+                    self._make_room(0)  # others may have fetched at the same time
+                now = time.time_ns()  # the kernel's own clock for this is coarse
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(target, ns=(now, now))
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise UserError(f"data.cache_dir={self.folder} cannot be used: {error.strerror}") from error
+        return target
+
+    def _make_room(self, needed: int) -> None:
+        """Remove the entries used longest ago, so that one more fits. A process that reads one goes on reading it."""
+        with self._locked("lock"):
+            files = []
+            for file in os.scandir(self.folder):
+                with contextlib.suppress(FileNotFoundError):
+                    files.append((file.stat().st_mtime_ns, file.stat().st_size, file.path))
+            old = time.time_ns() - _ABANDONED_NS
+            abandoned = [file for file in files if file[2].endswith(".tmp") and file[0] < old]
+            total = needed + sum(size for _, size, _ in files)
+            for _, size, path in abandoned + sorted(file for file in files if file[2].endswith(".tar")):
+                if total <= self.limit:
+                    return
+                Path(path).unlink(missing_ok=True)
+                total -= size
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with open(self.folder / name, "a", encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+
+def _remember(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another process has made room
+        _checked.add((str(path), path.stat().st_ino))
+
+
+def _sound(path: Path, entry: Entry) -> bool:
+    """Whether an entry is there and whole; hashed once by each process."""
+    try:
+        found = path.stat()
+        if found.st_size != entry.bytes:
+            return False
+        if (str(path), found.st_ino) not in _checked:
+            if storage.sha256(path) != entry.sha256:
+                warnings.warn(f"data.cache_dir: '{path}' is damaged; '{entry.url}' is fetched again", stacklevel=2)
+                return False
+            _remember(path)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,164 @@
+"""Whole runs with shards and state only on S3: killed in a round and started again, they end with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from safetensors.torch import load, load_file
+from support import ROOT, S3_ENVIRONMENT, alone_on_the_network, environment, free_port, program, start_moto
+
+from pipeline import commands as pipeline_commands
+from pipeline import config as settings
+from pipeline.data import shards, storage
+from pipeline.distributed import World
+from pipeline.errors import UserError
+from pipeline.local import LocalEngine
+from pipeline.results import tracking
+
+SETTINGS = ["prune.allocation=uniform", "data.source=shards", "retrain.epochs=12", "retrain.checkpoint_steps=20"]
+# Waits until a round has a whole checkpoint.
+WATCH = (
+    "import sys, time; from pipeline.data import storage\n"
+    "steps = sys.argv[1] + '/rounds/01/steps'\n"
+    "def ready(): return any(storage.exists(f'{steps}/{n}/manifest.json') for n in storage.list_folders(steps))\n"
+    "while not ready(): time.sleep(0.05)\n"
+)
+# Makes a bucket as soon as the server answers, and pushes shards into it.
+PREPARE = (
+    "import sys; from pipeline.data import push; from pipeline.data.storage import retry, s3\n"
+    "retry.call('s3://store', s3.judge, s3.ERRORS, lambda: s3.client().create_bucket(Bucket='store'))\n"
+    "push.push(sys.argv[1], 's3://store/shards')\n"
+)
+FETCH = (
+    "import sys; from pathlib import Path; from pipeline.data import storage\n"
+    "for name in sys.argv[3:]: Path(sys.argv[2], name.replace('/', '-')).write_bytes(\n"
+    "    storage.read_bytes(f'{sys.argv[1]}/{name}'))\n"
+)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the tiny run on disk."""
+    root = tmp_path_factory.mktemp("shards")
+    loaded = settings.parse({**TINY, "runs_dir": "runs"})
+    shards.build(loaded.data.model_copy(update={"shard_samples": 200}), 0, str(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def reference(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of an undisturbed run on local disks."""
+    runs = tmp_path_factory.mktemp("runs")
+    path = runs / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "runs_dir": str(runs)}))
+    pipeline_commands.run(
+        pipeline_commands.load(path, [*SETTINGS, f"data.root={stored}"]), LocalEngine(World(0, 1, torch.device("cpu")))
+    )
+    return load_file(runs / "tiny/final/model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def killed_in_a_round(command: list[str], watch: list[str], env: dict[str, str]) -> None:
+    """Start a run and SIGKILL its driver when round 1 has a checkpoint."""
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        subprocess.run(watch, cwd=ROOT, env=env, check=True, timeout=200)
+        assert process.poll() is None, process.communicate()
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+
+
+def test_a_run_without_ray_goes_on_after_sigkill_with_the_same_bits(
+    s3: str,
+    tiny_yaml: Path,
+    stored: Path,
+    reference: dict[str, torch.Tensor],
+    tmp_path: Path,
+    secateur: Callable[..., str],
+) -> None:
+    assert "10 shards uploaded, 0 were there" in secateur("shards", "push", str(stored), f"{s3}/shards")
+    run = f"{s3}/runs/tiny"
+    command = ["pipeline", "run", str(tiny_yaml), *SETTINGS, f"runs_dir={s3}/runs", f"data.root={s3}/shards"]
+    command.append(f"data.cache_dir={tmp_path / 'cache'}")
+    killed_in_a_round([sys.executable, "-m", *command], [sys.executable, "-c", WATCH, run], environment())
+    assert not storage.exists(f"{run}/rounds/01/metrics.json")
+    again = program(*command, ray=False)
+    assert again.returncode == 0, again.stderr
+    assert "rounds/01: resumed at step" in again.stdout
+    assert f"{run}/report.html" in again.stdout
+    assert same(load(storage.read_bytes(f"{run}/final/model.safetensors")), reference)
+    assert list((tmp_path / "cache").glob("*.tar"))
+    assert storage.list_folders(f"{run}/rounds/01") == ["checkpoint"]
+    assert "weights are those of the run's dense network" in secateur("plan", f"{run}/config.yaml")
+    with pytest.raises(UserError, match=r"tracking\.uri is not set"):
+        tracking.sync(run, pipeline_commands.config_of(run))
+
+
+class Inside:
+    """A network of its own with moto's server in it; programs run beside it."""
+
+    def __init__(self) -> None:
+        prefix = alone_on_the_network()
+        port = free_port()
+        self.server = start_moto(port, prefix)
+        self.prefix = ["nsenter", f"--net=/proc/{self.server.pid}/ns/net"] if prefix else []
+        self.env = environment(
+            **{**S3_ENVIRONMENT, "SECATEUR_STORAGE_BACKOFF_S": "2"}, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}"
+        )
+
+    def command(self, *args: str) -> list[str]:
+        return [*self.prefix, sys.executable, *args]
+
+    def run(self, *args: str) -> Any:
+        return subprocess.run(
+            self.command(*args), cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=300, check=False
+        )
+
+
+@pytest.fixture
+def inside() -> Iterator[Inside]:
+    made = Inside()
+    yield made
+    made.server.kill()
+    made.server.wait()
+
+
+@pytest.mark.ray
+def test_a_run_under_ray_goes_on_after_sigkill_with_the_same_bits(
+    inside: Inside, tiny_yaml: Path, stored: Path, reference: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    prepared = inside.run("-c", PREPARE, str(stored))
+    assert prepared.returncode == 0, prepared.stderr
+    run = "s3://store/runs/tiny"
+    command = [
+        "-m",
+        "cluster",
+        "run",
+        str(tiny_yaml),
+        *SETTINGS,
+        "runs_dir=s3://store/runs",
+        "data.root=s3://store/shards",
+    ]
+    killed_in_a_round(inside.command(*command), inside.command("-c", WATCH, run), inside.env)
+    again = inside.run(*command)
+    assert again.returncode == 0, again.stderr + again.stdout
+    assert "rounds/01: resumed at step" in again.stdout
+    names = ["final/model.safetensors", "lease.json"]
+    assert inside.run("-c", FETCH, run, str(tmp_path), *names).returncode == 0
+    assert same(load_file(tmp_path / "final-model.safetensors"), reference)
+    assert json.loads((tmp_path / "lease.json").read_text())["fence"] == 2

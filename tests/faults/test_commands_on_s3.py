@@ -1,0 +1,38 @@
+"""What is done to a finished run is done to one on S3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from pipeline import stages
+from pipeline.config import Config
+from pipeline.data import storage
+from pipeline.distributed import World
+from pipeline.local import LocalEngine
+
+pytestmark = pytest.mark.faults
+
+
+def test_report_bench_and_sync_take_a_url(
+    s3: str, tiny: Callable[..., Config], secateur: Callable[..., str], tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    config = tiny(**{"runs_dir": f"{s3}/runs", "tracking.enabled": True, "tracking.uri": uri})
+    result = stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), lambda event: None)
+    run = f"{s3}/runs/tiny"
+    storage.remove(f"{run}/report.html")
+    assert secateur("report", run).strip() == f"{run}/report.html"
+    assert b"<html" in storage.read_bytes(f"{run}/report.html")
+    assert "median latency" in secateur("bench", run, "--repeats=5")
+    assert storage.read_json(f"{run}/result.json")["latency_ms"]["batch"] == 1
+    assert {"model.onnx", "compact.safetensors"} <= set(storage.list_files(f"{run}/final"))
+    assert secateur("sync", run).split()[-1] == result["mlflow"]["run_id"]
+    found = mlflow.MlflowClient(uri).get_run(result["mlflow"]["run_id"])
+    assert found.info.status == "FINISHED"
+    files = {item.path for item in mlflow.MlflowClient(uri).list_artifacts(found.info.run_id, "final")}
+    assert "final/model.onnx" in files
