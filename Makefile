@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 export SECATEUR_DATA ?= $(abspath $(wildcard ../shared/data))
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install demo test lint format bench schema lock clean
+.PHONY: help install demo test faults lint format bench schema lock clean
 
 help:
 	@echo "make demo    prune a real network on real digits, through every stage (about 2 minutes)"
 	@echo "make test    all tests"
+	@echo "make faults  longer faults: S3 that is away, runs killed on it"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks, each prints a table"
 	@echo "make install only the environment in $(VENV)"
@@ -28,6 +29,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+faults: install
+	$(BIN)/python -m pytest -q -m faults --durations=0
 
 lint: install
 	$(BIN)/ruff check .

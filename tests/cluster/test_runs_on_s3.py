@@ -139,6 +139,7 @@ def inside() -> Iterator[Inside]:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_run_under_ray_goes_on_after_sigkill_with_the_same_bits(
     inside: Inside, tiny_yaml: Path, stored: Path, reference: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
