@@ -88,7 +88,7 @@ def test_ctrl_c_keeps_the_state_and_prints_the_command_that_goes_on(tiny_yaml: P
     while not list(steps.glob("*/manifest.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 130
     assert f"To go on: python -m pipeline run {tiny_yaml} dense.epochs=100000" in errors
     assert "Traceback" not in errors

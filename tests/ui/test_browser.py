@@ -75,4 +75,4 @@ def test_the_ui_command_serves_mlflow(run: Path) -> None:
         assert "MLflow" in page
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        server.wait(120)
