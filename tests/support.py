@@ -65,3 +65,8 @@ def start_moto(port: int, prefix: list[str] | None = None) -> subprocess.Popen[b
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=environment(MOTO_S3_DEFAULT_MAX_KEYS="10"),
     )  # fmt: skip
+
+
+def hearing_ctrl_c(command: list[str]) -> list[str]:
+    """The command with SIGINT as it is on a terminal: what runs in a script's background inherits that it is ignored."""
+    return ["env", "--default-signal=INT", *command]

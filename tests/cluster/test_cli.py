@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT, alone_on_the_network, environment, program
+from support import ROOT, alone_on_the_network, environment, hearing_ctrl_c, program
 
 from cluster.cli import main as cluster_main
 from pipeline.__main__ import main as pipeline_main
@@ -81,7 +81,7 @@ def test_shards_are_built_verified_and_a_damaged_one_is_named(tiny_yaml: Path, t
 def test_ctrl_c_keeps_the_state_and_prints_the_command_that_goes_on(tiny_yaml: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "run", str(tiny_yaml), "dense.epochs=100000"]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        hearing_ctrl_c(command), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     steps = tiny_yaml.parent / "runs/tiny/dense/steps"
     deadline = time.monotonic() + 120

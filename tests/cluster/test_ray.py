@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT, alone_on_the_network, environment, program
+from support import ROOT, alone_on_the_network, environment, hearing_ctrl_c, program
 
 pytestmark = pytest.mark.ray
 NO_SCAN = "prune.allocation=uniform"  # saves the seconds that Tune takes to start
@@ -138,7 +138,7 @@ def test_ctrl_c_under_ray_keeps_the_state_and_prints_the_command_that_goes_on(ti
     runs = tiny_yaml.parent / "runs"
     command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(tiny_yaml), NO_SCAN]
     process = subprocess.Popen(
-        [*command, "dense.epochs=100000"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        hearing_ctrl_c([*command, "dense.epochs=100000"]), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
     try:
