@@ -68,5 +68,5 @@ def start_moto(port: int, prefix: list[str] | None = None) -> subprocess.Popen[b
 
 
 def hearing_ctrl_c(command: list[str]) -> list[str]:
-    """The command with SIGINT as it is on a terminal: what runs in a script's background inherits that it is ignored."""
+    """The command with SIGINT as on a terminal: what a script starts in the background inherits that it is ignored."""
     return ["env", "--default-signal=INT", *command]

@@ -138,9 +138,13 @@ def test_ctrl_c_under_ray_keeps_the_state_and_prints_the_command_that_goes_on(ti
     runs = tiny_yaml.parent / "runs"
     command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(tiny_yaml), NO_SCAN]
     process = subprocess.Popen(
-        hearing_ctrl_c([*command, "dense.epochs=100000"]), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        hearing_ctrl_c([*command, "dense.epochs=100000"]),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
     try:
         wait_for("dense/steps/*/manifest.json", runs / "tiny", process)
         os.kill(process.pid, signal.SIGINT)
