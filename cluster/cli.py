@@ -45,7 +45,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
-    commands.show(commands.load(config, overrides))
+    commands.show(commands.load(config, overrides, needs_data=False))
 
 
 @app.command()

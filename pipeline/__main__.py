@@ -35,7 +35,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show what a run would do, and run nothing."""
-    commands.show(commands.load(config, overrides))
+    commands.show(commands.load(config, overrides, needs_data=False))
 
 
 @app.command()

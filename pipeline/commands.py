@@ -17,9 +17,14 @@ from pipeline.errors import UserError
 from pipeline.state import run_root
 
 
-def load(path: str | Path, overrides: list[str] | None) -> Config:
-    """The config of a command, with local paths made absolute: workers may run in other folders."""
+def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
+    """The config of a command, with local paths made absolute: workers may run in other folders.
+
+    Only a plan can do without ImageNet's files, whose numbers are known. Raises UserError.
+    """
     config = settings.load(path, overrides)
+    if needs_data and config.data.source == "imagenet" and config.data.root is None:
+        raise UserError(f"config '{path}': data: {settings.NO_ROOT.format('imagenet')}")
 
     def absolute(value: str | None) -> str | None:
         return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))

@@ -21,6 +21,9 @@ Density = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
 
+NO_ROOT = "source '{}' reads from data.root, which is not set: add data.root=PATH"
+
+
 class Section(BaseModel):
     """A group of settings; frozen, and an unknown key is an error."""
 
@@ -90,8 +93,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
-        if self.source != "digits" and self.root is None:
-            raise ValueError(f"source '{self.source}' reads from data.root, which is not set: add data.root=PATH")
+        if self.source not in ("digits", "imagenet") and self.root is None:
+            raise ValueError(NO_ROOT.format(self.source))
         if len(self.mean) not in (1, self.channels) or len(self.std) not in (1, self.channels):
             raise ValueError(f"mean and std take 1 or {self.channels} numbers, one a channel")
         if min(self.std) <= 0:

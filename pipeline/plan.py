@@ -27,6 +27,9 @@ class Counts:
     classes: int
 
 
+ILSVRC = Counts(1_281_167, 0, 50_000, 1000)  # ImageNet 2012, whose val is our test
+
+
 @dataclass(frozen=True)
 class RoundSize:
     """One round: its density over all prunable weights, and what follows from it."""
@@ -98,12 +101,18 @@ def make(config: Config) -> RunPlan:
 
 
 def count_samples(config: Config) -> Counts:
-    """Samples of each part, from the manifest where there is one, else from the source's labels."""
+    """Samples of each part, from the manifest where there is one, else from the source's labels.
+
+    ImageNet's numbers need no files.
+    """
     if config.data.source == "shards":
         manifest = shards.load_manifest(str(config.data.root))
         sizes = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
         held = len(manifest.holdout or ())
         return Counts(sizes["train"] - held, sizes.get("val", 0) + held, sizes["test"], manifest.num_classes)
+    if config.data.source == "imagenet" and config.data.root is None:
+        held = round(config.data.val_fraction * ILSVRC.train)
+        return Counts(ILSVRC.train - held, held, ILSVRC.test, config.data.classes or ILSVRC.classes)
     source = sources.open_source(config.data, config.seed)
     val = len(shards.draw_val(source.train.labels, config.data.val_fraction, config.seed))
     train = len(source.train.labels) - val

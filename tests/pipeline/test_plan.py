@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import plan
+from pipeline import commands, plan
 from pipeline.config import Config
 from pipeline.errors import UserError
 
@@ -31,6 +31,17 @@ def test_densities_that_follow_from_training_are_said_to(tiny: Callable[..., Con
     assert made.densities == {}
     assert any("scan" in note for note in made.notes)
     assert made.rounds[-1].kept == 50200 // 6
+
+
+def test_imagenet_is_planned_without_its_files_and_not_run_without_them() -> None:
+    path = Path(__file__).parents[2] / "configs/vgg16-paper.yaml"
+    made = plan.make(commands.load(path, [], needs_data=False))
+    assert made.counts == plan.Counts(train=1_255_544, val=25_623, test=50_000, classes=1000)
+    assert sum(tensor.weights for tensor in made.prunable) == 138_344_128
+    assert made.flops["conv1_2.weight"] == 2 * 36_864 * 224 * 224
+    assert made.dense_steps == 74 * (1_255_544 // 32 // 8)  # 8 samples of each of 32 lanes a step
+    with pytest.raises(UserError, match=r"vgg16-paper\.yaml.*data\.root.*not set"):
+        commands.load(path, [])
 
 
 @pytest.mark.parametrize(
