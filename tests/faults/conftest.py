@@ -1,0 +1,46 @@
+"""`make faults` ends with a table: a line for each fault that was made, with what was promised and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+Line = Callable[..., None]
+COLUMNS = ("fault", "class", "steps repeated", "seconds lost")
+PROMISES = ("identical", "continues", "stops cleanly")
+
+
+@pytest.fixture
+def line(record_property: Callable[[str, object], None]) -> Line:
+    """Adds a line to the table, once the test has checked what it says.
+
+    `promise` is one of PROMISES. identical: the final weights are those of an undisturbed run, to the bit; continues:
+    the same sample order, accuracy within noise; stops cleanly: one message, state kept, resumes when mended.
+    `repeated` counts updates made twice, `lost` the seconds beyond the undisturbed run; None where it has no meaning.
+    """
+
+    def add(fault: str, promise: str, repeated: int | None = None, lost: float | None = None) -> None:
+        assert promise in PROMISES, promise
+        record_property("line", [fault, promise, repeated, lost])
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = []
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in report.user_properties:
+                if name == "line":
+                    fault, promise, repeated, lost = value
+                    seconds = "-" if lost is None else f"{max(0.0, lost):.1f}"
+                    verdict = promise if outcome == "passed" else f"{promise}: FAILED"
+                    rows.append((fault, verdict, "-" if repeated is None else str(repeated), seconds))
+    if not rows:
+        return
+    widths = [max(len(row[column]) for row in [COLUMNS, *rows]) for column in range(len(COLUMNS))]
+    terminalreporter.section("faults")
+    for row in [COLUMNS, *rows]:
+        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    terminalreporter.write_line(f"{len(rows)} lines")
