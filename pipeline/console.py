@@ -21,6 +21,7 @@ from pipeline.results import report
 from pipeline.results.tables import TextTable
 
 LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
+STEPS_EVERY_S = 30.0  # and one of a training's steps, between the lines of its epochs
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 LOG_WIDTH = 180  # columns of a table in a log
 TITLES = {
@@ -77,7 +78,7 @@ class Display:
             self.phase(event)
 
     def phase(self, event: dict[str, Any]) -> None:
-        """An event of a training: its start, its resumption, or the end of an epoch."""
+        """An event of a training: its start, its resumption, a step on the way, or the end of an epoch."""
         name = event["phase"]
         if "kept" in event:
             self.line(
@@ -87,14 +88,17 @@ class Display:
             )
         elif "resumed" in event:
             self.line(f"{name}: resumed at step {event['resumed']} of {event['steps']}")
+        elif "at" in event:
+            self.count(name, event["at"], event["steps"], every=STEPS_EVERY_S)
         else:
-            self.count(name, event["step"], event["steps"], quiet=True)
+            if self.bars is not None:
+                self.count(name, event["step"], event["steps"])
             self.line(
                 f"{name}: epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}, "
                 f"val {event['val_top1']:.2%}, {event['seconds']:.1f} s"
             )
 
-    def count(self, text: str, done: int, total: int, quiet: bool = False) -> None:
+    def count(self, text: str, done: int, total: int, every: float = LOG_EVERY_S) -> None:
         """A running count: a bar, or now and then a line."""
         if self.bars is not None:
             if self.task is None or self.task[0] != text:
@@ -102,7 +106,7 @@ class Display:
                     self.bars.remove_task(self.task[1])
                 self.task = (text, self.bars.add_task(text, total=total))
             self.bars.update(self.task[1], completed=done, total=total)
-        elif not quiet and (done == total or time.monotonic() - self.last_line >= LOG_EVERY_S):
+        elif done == total or time.monotonic() - self.last_line >= every:
             self.line(f"{text}: {done}/{total}")
 
     def line(self, text: str) -> None:

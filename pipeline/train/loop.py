@@ -23,6 +23,7 @@ from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.evaluate import forward
 
 KEPT_CHECKPOINTS = 2
+TELL_EVERY_S = 5.0  # how often a step within an epoch is told; an epoch of ImageNet takes an hour
 MASK64 = 2**64 - 1
 
 
@@ -80,6 +81,7 @@ class Training:
         self.position = Position()
         self.running = torch.zeros(3, dtype=torch.float64, device=session.world.device)
         self.order_here = 0
+        self.told = time.monotonic()
 
     def fit(self) -> Position:
         """Train from the last whole step checkpoint, or from the start, to the end."""
@@ -105,6 +107,7 @@ class Training:
                     clock = time.monotonic()
                 if last:
                     self._end_epoch(epoch)
+                self._tell()
                 if self.position.step % self.settings.checkpoint_steps == 0 and self.position.step < self.total:
                     self._save()
                 if self.position.step == self.total:
@@ -156,6 +159,12 @@ class Training:
         bad = (valid == 0).sum()
         self.running += torch.stack([total.detach().double(), len(valid) - bad.double(), bad.double()])
 
+    def _tell(self) -> None:
+        """Now and then say which step it is; costs no communication."""
+        if time.monotonic() - self.told >= TELL_EVERY_S:
+            self.told = time.monotonic()
+            self.session.progress({"phase": self.phase, "at": self.position.step, "steps": self.total})
+
     def _collect(self) -> None:
         """Add the ranks' sums since the last time to the epoch's totals."""
         gathered = self.world.sum(self.running).tolist()
@@ -181,6 +190,7 @@ class Training:
         self.position.history.append(entry)
         self.position.totals = [0.0, 0.0, 0.0]
         self.position.order = 0
+        self.told = time.monotonic()
         self.session.progress({"phase": self.phase, "epochs": self.settings.epochs, "steps": self.total, **entry})
 
     def _save(self) -> None:
