@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from safetensors.torch import load, load_file
 from support import ROOT, S3_ENVIRONMENT, alone_on_the_network, environment, free_port, program, start_moto
+from tiny_run import TINY
 
 from pipeline import commands as pipeline_commands
 from pipeline import config as settings

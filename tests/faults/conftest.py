@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-Line = Callable[..., None]
 COLUMNS = ("fault", "class", "steps repeated", "seconds lost")
 PROMISES = ("identical", "continues", "stops cleanly")
 
 
 @pytest.fixture
-def line(record_property: Callable[[str, object], None]) -> Line:
+def line(record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """Adds a line to the table, once the test has checked what it says.
 
     `promise` is one of PROMISES. identical: the final weights are those of an undisturbed run, to the bit; continues:

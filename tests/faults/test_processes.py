@@ -1,0 +1,174 @@
+"""SIGKILL of workers and of the driver, wherever it hurts: the final weights are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from faults.runs import RayRun, newest_step, resumed_at, same_weights
+from tiny_run import TINY
+
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run of the same settings that nothing happened to, and a copy of it as it was before its rounds."""
+
+    config: Path
+    run: Path
+    before_rounds: Path
+    seconds: float  # of the whole run
+    rounds_seconds: float  # of a run that begins with its rounds
+    step_seconds: float  # of one update in a round
+
+    def copy(self, to: Path) -> Path:
+        """A folder of runs in which this run has everything but its rounds."""
+        shutil.copytree(self.before_rounds, to / "tiny")
+        return to
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    root = tmp_path_factory.mktemp("undisturbed")
+    config = root / "tiny.yaml"
+    config.write_text(yaml.safe_dump({**TINY, "runs_dir": str(root / "runs")}))
+    seconds = RayRun(config, root / "runs").finish()
+    run, before = root / "runs/tiny", root / "before"
+    shutil.copytree(run, before)
+    for name in ("rounds", "final"):
+        shutil.rmtree(before / name)
+    for name in ("result.json", "report.html", "test_looks.jsonl"):
+        (before / name).unlink()
+    shutil.copytree(before, root / "again/tiny")
+    rounds_seconds = RayRun(config, root / "again").finish()
+    assert same_weights(run, root / "again/tiny")
+    metrics = json.loads((run / "rounds/01/metrics.json").read_text())
+    step_seconds = sum(epoch["seconds"] for epoch in metrics["history"]) / metrics["steps"]
+    return Undisturbed(config, run, before, seconds, rounds_seconds, step_seconds)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_killed_in_a_step(
+    rank: int, undisturbed: Undisturbed, tmp_path: Path, line: Callable[..., None]
+) -> None:
+    run = RayRun(undisturbed.config, undisturbed.copy(tmp_path))
+    victim, steps = run.worker(rank), run.folder / "rounds/01/steps"
+    run.wait(lambda: newest_step(steps))
+    time.sleep(20 * undisturbed.step_seconds)
+    saved = newest_step(steps)
+    os.kill(victim, signal.SIGKILL)
+    since = time.time() - (steps / f"{saved:08d}/manifest.json").stat().st_mtime
+    seconds = run.finish()
+    assert resumed_at(run.output) >= (saved or 0) > 0, run.output
+    assert same_weights(undisturbed.run, run.folder)
+    repeated = round(since / undisturbed.step_seconds)
+    line(f"SIGKILL of rank {rank} in a step", "identical", repeated, seconds - undisturbed.rounds_seconds)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_killed_in_evaluation(
+    rank: int, undisturbed: Undisturbed, tmp_path: Path, line: Callable[..., None]
+) -> None:
+    """Between the plan of a round and what its evaluation says there is nothing but evaluation."""
+    run = RayRun(undisturbed.config, undisturbed.copy(tmp_path))
+    victim = run.worker(rank)
+    run.wait((run.folder / "rounds/01/plan.json").exists)
+    os.kill(victim, signal.SIGKILL)
+    seconds = run.finish()
+    assert run.output.count("rounds/01: ") > 0
+    assert sum("weights kept" in text for text in run.output.splitlines()) >= 1
+    assert same_weights(undisturbed.run, run.folder)
+    line(f"SIGKILL of rank {rank} in evaluation", "identical", 0, seconds - undisturbed.rounds_seconds)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_killed_in_a_checkpoint(
+    rank: int, undisturbed: Undisturbed, tmp_path: Path, line: Callable[..., None]
+) -> None:
+    run = RayRun(undisturbed.config, undisturbed.copy(tmp_path))
+    step = run.kill_in_a_checkpoint(rank)
+    seconds = run.finish()
+    assert same_weights(undisturbed.run, run.folder)
+    # Rank 0 may still have completed it where the other was killed.
+    resumed = resumed_at(run.output)
+    assert resumed < step if rank == 0 else resumed <= step, run.output
+    line(f"SIGKILL of rank {rank} in a checkpoint", "identical", step - resumed, seconds - undisturbed.rounds_seconds)
+
+
+def trial_measured(run: Path) -> bool:
+    return any((run / "scan").glob("**/*.json")) if (run / "scan").is_dir() else False
+
+
+STAGES: dict[str, tuple[bool, Callable[[Path], object]]] = {
+    # stage: does the run begin with its rounds, and what says that it is in the middle of the stage
+    "shards": (False, lambda run: any((run / "shards").glob("*")) and not (run / "shards/manifest.json").exists()),
+    "dense training": (False, lambda run: newest_step(run / "dense/steps")),
+    "the scan": (False, trial_measured),
+    "a round": (True, lambda run: newest_step(run / "rounds/01/steps")),
+    "the dense control": (True, lambda run: newest_step(run / "rounds/control-01/steps")),
+    "the end": (True, lambda run: (run / "rounds/finished.json").exists()),
+}
+PHASES = {"dense training": "dense", "a round": "rounds/01", "the dense control": "rounds/control-01"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_driver_killed_in_each_stage(
+    stage: str, undisturbed: Undisturbed, tmp_path: Path, line: Callable[..., None]
+) -> None:
+    late, in_the_middle = STAGES[stage]
+    runs = undisturbed.copy(tmp_path) if late else tmp_path
+    first = RayRun(undisturbed.config, runs)
+    first.wait(lambda: in_the_middle(first.folder))
+    phase = PHASES.get(stage, "")
+    saved = newest_step(first.folder / phase / "steps") or 0 if phase else 0
+    first.kill_driver()
+    spent = time.monotonic() - first.started
+    assert not (first.folder / "result.json").exists()
+    again = RayRun(undisturbed.config, runs)
+    seconds = spent + again.finish()
+    assert same_weights(undisturbed.run, again.folder)
+    if phase:
+        assert resumed_at(again.output, phase) >= saved > 0 or f"{phase}:" not in again.output, again.output
+    lost = seconds - (undisturbed.rounds_seconds if late else undisturbed.seconds)
+    line(f"SIGKILL of the driver in {stage}", "identical", None, lost)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "snapshot"])
+def test_a_torn_file_of_a_killed_run(
+    what: str, undisturbed: Undisturbed, tmp_path: Path, line: Callable[..., None]
+) -> None:
+    runs = undisturbed.copy(tmp_path)
+    first = RayRun(undisturbed.config, runs)
+    steps = first.folder / "rounds/01/steps"
+    first.wait(lambda: (newest_step(steps) or 0) >= 100)
+    first.kill_driver()
+    spent = time.monotonic() - first.started
+    time.sleep(3)  # what Ray left of the workers ends
+    saved = newest_step(steps)
+    assert saved is not None
+    if what == "checkpoint":
+        torn = steps / f"{saved:08d}/weights.safetensors"
+        torn.write_bytes(torn.read_bytes()[:-100])
+    else:
+        snapshots = list(first.folder.glob("ray/**/checkpoint_manager_snapshot.json"))
+        assert snapshots, "Ray Train keeps its snapshot elsewhere now"
+        for snapshot in snapshots:
+            snapshot.write_text(snapshot.read_text()[:5])
+    again = RayRun(undisturbed.config, runs)
+    seconds = spent + again.finish()
+    assert same_weights(undisturbed.run, again.folder)
+    if what == "checkpoint":
+        assert f"{saved:08d}' is torn: weights.safetensors" in again.output, again.output
+        assert resumed_at(again.output) == saved - 50
+    else:
+        assert resumed_at(again.output) == saved
+    line(f"torn {what}", "identical", saved - resumed_at(again.output), seconds - undisturbed.rounds_seconds)

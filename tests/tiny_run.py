@@ -1,0 +1,32 @@
+"""A whole run in a few seconds, as a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+# A whole run in a few seconds: real digits, two rounds, every stage.
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"source": "digits", "size": 8, "mean": [0.3], "std": [0.38], "augment": ["shift"], "shift": 1, "lanes": 8},
+    "model": {"factory": "lenet_300_100", "kwargs": {"inputs": 64, "dropout": 0.1}},
+    "dense": {"epochs": 3, "batch_size": 64, "lr": 0.05, "checkpoint_steps": 10},
+    "scan": {"levels": [0.5, 0.1]},
+    "prune": {"rounds": 2},
+    "retrain": {"epochs": 2, "batch_size": 64, "lr": 0.02, "checkpoint_steps": 7},
+    "target": {"compression": 6},
+    "tracking": {"enabled": False},
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `a.b` keys of `changes` replaced; `base` stays as it is."""
+    tree = yaml.safe_load(yaml.safe_dump(base))
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return dict(tree)
