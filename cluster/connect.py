@@ -129,6 +129,7 @@ def ray_folder(run: Run, name: str) -> Iterator[str]:
     if storage.is_local(run.root):
         folder = run.path("ray")
         gone = os.path.join(folder, name)
+        shutil.rmtree(folder, ignore_errors=True)  # what killed drivers left
     else:
         folder = gone = tempfile.mkdtemp(prefix="secateur-ray-")
     try:

@@ -104,8 +104,7 @@ def open_run(config: Config) -> Iterator[Run]:
         _make_folder(root, config)
     with lease.hold(root, config.cluster.lease_seconds, lambda: _check_config(root, config)) as fence:
         run = Run(root, fence)
-        if not storage.is_local(root):
-            storage.remove_leftovers(root)
+        storage.remove_leftovers(root)
         if not run.has("run.json"):
             run.commit({"uid": uuid.uuid4().hex, "name": config.name, "created_ms": now_ms()}, "run.json")
         run.commit_bytes(settings.dump(config).encode(), "config.yaml")

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from support import ROOT, alone_on_the_network, environment
 
 WORKERS = 2
-# One round of heavy steps on real digits, with an evaluation of one image at a time: wide enough to be hit in the middle.
+Line = Callable[..., None]  # the fixture `line`
+# One round of heavy steps on real digits, with an evaluation of one image at a time: wide enough to be hit in.
 SETTINGS = [
     "data.resize=56", "data.size=56", "model.kwargs.inputs=3136", "data.val_fraction=0.3", "data.eval_batch=1",
-    "dense.epochs=20", "dense.checkpoint_steps=50", "prune.rounds=1", "retrain.epochs=40", "retrain.checkpoint_steps=50",
-    f"cluster.workers={WORKERS}",
+    "dense.epochs=20", "dense.checkpoint_steps=50", "prune.rounds=1", "retrain.epochs=40",
+    "retrain.checkpoint_steps=50", f"cluster.workers={WORKERS}",
 ]  # fmt: skip
 
 

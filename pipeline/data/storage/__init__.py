@@ -233,7 +233,7 @@ def remove_tree(folder: str | Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete what a killed writer left in a folder: temporary files; on S3 unfinished uploads at any depth."""
+    """Delete what a killed writer left in a folder, at any depth: temporary files; on S3 unfinished uploads."""
     _store(folder).remove_leftovers(str(folder))
 
 

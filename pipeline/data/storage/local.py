@@ -133,11 +133,10 @@ def remove_tree(folder: str | Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files that a killed writer left in a folder."""
-    path = local_path(folder)
-    for name in os.listdir(path) if path.is_dir() else []:
-        if _TEMPORARY.match(name):
-            (path / name).unlink(missing_ok=True)
+    """Delete the temporary files that a killed writer left in a folder, at any depth."""
+    for parent, _, names in os.walk(local_path(folder)):
+        for name in filter(_TEMPORARY.match, names):
+            Path(parent, name).unlink(missing_ok=True)
 
 
 def open_range(url: str | Path, start: int, stop: int | None, version: str | None) -> BinaryIO:
