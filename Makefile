@@ -31,7 +31,7 @@ test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 faults: install
-	$(BIN)/python -m pytest -q -m faults --durations=0
+	$(BIN)/python -m pytest -q -m "" tests/faults
 
 lint: install
 	$(BIN)/ruff check .

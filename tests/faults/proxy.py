@@ -23,7 +23,7 @@ _PIECE = 2**12
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests of `method` whose path holds `path`.
+    """What happens to the next `times` requests of `method` ("" for any) whose path holds `path`.
 
     refuse: answered with 503 SlowDown. forget: carried out, and the connection reset instead of an answer. Within the
     body, after `after` bytes: reset, cut (closed as if it were whole) or stall (silence). slow: `rate` bytes a second.
@@ -57,7 +57,7 @@ class Proxy:
         """The fault that this request meets."""
         with self._lock:
             fault = self.fault
-            if fault is None or fault.times == 0 or method != fault.method or fault.path not in path:
+            if fault is None or fault.times == 0 or fault.method not in ("", method) or fault.path not in path:
                 return None
             fault.times -= 1
             self.made += 1

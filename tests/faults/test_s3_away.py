@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from faults.proxy import Fault, Proxy
+from faults.runs import Line
+from safetensors.torch import load
+from support import ROOT, environment
 
-from pipeline.data import storage
+from pipeline.config import Config
+from pipeline.data import push, shards, storage
 from pipeline.data.storage import s3 as boto
 
 pytestmark = pytest.mark.faults
@@ -37,4 +47,86 @@ def test_a_stream_outlives_a_store_that_is_away_for_30_s(
         assert proxy.made >= 2
     finally:
         back.cancel()
+        proxy.close()
+
+
+SETTINGS = [
+    "prune.allocation=uniform", "data.source=shards", "data.cache_bytes=0", "dense.epochs=2", "retrain.epochs=8",
+    "retrain.checkpoint_steps=20", "prune.rounds=1",
+]  # fmt: skip
+
+
+class OnS3:
+    """A run whose shards and state are on S3 behind a proxy, in a process of its own."""
+
+    def __init__(self, tiny_yaml: Path, bucket: str, proxy: Proxy, name: str, **extra: str) -> None:
+        self.proxy, self.run = proxy, f"{bucket}/runs/{name}"
+        self.log = tiny_yaml.parent / f"{name}.txt"
+        where = [f"runs_dir={bucket}/runs", f"data.root={bucket}/shards", f"name={name}"]
+        self.started = time.monotonic()
+        with self.log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline", "run", str(tiny_yaml), *SETTINGS, *where], cwd=ROOT, stdout=stream,
+                stderr=subprocess.STDOUT, env=environment(AWS_ENDPOINT_URL=proxy.url, **extra),
+            )  # fmt: skip
+
+    def wait_for_a_checkpoint(self, seconds: float = 240) -> None:
+        steps, deadline = f"{self.run}/rounds/01/steps", time.monotonic() + seconds
+        while not any(storage.exists(f"{steps}/{name}/manifest.json") for name in storage.list_folders(steps)):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def finish(self) -> tuple[float, dict[str, torch.Tensor]]:
+        """Seconds that it took, and its final weights."""
+        try:
+            code = self.process.wait(240)
+        finally:
+            self.process.kill()
+        assert code == 0, self.log.read_text()
+        return time.monotonic() - self.started, load(storage.read_bytes(f"{self.run}/final/model.safetensors"))
+
+
+@pytest.fixture
+def stored(s3: str, tiny: Callable[..., Config], tmp_path: Path) -> str:
+    """A bucket that holds the shards of the tiny run."""
+    shards.build(tiny().data.model_copy(update={"shard_samples": 200}), 0, str(tmp_path / "shards"))
+    push.push(str(tmp_path / "shards"), f"{s3}/shards")
+    return s3
+
+
+FAULTS = {
+    "S3 answers 503 SlowDown": Fault("refuse", times=8),
+    "S3: reset in mid-body": Fault("reset", times=5, after=20_000, path="/shards/"),
+    "S3: body cut short": Fault("cut", times=5, after=20_000, path="/shards/"),
+    "S3: socket stalls": Fault("stall", times=2, after=20_000, path="/shards/"),
+    "S3: slow link": Fault("slow", times=8, rate=200_000, path="/shards/"),
+    "S3: answer to a write lost": Fault("forget", times=3, method="PUT"),
+    "S3 down for 30 s": Fault("reset", times=-1, method=""),
+}
+
+
+def test_a_run_outlives_each_fault_of_its_store(
+    stored: str, tiny_yaml: Path, moto: str, line: Line, subtests: pytest.Subtests
+) -> None:
+    proxy = Proxy(moto)
+    waits = {"SECATEUR_STORAGE_TIMEOUT_S": "2", "SECATEUR_STORAGE_BACKOFF_S": "0.1"}
+    try:
+        undisturbed, weights = OnS3(tiny_yaml, stored, proxy, "undisturbed", **waits).finish()
+        for number, (name, fault) in enumerate(FAULTS.items()):
+            with subtests.test(name):
+                away = name.endswith("30 s")
+                run = OnS3(tiny_yaml, stored, proxy, f"fault-{number}", **{} if away else waits)
+                run.wait_for_a_checkpoint()
+                proxy.made, proxy.fault = 0, dataclasses.replace(fault)
+                if away:
+                    time.sleep(30)
+                    proxy.fault = None
+                seconds, found = run.finish()
+                assert proxy.made >= 2
+                assert found.keys() == weights.keys()
+                assert all(torch.equal(found[tensor], weights[tensor]) for tensor in found)
+                line(name, "identical", 0, seconds - undisturbed)
+                proxy.fault = None
+    finally:
         proxy.close()
