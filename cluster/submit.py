@@ -14,7 +14,9 @@ from pipeline.data import storage
 from pipeline.errors import UserError
 
 # What a job does not need from the working directory: data, runs, and what tools leave behind.
-EXCLUDES = ["runs", ".venv", ".git", "*.tar", "*.db", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
+EXCLUDES = [
+    "runs", ".env", ".venv", ".git", "*.tar", "*.db", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache",
+]  # fmt: skip
 
 
 def entrypoint(config: str | Path, overrides: list[str]) -> str:
