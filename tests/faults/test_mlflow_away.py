@@ -19,7 +19,7 @@ from faults.proxy import Fault, Proxy
 from faults.runs import newest_step, same_weights
 from support import ROOT, alone_on_the_network, environment, program
 from tiny_run import TINY, merged
-from tracking_server import TrackingServer, everything, named, same_everywhere
+from tracking_server import TrackingServer, everything, same_everywhere
 
 from pipeline import commands
 
@@ -30,6 +30,7 @@ LONGER = {
     "retrain.epochs": 30, "retrain.checkpoint_steps": 50, "prune.allocation": "uniform",
 }  # fmt: skip
 PATIENCE_S = 5.0
+PATIENT = {"SECATEUR_MLFLOW_PATIENCE_S": "120"}
 COMMAND = "secateur sync"
 
 
@@ -45,7 +46,7 @@ class LocalRun:
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
                 command, cwd=cwd, stdout=stream, stderr=subprocess.STDOUT,
-                env=environment(SECATEUR_MLFLOW_PATIENCE_S=str(PATIENCE_S), **extra),
+                env=environment(**{"SECATEUR_MLFLOW_PATIENCE_S": str(PATIENCE_S), **extra}),
             )  # fmt: skip
 
     @property
@@ -122,7 +123,7 @@ def proxy(up: TrackingServer) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="module")
 def undisturbed(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    run = LocalRun(tmp_path_factory.mktemp("undisturbed"), server.uri)
+    run = LocalRun(tmp_path_factory.mktemp("undisturbed"), server.uri, **PATIENT)
     seconds = run.finish()
     assert "warning" not in run.output
     held = of_this_run(run)
@@ -221,17 +222,15 @@ def test_away_at_the_end(
     line("MLflow away at the end", "identical", None, seconds - undisturbed.seconds)
 
 
-@pytest.mark.parametrize(
-    "fault", [Fault("delay", times=-1, method="", seconds=3.0), Fault("hang", times=-1, method="")]
-)
-def test_slow(fault: Fault, proxy: Proxy, undisturbed: Undisturbed, tmp_path: Path, line: Callable[..., None]) -> None:
+@pytest.mark.parametrize("kind", ["delay", "hang"])
+def test_slow(kind: str, proxy: Proxy, undisturbed: Undisturbed, tmp_path: Path, line: Callable[..., None]) -> None:
     """Every answer late, or none at all: the rounds take as long as ever, and the end waits no longer than it says."""
-    proxy.fault = fault
+    proxy.fault = Fault(kind, times=-1, method="", seconds=3.0)
     run = LocalRun(tmp_path, proxy.url)
     seconds = run.finish()
     waited = run.waited_s
     ratio = run.rounds_seconds / undisturbed.run.rounds_seconds
-    print(f"{fault.kind}: rounds x{ratio:.2f} of {undisturbed.run.rounds_seconds:.1f} s, waited {waited:.1f} s")
+    print(f"{kind}: rounds x{ratio:.2f} of {undisturbed.run.rounds_seconds:.1f} s, waited {waited:.1f} s")
     assert proxy.made > 0
     assert ratio < 2
     assert PATIENCE_S - 1 < waited < PATIENCE_S + 10
@@ -239,7 +238,7 @@ def test_slow(fault: Fault, proxy: Proxy, undisturbed: Undisturbed, tmp_path: Pa
     assert "the server is too slow" in run.output
     proxy.fault = None
     whole_after_sync(run, undisturbed)
-    line("MLflow slow" if fault.kind == "delay" else "MLflow hangs", "identical", None, seconds - undisturbed.seconds)
+    line("MLflow slow" if kind == "delay" else "MLflow hangs", "identical", None, seconds - undisturbed.seconds)
 
 
 @pytest.mark.parametrize("how", ["401: wrong password", "403: wrong name", "500"])
@@ -280,12 +279,9 @@ def test_a_run_goes_on_in_the_same_mlflow_run_on_another_machine(
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait(60)
     there.rename(here)
-    other = (
-        ["unshare", "--uts", "sh", "-c", 'hostname another-machine && exec "$@"', "sh"]
-        if alone_on_the_network()
-        else []
-    )
-    again = LocalRun(here, up.uri, *other, cwd=tmp_path)
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname another-machine && exec "$@"', "sh"]
+    other = renamed if alone_on_the_network() else []  # where unshare is allowed
+    again = LocalRun(here, up.uri, *other, cwd=tmp_path, **PATIENT)
     again.finish()
     assert "resumed at step" in again.output
     assert same_weights(undisturbed.run.folder, again.folder)
@@ -298,9 +294,7 @@ def parent_id(run: LocalRun) -> str | None:
     """The one MLflow run that is this run's parent."""
     config = commands.config_of(run.folder)
     uid = json.loads((run.folder / "run.json").read_text())["uid"]
-    held = everything(config).items()
-    found = [
-        key for key, each in held if each["tags"]["secateur.uid"] == uid and each["tags"]["secateur.kind"] == "run"
-    ]
-    assert len(found) <= 1, named(dict(held))
+    wanted = {"secateur.uid": uid, "secateur.kind": "run"}.items()
+    found = [key for key, each in everything(config).items() if wanted <= each["tags"].items()]
+    assert len(found) <= 1
     return found[0] if found else None
