@@ -182,7 +182,7 @@ def test_away_from_the_start(
     server.kill()
     run = LocalRun(tmp_path, server.uri)
     seconds = run.finish()
-    assert run.waited_s < PATIENCE_S + 10
+    assert run.waited_s < PATIENCE_S + 20
     assert run.output.count("The run goes on; MLflow is tried again") == 1, run.output
     assert run.output.count(COMMAND) == 1
     server.start()
@@ -214,7 +214,7 @@ def test_away_at_the_end(
     run.wait((run.folder / "rounds/finished.json").exists)
     up.kill()
     seconds = run.finish()
-    assert run.waited_s < PATIENCE_S + 10
+    assert run.waited_s < PATIENCE_S + 20
     assert run.output.count(COMMAND) == 1, run.output
     assert json.loads((run.folder / "result.json").read_text())["mlflow"] is None
     up.start()
@@ -233,7 +233,7 @@ def test_slow(kind: str, proxy: Proxy, undisturbed: Undisturbed, tmp_path: Path,
     print(f"{kind}: rounds x{ratio:.2f} of {undisturbed.run.rounds_seconds:.1f} s, waited {waited:.1f} s")
     assert proxy.made > 0
     assert ratio < 2
-    assert PATIENCE_S - 1 < waited < PATIENCE_S + 10
+    assert PATIENCE_S - 1 < waited < PATIENCE_S + 20
     assert run.output.count(COMMAND) == 1, run.output
     assert "the server is too slow" in run.output
     proxy.fault = None
@@ -255,7 +255,7 @@ def test_refuses(
     proxy.fault = Fault("refuse", times=-1, method="", status=500) if how == "500" else None
     run = LocalRun(tmp_path, uri, **password)
     seconds = run.finish()
-    assert run.waited_s < PATIENCE_S + 10
+    assert run.waited_s < PATIENCE_S + 20
     assert how[:3] in run.output or "not authenticated" in run.output, run.output
     assert ("set MLFLOW_TRACKING_USERNAME" in run.output) == (how != "500")
     assert "hunter2" not in run.output
