@@ -114,7 +114,7 @@ def _of_the_run(name: str) -> bool:
 
 
 def _began(run: Contents, each: Round) -> int:
-    """The end of what came before a round: known while it runs, and the same later; MLflow keeps the first it is told."""
+    """The end of what came before a round: the same while it runs and later, as MLflow keeps the first it is told."""
     before = [m for m in run.finished_rounds if m["round"] < each.number]
     parts = [part for part in (run.dense, *before) if part is not None]
     return max([int(run.run["created_ms"]), *(int(part.get("finished_ms") or 0) for part in parts)])
