@@ -19,7 +19,7 @@ from pipeline.console import Display, main_module, one_message, show_bench, show
 from pipeline.data import push, shards, storage
 from pipeline.distributed import configure_process
 from pipeline.errors import UserError
-from pipeline.results import final, tracking
+from pipeline.results import final
 from pipeline.results import report as reports
 from pipeline.results.bench import bench_run
 
@@ -113,10 +113,7 @@ def sync(
     run_dir: RunPath, uri: Annotated[str | None, typer.Option(help="Tracking server; the run's by default.")] = None
 ) -> None:
     """Bring MLflow up to date from the run's folder; twice is the same as once."""
-    config = commands.config_of(run_dir)
-    if uri is not None:
-        config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
-    synced = tracking.sync(run_dir, config)
+    synced = commands.sync(run_dir, uri)
     print(f"MLflow at {synced.tracking_uri}: experiment {synced.experiment_id}, run {synced.run_id}")
 
 

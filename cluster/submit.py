@@ -14,7 +14,9 @@ from pipeline.data import storage
 from pipeline.errors import UserError
 
 # What a job does not need from the working directory: data, runs, and what tools leave behind.
-EXCLUDES = ["runs", ".venv", ".git", "*.tar", "*.db", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
+EXCLUDES = [
+    "runs", ".env", ".venv", ".git", "*.tar", "*.db", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache",
+]  # fmt: skip
 
 
 def entrypoint(config: str | Path, overrides: list[str]) -> str:
@@ -31,6 +33,10 @@ def submit(config: str, overrides: list[str], address: str | None, wait: bool) -
     path = Path(config)
     if storage.is_local(config) and (path.is_absolute() or ".." in path.parts):
         raise UserError(f"config '{config}' must lie below the current folder, which is sent as the job's working_dir")
+    if storage.hide(config) != config:
+        raise UserError(
+            f"config '{config}' holds a password or signature, which a job's command would show: copy it here"
+        )
     loaded = settings.load(config, overrides)
     require_shared_paths(loaded, "a job's working directory is temporary and the next submission does not see it")
     client = _client(address)

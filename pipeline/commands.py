@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as settings
-from pipeline import plan, stages
+from pipeline import lease, plan, stages
 from pipeline.config import Config
 from pipeline.console import Display, show_plan, show_result
 from pipeline.data import storage
 from pipeline.distributed import configure_process
 from pipeline.engine import Engine
 from pipeline.errors import UserError
-from pipeline.state import run_root
+from pipeline.results import final, tracking
+from pipeline.results.tracking import Synced
+from pipeline.state import Run, run_root
 
 
 def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
@@ -53,6 +55,24 @@ def show(config: Config) -> None:
     made = plan.make(config)
     plan.require_plan_possible(made)
     show_plan(made, config)
+
+
+def sync(run_dir: str | Path, uri: str | None = None) -> Synced:
+    """Make the run's server, or another at `uri`, hold the run; twice is the same as once.
+
+    A finished run that could not learn its place in MLflow is told it now, as it would have been at its end.
+    """
+    config = config_of(run_dir)
+    if uri is not None:
+        values = config.model_dump(mode="json")
+        config = settings.parse({**values, "tracking": {**values["tracking"], "uri": uri}}, origin="--uri")
+    synced = tracking.sync(run_dir, config)
+    result = storage.join(run_dir, "result.json")
+    if storage.exists(result) and storage.read_json(result)["mlflow"] is None:
+        with lease.hold(str(run_dir), config.cluster.lease_seconds, lambda: None) as fence:
+            final.update(Run(str(run_dir), fence), mlflow=synced.place)
+        synced = tracking.sync(run_dir, config)
+    return synced
 
 
 def config_of(run_dir: str | Path) -> Config:

@@ -21,6 +21,10 @@ Density = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 
 
+_INSTEAD = (
+    "config.yaml, the report and MLflow would repeat it. Leave it out, and set MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD for a tracking server (PGPASSWORD for a database), or give s3:// with AWS credentials"
+)
 NO_ROOT = "source '{}' reads from data.root, which is not set: add data.root=PATH"
 
 
@@ -353,6 +357,15 @@ class Config(Section):
     cluster: Cluster = Field(default_factory=lambda: Cluster.model_validate({}))
     tracking: Tracking = Field(default_factory=lambda: Tracking.model_validate({}))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, values: Any) -> Any:
+        """Settings are kept in config.yaml, the report and MLflow, so none may hold what opens a door."""
+        for name, value in leaves(values).items():
+            if storage.hide(str(value)) != str(value):
+                raise ValueError(f"{name} is a URL with a password or a signature in it: {_INSTEAD}")
+        return values
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         for part, train in (("dense", self.dense), ("retrain", self.retrain)):
@@ -441,6 +454,11 @@ def differences(ours: Config, theirs: Config, ignore: tuple[str, ...] = ()) -> l
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every setting by its dotted name."""
+    return leaves(config.model_dump(mode="json"))
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """What a tree of mappings holds, by dotted names."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -450,7 +468,7 @@ def flatten(config: Config) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    walk("", config.model_dump(mode="json"))
+    walk("", tree)
     return flat
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pipeline import config as settings
 from pipeline.config import Config
+from pipeline.data import storage
 from pipeline.errors import RunStopped, UserError
 from pipeline.plan import RunPlan
 from pipeline.results import report
@@ -112,27 +113,31 @@ class Display:
     def line(self, text: str) -> None:
         """One line, with the seconds since the start."""
         self.last_line = time.monotonic()
-        self.console.print(f"[{self.last_line - self.started:7.1f} s] {text}", markup=False)
+        self.console.print(f"[{self.last_line - self.started:7.1f} s] {storage.hide(text)}", markup=False)
 
 
 @contextmanager
 def one_message(resume: str | None = None) -> Iterator[None]:
     """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; Ctrl-C into 130."""
     err = make_console(stderr=True)
+
+    def say(text: str) -> None:
+        err.print(storage.hide(text), markup=False)
+
     previous = signal.signal(signal.SIGTERM, _interrupt) if _main_thread() else None
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False)
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
             yield
     except (UserError, RunStopped) as error:
-        err.print(f"error: {error}", markup=False)
+        say(f"error: {error}")
         raise SystemExit(2) from error
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and error.code != INTERRUPTED:  # which Typer makes of Ctrl-C
             raise
-        err.print("stopped; what is finished is kept.", markup=False)
+        say("stopped; what is finished is kept.")
         if resume:
-            err.print(f"To go on: {resume}", markup=False)
+            say(f"To go on: {resume}")
         raise SystemExit(INTERRUPTED) from error
     finally:
         if previous is not None:

@@ -19,12 +19,10 @@ from pipeline.models import Prunable
 from pipeline.names import lookup
 from pipeline.prune import allocation, criteria, round_plan
 from pipeline.results import final
-from pipeline.results.mirror import Mirror
+from pipeline.results.mirror import Mirror, patience_s
 from pipeline.session import Progress
 from pipeline.state import Run, fingerprint, open_run
 from pipeline.train import batch_norm, phases
-
-MLFLOW_PATIENCE_S = 60.0  # how long the end of a run waits for a tracking server
 
 
 def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
@@ -34,7 +32,7 @@ def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
     the same command goes on from it.
     """
     with open_run(config) as here:
-        mirror = None
+        mirror, patience = None, patience_s()
         if config.tracking.enabled:
             mirror = Mirror(here.root, config, lambda text: progress({"warning": text}))
         try:
@@ -48,13 +46,14 @@ def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
             made_from = train_stage("rounds", made_from, config, engine, here, progress)
             result = final_stage(made_from, config, here, progress)
             if mirror is not None and result["mlflow"] is None:
-                synced = mirror.flush(MLFLOW_PATIENCE_S)
+                started = time.monotonic()
+                synced = mirror.flush(patience)
+                patience = max(0.0, patience - (time.monotonic() - started))
                 if synced is not None:
-                    where = {"tracking_uri": synced.tracking_uri, "run_id": synced.run_id}
-                    result = final.update(here, mlflow=where)
+                    result = final.update(here, mlflow=synced.place)
         finally:
             if mirror is not None:
-                mirror.close(MLFLOW_PATIENCE_S)
+                mirror.close(patience)
         return result
 
 

@@ -17,6 +17,7 @@ import yaml
 from small import SMALL
 from support import S3_ENVIRONMENT, free_port, start_moto
 from tiny_run import TINY, merged
+from tracking_server import TrackingServer
 
 from pipeline import config as settings
 from pipeline import stages
@@ -97,6 +98,25 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     boto.client().create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
     boto.client.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    """An MLflow server with users."""
+    server = TrackingServer(tmp_path_factory.mktemp("mlflow"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def tracking_server(running_server: TrackingServer, monkeypatch: pytest.MonkeyPatch) -> TrackingServer:
+    """The MLflow server; this process and its children have the password of its first user."""
+    for name, value in running_server.user.items():
+        monkeypatch.setenv(name, value)
+    return running_server
 
 
 @pytest.fixture

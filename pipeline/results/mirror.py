@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,11 +19,16 @@ _LONGEST_WAIT = 60.0  # seconds between tries while the server is away
 _POLL, _POLL_REMOTE = 2.0, 15.0  # seconds between looks at a run on disk, and at one on S3, where each is paid for
 
 
+def patience_s() -> float:
+    """How many seconds the end of a run waits for a tracking server."""
+    return float(os.environ.get("SECATEUR_MLFLOW_PATIENCE_S", "60"))
+
+
 class Mirror:
     """Calls `tracking.sync` when a file of the run has changed.
 
-    A problem is told once, through `on_problem`, and tried again at growing intervals; nothing is raised into the
-    run. `on_problem` is called from this thread, or from the caller of `close`.
+    A problem is told once, through `on_problem`, until it has passed; it is tried again at growing intervals, and
+    nothing is raised into the run. `on_problem` is called from this thread, or from the caller of `close`.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class Mirror:
         self._closing = False
         self._failed = False  # the last try
         self._problem = ""
+        self._told = False  # that problem, through `on_problem`
         self._latest: Synced | None = None
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
         self._thread.start()
@@ -66,8 +73,9 @@ class Mirror:
             self._closing = True
         synced = self.flush(timeout)
         if synced is None:
+            why = "" if self._told else f" ({self._problem or 'the server is too slow'})"
             self._on_problem(
-                f"MLflow does not hold all of this run; when its server answers: secateur sync {self._run_dir}"
+                f"MLflow does not hold all of this run{why}; when its server answers: secateur sync {self._run_dir}"
             )
         return synced
 
@@ -87,7 +95,8 @@ class Mirror:
                 else:
                     failures += 1
                     due = time.monotonic() + min(_LONGEST_WAIT, self._poll * 2**failures)
-                    if failures == 1 and not closing:
+                    if not self._told and not requested:
+                        self._told = True
                         self._on_problem(f"{self._problem}. The run goes on; MLflow is tried again from time to time")
             with self._state:
                 self._answered = asked
@@ -102,6 +111,7 @@ class Mirror:
         except Exception as error:  # noqa: BLE001 - whatever goes wrong in MLflow, the run must not end by it
             self._problem = f"MLflow: {error}" if str(error) else f"MLflow: {error!r}"
             return False
+        self._problem, self._told = "", False
         return True
 
     def _fingerprint(self) -> tuple[tuple[str, str], ...]:

@@ -83,11 +83,10 @@ def child(run: Contents, each: Round) -> Record:
     again = f" (attempt {each.attempt})" if each.attempt > 1 else ""
     points: list[Point] = []
     tables: list[Artifact] = []
-    start = end = None
+    end = None
     tags = {}
     if metrics is not None:
         end = int(metrics["finished_ms"])
-        start = end - round(1000 * metrics["seconds"])
         points = [*_numbers(_round_numbers(metrics), each.number, end), *_history("epoch", metrics)]
         tables = [_table("layers.json", metrics["layers"])]
         tags = {"secateur.accepted": str(bool(metrics["accepted"])).lower()}
@@ -104,7 +103,7 @@ def child(run: Contents, each: Round) -> Record:
         params={},
         points=tuple(points),
         artifacts=(*_files(run, lambda name: name.startswith(folder), strip=folder), *tables),
-        start_ms=start if start is not None else _began(run, each),
+        start_ms=_began(run, each),
         end_ms=end,
         tables=tuple(table.path for table in tables),
     )
@@ -115,7 +114,7 @@ def _of_the_run(name: str) -> bool:
 
 
 def _began(run: Contents, each: Round) -> int:
-    """When a round that is still running began: at the end of what came before it."""
+    """The end of what came before a round: the same while it runs and later, as MLflow keeps the first it is told."""
     before = [m for m in run.finished_rounds if m["round"] < each.number]
     parts = [part for part in (run.dense, *before) if part is not None]
     return max([int(run.run["created_ms"]), *(int(part.get("finished_ms") or 0) for part in parts)])

@@ -23,17 +23,23 @@ from pipeline.data import storage
 from pipeline.errors import UserError
 from pipeline.results import records
 from pipeline.results.contents import read
-from pipeline.results.records import KIND, UID, Artifact, Point, Record
+from pipeline.results.records import ATTEMPT, KIND, ROUND, UID, Artifact, Point, Record
 
 _LEDGER, _LEDGER_PART = "secateur.artifacts", 4000  # characters in a tag; some stores take no more than 5000
 _LARGE = 2**20  # bytes
 _POINTS = "secateur.points"  # digest of the points that are all there
+_REFUSED = (
+    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of a user who may write there, and name the server as "
+    "its --allowed-hosts does"
+)
 _BATCH = 100  # params, tags or points in one request
-# Set only where the user has not: small enough that a server that is away is noticed in seconds, no usage statistics
-# sent out of the cluster, and none of mlflow's own lines among ours.
+# Set only where the user has not: a server that is away is noticed in seconds, a request that hangs is given up after
+# 30 s and tried twice more, no usage statistics are sent out of the cluster, and none of mlflow's own lines are among
+# ours.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -47,6 +53,11 @@ class Synced:
     tracking_uri: str
     run_id: str
     experiment_id: str
+
+    @property
+    def place(self) -> dict[str, str]:
+        """What result.json says of it."""
+        return {"tracking_uri": self.tracking_uri, "run_id": self.run_id}
 
 
 def tracking_uri(config: Config) -> str:
@@ -75,26 +86,22 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
         known = _known(client, experiment, str(contents.run["uid"]))
         whole = records.parent(contents, config)
         run_id = _store(client, experiment, whole, known, {})
-        for each in contents.rounds:
-            _store(client, experiment, records.child(contents, each), known, {"mlflow.parentRunId": run_id})
+        above = {"mlflow.parentRunId": run_id}
+        children = [_store(client, experiment, records.child(contents, e), known, above) for e in contents.rounds]
+        if {run_id, *children} != {run.info.run_id for run in known}:  # some were made, or are too many
+            _delete_twins(client, _known(client, experiment, str(contents.run["uid"])))
         # Last: a parent that says FINISHED has all its rounds.
         _set_status(client, client.get_run(run_id), whole)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = " ".join(_hide(str(error)).split())[:300]
-        raise UserError(
-            f"tracking.uri='{_hide(uri)}' did not take the run: {reason}. The run itself is safe in '{run_dir}': "
-            f"`secateur sync {run_dir}` brings MLflow up to date when the server answers"
-        ) from error
-    return Synced(_hide(uri), run_id, experiment)
+        reason = " ".join(storage.hide(str(error)).split())[:300]
+        refused = isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
+        remedy = f" ({_REFUSED})" if refused else ""
+        raise UserError(f"tracking.uri='{storage.hide(uri)}' did not take the run: {reason}{remedy}") from error
+    return Synced(storage.hide(uri), run_id, experiment)
 
 
 def _home(config: Config) -> Path:
     return storage.local_path(config.runs_dir).absolute()
-
-
-def _hide(text: str) -> str:
-    """Without the user and password of a URL."""
-    return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)
 
 
 def _client(config: Config) -> Any:
@@ -142,9 +149,7 @@ def _store(client: Any, experiment: str, record: Record, known: Sequence[Any], t
     """Make one MLflow run hold what its record says. Returns its id."""
     same = [run for run in known if record.identity.items() <= run.data.tags.items()]
     if same:
-        run, *surplus = same
-        for twin in surplus:  # a request that was sent again after its answer got lost; it can be restored in MLflow
-            client.delete_run(twin.info.run_id)
+        run = same[0]
     else:
         run = client.create_run(experiment, record.start_ms, {**record.identity, **record.tags, **tags}, record.name)
     _set_params(client, run, record)
@@ -155,6 +160,16 @@ def _store(client: Any, experiment: str, record: Record, known: Sequence[Any], t
     if record.identity[KIND] != "run":
         _set_status(client, run, record)
     return str(run.info.run_id)
+
+
+def _delete_twins(client: Any, known: Sequence[Any]) -> None:
+    """Of each part keep the first: the others are of a request that was sent again after its answer got lost."""
+    kept = set()
+    for run in known:
+        identity = tuple(run.data.tags.get(tag) for tag in (KIND, ROUND, ATTEMPT))
+        if identity in kept:
+            client.delete_run(run.info.run_id)  # it can be restored in MLflow
+        kept.add(identity)
 
 
 def _set_params(client: Any, run: Any, record: Record) -> None:

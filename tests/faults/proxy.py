@@ -23,10 +23,11 @@ _PIECE = 2**12
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests of `method` ("" for any) whose path holds `path`.
+    """What happens to the next `times` requests of `method` (any, if empty) whose path holds `path`.
 
-    refuse: answered with 503 SlowDown. forget: carried out, and the connection reset instead of an answer. Within the
-    body, after `after` bytes: reset, cut (closed as if it were whole) or stall (silence). slow: `rate` bytes a second.
+    refuse: answered with `status` and S3's SlowDown. hang: silence. delay: carried out `seconds` later. forget: carried
+    out, and the connection reset instead of an answer. Within the body, after `after` bytes: reset, cut (closed as if
+    it were whole) or stall (silence). slow: `rate` bytes a second.
     """
 
     kind: str
@@ -35,6 +36,8 @@ class Fault:
     rate: int = 0
     method: str = "GET"
     path: str = ""
+    status: int = 503
+    seconds: float = 0.0
 
 
 class Proxy:
@@ -89,11 +92,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.proxy.requests.append((self.command, self.path, self.headers.get("Range", "")))
         fault = self.proxy.due(self.command, self.path)
         if fault is not None and fault.kind == "refuse":
-            self.send_response(503)
+            self.send_response(fault.status)
             self.send_header("Content-Length", str(len(SLOW_DOWN)))
             self.end_headers()
             self.wfile.write(SLOW_DOWN)
             return
+        if fault is not None and fault.kind == "hang":
+            self.proxy.released.wait(600)
+            self._end(reset=True)
+        if fault is not None and fault.kind == "delay":
+            time.sleep(fault.seconds)
         upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
         upstream.request(self.command, self.path, body, headers)
@@ -120,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault.kind == "slow":
             time.sleep(len(data) / fault.rate)
             self.wfile.write(data)
-        elif start + len(data) <= fault.after:
+        elif fault.kind == "delay" or start + len(data) <= fault.after:
             self.wfile.write(data)
         else:
             self.wfile.write(data[: max(0, fault.after - start)])
@@ -138,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
         raise ConnectionResetError("a fault")
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _relay
+    do_GET = do_PUT = do_POST = do_PATCH = do_HEAD = do_DELETE = _relay
 
 
 def _pieces(content: bytes) -> Iterator[tuple[int, bytes]]:

@@ -18,11 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from pipeline.data.storage import local, retry
+from pipeline.data.storage.hiding import hide
 from pipeline.data.storage.local import local_path
 from pipeline.data.storage.stat import Stat, Versioned
 from pipeline.errors import UserError
 
-__all__ = ["Stat", "Versioned", "local_path"]
+__all__ = ["Stat", "Versioned", "hide", "local_path"]
 
 _PIECE = 2**22  # bytes hashed or copied at a time
 _LIST_FROM = 8  # files from which one listing of their folder is quicker than a look at each
