@@ -29,7 +29,7 @@ SETTINGS = [
 
 
 class RayRun:
-    """`secateur run`, started at once; its output goes to a file. By default Ray is its own, in a network of its own."""
+    """`secateur run`, started at once; its output goes to a file. Ray is its own, unless `prefix` leads to another."""
 
     def __init__(
         self, config: Path, runs: Path, *overrides: str, prefix: list[str] | None = None, **extra: str

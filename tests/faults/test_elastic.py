@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -51,7 +50,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         nodes.add()
         run = nodes.run(config, root / "runs", *SETTINGS)
         run.finish()
-        assert seen_workers(run) == set()
+        assert not resumptions(run)
     finally:
         nodes.close()
     return Undisturbed(config, run.folder, rounds_seconds(run))
@@ -69,10 +68,10 @@ def rounds_seconds(run: RayRun) -> float:
     return float(json.loads((run.folder / "result.json").read_text())["seconds"]["rounds"])
 
 
-def seen_workers(run: RayRun) -> set[tuple[int, int]]:
-    """(step, workers) of each resumption of the round."""
+def resumptions(run: RayRun) -> list[tuple[int, int]]:
+    """(step, workers) each time that the round was resumed."""
     found = re.findall(rf"{ROUND}: resumed at step (\d+) of \d+(?: on (\d+) workers)?", run.output)
-    return {(int(step), int(workers or 1)) for step, workers in found}
+    return [(int(step), int(workers or 1)) for step, workers in found]
 
 
 def order(run: Path) -> list[str]:
@@ -90,9 +89,17 @@ def check(undisturbed: Undisturbed, run: Path) -> None:
 
 
 def started(run: RayRun) -> int:
-    """Wait for the second checkpoint of the round, and return its step."""
+    """Wait until the round has a few checkpoints, and return the step of the last."""
     steps = run.folder / ROUND / "steps"
     return int(run.wait(lambda: (newest_step(steps) or 0) > 60 and newest_step(steps)))
+
+
+def repeated(run: RayRun, resumed: int, reached: int) -> int:
+    """Updates made twice, as far as they were seen: up to the last whole epoch, or checkpoint, before it resumed."""
+    before = run.output.split(f"{ROUND}: resumed at step {resumed}")[0]
+    epochs = before.count(f"{ROUND}: epoch ")
+    history = json.loads((run.folder / ROUND / "metrics.json").read_text())["history"]
+    return max(reached, history[epochs - 1]["step"] if epochs else 0) - resumed
 
 
 def test_a_node_removed(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, line: Callable[..., None]) -> None:
@@ -102,4 +109,70 @@ def test_a_node_removed(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, 
     reached = started(run)
     nodes.remove(second)
     run.finish()
-    print(run.output)
+    [(resumed, workers)] = resumptions(run)
+    assert resumed >= reached
+    assert workers == 1
+    check(undisturbed, run.folder)
+    line("a node removed", "continues", repeated(run, resumed, reached), rounds_seconds(run) - undisturbed.seconds)
+
+
+def test_a_node_drained(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, line: Callable[..., None]) -> None:
+    """A notice that a node will be taken away: its worker moves to a third node before."""
+    nodes.add()
+    second = nodes.add()
+    run = nodes.run(undisturbed.config, undisturbed.copy(tmp_path), *SETTINGS, "cluster.workers=2")
+    reached = started(run)
+    nodes.add()
+    nodes.drain(second, 120)
+    run.finish()
+    [(resumed, workers)] = resumptions(run)
+    assert f"{ROUND}: step {resumed} of 1" in run.output
+    assert "a node is about to be taken away" in run.output
+    assert resumed >= reached
+    assert resumed % 7, "this is a checkpoint that it makes anyway"
+    assert workers == 2
+    check(undisturbed, run.folder)
+    line("a node drained", "continues", 0, rounds_seconds(run) - undisturbed.seconds)
+
+
+def test_a_node_added(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, line: Callable[..., None]) -> None:
+    nodes.add()
+    run = nodes.run(undisturbed.config, undisturbed.copy(tmp_path), *SETTINGS)
+    reached = started(run)
+    nodes.add()
+    run.finish()
+    [(resumed, workers)] = resumptions(run)
+    assert resumed >= reached
+    assert workers == 2
+    check(undisturbed, run.folder)
+    line("a node added", "continues", repeated(run, resumed, reached), rounds_seconds(run) - undisturbed.seconds)
+
+
+@pytest.mark.parametrize("workers", ["2", "[2,3]"])
+def test_no_room_any_more(
+    workers: str, undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, line: Callable[..., None]
+) -> None:
+    """It ends after cluster.wait_seconds with what was asked and what there is, and goes on when a node is back."""
+    nodes.add()
+    second = nodes.add()
+    runs = undisturbed.copy(tmp_path)
+    settings = [*SETTINGS, f"cluster.workers={workers}", "cluster.wait_seconds=12"]
+    run = nodes.run(undisturbed.config, runs, *settings)
+    reached = started(run)
+    nodes.remove(second)
+    removed = time.monotonic()
+    run.finish(code=2)
+    assert 12 <= time.monotonic() - removed < 60
+    asked = workers.replace(",", ", ")
+    assert "error: rounds: waited cluster.wait_seconds=12 for room." in run.output
+    assert f"cluster.workers={asked} with 1 CPU each needs 2 CPU, but the cluster has 1 CPU:" in run.output
+    refused = nodes.run(undisturbed.config, runs, *settings)
+    refused.finish(code=2)
+    assert f"error: cluster.workers={asked} with 1 CPU each needs 2 CPU" in refused.output
+    nodes.add()
+    again = nodes.run(undisturbed.config, runs, *settings)
+    again.finish()
+    [(resumed, _)] = resumptions(again)
+    assert resumed >= reached
+    check(undisturbed, run.folder)
+    line(f"a node removed, cluster.workers={asked}", "stops cleanly")
