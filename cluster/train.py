@@ -44,7 +44,7 @@ def worker(job: dict[str, Any]) -> None:
         return job["watched"] and ray.train.get_preemption_info() is not None
 
     warnings.showwarning = lambda message, *_, **__: progress({"warning": str(message)})
-    if ray.get(board.ended.remote()) is not None:
+    if ray.get(board.begin.remote()) is not None:
         return  # Ray started the group again after the failure below
     try:
         device = choose_device(config, context.get_local_rank())
@@ -174,14 +174,18 @@ class _Events:
         self.reason: dict[str, Any] | None = None
         self.going = False
 
+    def begin(self) -> dict[str, Any] | None:
+        """What a rank asks first: why one ended, if one did. Ranks that left before are back."""
+        self.going = False
+        return self.reason
+
     def leave(self) -> None:
         """Note that the ranks leave a node that is taken away."""
         self.going = True
 
     def left(self) -> bool:
-        """Whether they left since this was asked last."""
-        going, self.going = self.going, False
-        return going
+        """Whether the last ranks left, and have work to go on with."""
+        return self.going
 
     def end(self, reason: dict[str, Any]) -> None:
         """Note why a rank ended; the first reason stands."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
@@ -314,6 +314,13 @@ def _workers(value: Any) -> Any:
     return value
 
 
+def _gpus(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError(f"{value:g} GPUs cannot be reserved: give a share below 1, or a whole number")
+    return value
+
+
+Gpus = Annotated[float, Field(ge=0.0), AfterValidator(_gpus)]
 Workers = Annotated[Positive | tuple[Positive, Positive], BeforeValidator(_workers)]
 
 
@@ -327,9 +334,9 @@ class Cluster(Section):
         "as the cluster has room for, and goes on with more or fewer when nodes come or go.",
     )
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each worker.")
-    gpus_per_worker: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs reserved for each worker.")
+    gpus_per_worker: Gpus = Field(0.0, description="GPUs reserved for each worker.")
     cpus_per_trial: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each scan trial.")
-    gpus_per_trial: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs, or a share of one, for a trial.")
+    gpus_per_trial: Gpus = Field(0.0, description="GPUs, or a share of one, for a trial.")
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3, description="Lost workers that a training survives, those not counted that a preemption notice came before."
     )

@@ -50,6 +50,7 @@ def test_settings_are_frozen() -> None:
         (["cluster.workers=[2,9]"], ["cluster.workers=[2, 9]", "data.lanes=8"]),
         (["cluster.workers=[3,2]"], ["cluster.workers: [3, 2]", "min <= max"]),
         (["cluster.workers=[0,2]"], ["cluster.workers: [0, 2]", "1 <= min"]),
+        (["cluster.gpus_per_trial=1.5"], ["cluster.gpus_per_trial: 1.5 GPUs", "below 1, or a whole number"]),
         (["cluster.workers=0"], ["cluster.workers: 0", "give 1 or more"]),
         (["nonsense"], ["override 'nonsense'", "key=value"]),
         (["data.mean=[1,2]"], ["mean and std"]),
