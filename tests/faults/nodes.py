@@ -89,10 +89,10 @@ def obey() -> None:
         elif what == "drain":
             drain(cluster.address, nodes[words[0]].node_id, words[1])
         elif what == "close":
-            cluster.shutdown()
+            break
         print(json.dumps(answer), file=answers, flush=True)
-        if what == "close":
-            return
+    cluster.shutdown()  # also where the test has ended without a word
+    print(json.dumps(None), file=answers, flush=True)
 
 
 def drain(address: str, node: str, seconds: int) -> None:
