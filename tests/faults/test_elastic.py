@@ -126,7 +126,7 @@ def test_a_node_drained(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, 
     nodes.drain(second, 120)
     run.finish()
     [(resumed, workers)] = resumptions(run)
-    assert f"{ROUND}: step {resumed} of 1" in run.output
+    assert f"{ROUND}: step {resumed} of 900 is saved" in run.output
     assert "a node is about to be taken away" in run.output
     assert resumed >= reached
     assert workers == 2
