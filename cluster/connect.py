@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline import config as settings
 from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.errors import UserError
@@ -20,6 +23,7 @@ from pipeline.state import Run
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # or relative paths of a run would break in workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a loss is seen; 2 s by default
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",  # how soon a notice is seen; 5 s by default
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -27,20 +31,44 @@ ENVIRONMENT = {
 }
 
 
+class NoRoom(Exception):
+    """A training found no room for cluster.wait_seconds; raised in Ray's controller, so it holds its message only."""
+
+
 def connect(config: Config) -> Any:
     """Join cluster.address (a job joins its own cluster), or start Ray on this machine; returns the module.
 
-    Raises UserError where no cluster answers, or where it has less than the config asks for.
+    Raises UserError where no cluster answers, or where it has less than the config asks for: at once, or after
+    cluster.wait_seconds where it had enough before.
     """
-    for name, value in ENVIRONMENT.items():
+    wanted = config.cluster
+    # A range is only tried on nodes that are there; a fixed number may wait for an autoscaler, which is asked again.
+    start = min(10.0 if wanted.min_workers < wanted.max_workers else 60.0, wanted.wait_seconds)
+    for name, value in (ENVIRONMENT | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{start:g}"}).items():
         os.environ.setdefault(name, value)
     import ray
 
+    patience = wanted.wait_seconds if ray.is_initialized() else 0.0
     if not ray.is_initialized():
-        address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-        _init(ray, address, config)
-    check_resources(ray.cluster_resources(), config)
+        _init(ray, wanted.address or os.environ.get("RAY_ADDRESS") or "local", config)
+    deadline = time.monotonic() + patience
+    while (problem := shortage(nodes(ray), config)) and time.monotonic() < deadline:
+        time.sleep(1)
+    if problem:
+        raise UserError(problem)
     return ray
+
+
+def nodes(ray: Any) -> list[dict[str, float]]:
+    """What each node that is alive has in all, by resource."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def here(ray: Any) -> Any:
+    """Where to put an actor that must live as long as this driver: on its node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def check_shared(ray: Any, root: str) -> None:
@@ -98,26 +126,58 @@ def knock(address: str) -> None:
 
 
 def demand(config: Config) -> dict[str, float]:
-    """CPUs and GPUs that the largest stage reserves."""
+    """CPUs and GPUs that the largest stage reserves at most."""
     wanted = config.cluster
     return {
-        "CPU": max(wanted.workers * wanted.cpus_per_worker, wanted.cpus_per_trial),
-        "GPU": max(wanted.workers * wanted.gpus_per_worker, wanted.gpus_per_trial),
+        "CPU": max(wanted.max_workers * wanted.cpus_per_worker, wanted.cpus_per_trial),
+        "GPU": max(wanted.max_workers * wanted.gpus_per_worker, wanted.gpus_per_trial),
     }
 
 
-def check_resources(available: dict[str, float], config: Config) -> None:
-    """Raise UserError naming what was asked and what the cluster has; Ray itself would wait for ever."""
+def shortage(nodes: list[dict[str, float]], config: Config) -> str | None:
+    """What was asked and what the cluster has, where that is too little; Ray itself would wait for ever.
+
+    Of a range of workers the fewest must fit, and each worker or trial on one node.
+    """
     wanted = config.cluster
-    for kind, needed in demand(config).items():
-        has = available.get(kind, 0.0)
-        if needed > has:
-            each = wanted.cpus_per_worker if kind == "CPU" else wanted.gpus_per_worker
-            setting = f"cluster.{kind.lower()}s_per_worker"
-            raise UserError(
-                f"cluster.workers={wanted.workers} with {each:g} {kind} each, or a scan trial, needs {needed:g} "
-                f"{kind}, but the cluster has {has:g}: lower cluster.workers or {setting}, or add nodes"
-            )
+    worker = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
+    trial = {"CPU": wanted.cpus_per_trial, "GPU": wanted.gpus_per_trial}
+    workers = f"cluster.workers={settings.asked(wanted.workers)}"
+    return _shortage(nodes, workers, "worker", worker, wanted.min_workers) or _shortage(
+        nodes, "a scan trial", "trial", trial, 1
+    )
+
+
+def _shortage(nodes: list[dict[str, float]], who: str, noun: str, each: dict[str, float], count: int) -> str | None:
+    if room(nodes, each) >= count:
+        return None
+    total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in each}
+    lacking = {kind: amount for kind, amount in each.items() if amount * count > total[kind]}
+    shown = lacking or {kind: amount for kind, amount in each.items() if amount}
+    needs = {kind: amount * count for kind, amount in shown.items()}
+    found = f"but the cluster has {amounts({kind: total[kind] for kind in shown})}"
+    if not lacking:
+        sizes = "; ".join(sorted({amounts({kind: node.get(kind, 0.0) for kind in shown}) for node in nodes}))
+        found += f" on nodes of {sizes}, with room for {room(nodes, each)}, since a {noun} must fit on one node"
+    per = [f"cluster.{kind.lower()}s_per_{noun}" for kind in shown]
+    remedy = " or ".join(["cluster.workers", *per] if noun == "worker" else per)
+    return f"{who} with {amounts(shown)} each needs {amounts(needs)}, {found}: lower {remedy}, or add nodes"
+
+
+def room(nodes: list[dict[str, float]], each: dict[str, float]) -> int:
+    """How many workers or trials that need `each` the nodes can hold; a share of a GPU lies on one GPU."""
+
+    def fit(has: float, need: float, kind: str) -> int:
+        if kind == "GPU" and need < 1:
+            return math.floor(has) * math.floor(1 / need + 1e-6)
+        return math.floor(has / need + 1e-6)
+
+    return sum(min(fit(node.get(kind, 0.0), need, kind) for kind, need in each.items() if need) for node in nodes)
+
+
+def amounts(resources: dict[str, float]) -> str:
+    """As in `2 CPU and 0.25 GPU`."""
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ worker group, or a new driver on another cluster. Ray's own record of a training
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import uuid
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 
 from cluster import connect
+from cluster.connect import NoRoom
 from pipeline import config as settings
 from pipeline.config import Config
 from pipeline.distributed import choose_device, configure_process, current_world
 from pipeline.engine import work
-from pipeline.errors import Agreed, RunStopped, UserError
+from pipeline.errors import Agreed, Leaving, RunStopped, UserError
 from pipeline.session import Progress, open_session
 from pipeline.state import Run
 
@@ -38,15 +40,21 @@ def worker(job: dict[str, Any]) -> None:
         if context.get_world_rank() == 0:
             board.push.remote(event)
 
+    def leaving() -> bool:
+        return job["watched"] and ray.train.get_preemption_info() is not None
+
     warnings.showwarning = lambda message, *_, **__: progress({"warning": str(message)})
-    if ray.get(board.ended.remote()) is not None:
+    if ray.get(board.begin.remote()) is not None:
         return  # Ray started the group again after the failure below
     try:
         device = choose_device(config, context.get_local_rank())
         if device.type == "cuda":
             torch.cuda.set_device(device)
         run = Run(job["root"], job["fence"])
-        work(job["stage"], open_session(config, current_world(device), run, progress))
+        work(job["stage"], open_session(config, current_world(device), run, progress, leaving))
+    except Leaving as error:
+        progress({"warning": f"a node is about to be taken away; {error}, and the training goes on elsewhere"})
+        ray.get(board.leave.remote())
     except (UserError, RunStopped) as error:
         ray.get(board.end.remote({"user": isinstance(error, UserError), "message": str(error)}))
         if context.get_world_size() > 1 and not isinstance(error, Agreed):
@@ -54,54 +62,76 @@ def worker(job: dict[str, Any]) -> None:
 
 
 def train(ray: Any, stage: str, config: Config, run: Run, progress: Progress) -> None:
-    """Run a stage on cluster.workers Ray Train workers. Raises UserError or RunStopped as the workers did."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    """Run a stage on cluster.workers Ray Train workers, and again where they left a node that is taken away.
 
-    wanted = config.cluster
-    name = f"{config.name}-{stage}-{uuid.uuid4().hex[:8]}"
-    resources = {"CPU": wanted.cpus_per_worker}
-    if wanted.gpus_per_worker:
-        resources["GPU"] = wanted.gpus_per_worker
-    with Board(ray, progress) as board, connect.ray_folder(run, name) as folder:
+    Raises UserError or RunStopped as the workers did, or when there is no room for them for cluster.wait_seconds.
+    """
+    with Board(ray, progress) as board:
         job = {
             "stage": stage,
             "config": config.model_dump(mode="json"),
             "root": run.root,
             "fence": run.fence,
             "board": board.actor,
+            "watched": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
         }
+        failure = fit(ray, job, config, run)
+        while failure is None and ray.get(board.actor.left.remote()):
+            failure = fit(ray, job, config, run)
+        ended = ray.get(board.actor.ended.remote())
+    if ended is not None:
+        raise UserError(ended["message"]) if ended["user"] else RunStopped(ended["message"])
+    if failure is not None:
+        reason = getattr(failure, "controller_failure", None)
+        if isinstance(reason, NoRoom):
+            raise UserError(f"{stage}: {reason}") from failure
+        raise RunStopped(
+            f"{stage}: training failed after cluster.max_failures={config.cluster.max_failures} retries: {failure}"
+        ) from failure
+
+
+def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | None:
+    """One training of Ray Train's, with its restarts; returns why it failed, if it did."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.patience import Patience
+
+    wanted = config.cluster
+    resources = {"CPU": wanted.cpus_per_worker}
+    if wanted.gpus_per_worker:
+        resources["GPU"] = wanted.gpus_per_worker
+    name = f"{config.name}-{job['stage']}-{uuid.uuid4().hex[:8]}"
+    with connect.ray_folder(run, name) as folder:
         trainer = TorchTrainer(
             worker,
             train_loop_config=job,
             torch_config=TorchConfig(backend="nccl" if wanted.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=wanted.workers, use_gpu=wanted.gpus_per_worker > 0, resources_per_worker=resources
+                num_workers=wanted.workers,
+                use_gpu=wanted.gpus_per_worker > 0,
+                resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=wanted.resize_seconds,
             ),
             run_config=RunConfig(
                 name=name,
                 storage_path=folder,
-                failure_config=FailureConfig(max_failures=wanted.max_failures, controller_failure_limit=3),
+                # How often a placement is tried again is for `Patience` to say, which counts seconds.
+                failure_config=FailureConfig(max_failures=wanted.max_failures, controller_failure_limit=-1),
+                callbacks=[Patience(config)],
             ),
         )
         handler = signal.getsignal(signal.SIGINT)
-        failure: Exception | None = None
         try:
             trainer.fit()
         except SystemExit as error:
             # Ray's own handler of Ctrl-C aborts the training and then leaves with code 0.
             raise KeyboardInterrupt from error
         except ray.train.TrainingFailedError as error:
-            failure = error
+            return error
         finally:
             signal.signal(signal.SIGINT, handler)
-        ended = ray.get(board.actor.ended.remote())
-    if ended is not None:
-        raise UserError(ended["message"]) if ended["user"] else RunStopped(ended["message"])
-    if failure is not None:
-        raise RunStopped(
-            f"{stage}: training failed after cluster.max_failures={wanted.max_failures} retries: {failure}"
-        ) from failure
+    return None
 
 
 class Board:
@@ -109,7 +139,7 @@ class Board:
 
     def __init__(self, ray: Any, progress: Progress) -> None:
         self.ray, self.progress = ray, progress
-        self.actor = ray.remote(num_cpus=0)(_Events).remote()
+        self.actor = ray.remote(num_cpus=0)(_Events).options(scheduling_strategy=connect.here(ray)).remote()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
@@ -142,6 +172,20 @@ class _Events:
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.reason: dict[str, Any] | None = None
+        self.going = False
+
+    def begin(self) -> dict[str, Any] | None:
+        """What a rank asks first: why one ended, if one did. Ranks that left before are back."""
+        self.going = False
+        return self.reason
+
+    def leave(self) -> None:
+        """Note that the ranks leave a node that is taken away."""
+        self.going = True
+
+    def left(self) -> bool:
+        """Whether the last ranks left, and have work to go on with."""
+        return self.going
 
     def end(self, reason: dict[str, Any]) -> None:
         """Note why a rank ended; the first reason stands."""

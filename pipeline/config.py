@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
@@ -306,21 +306,67 @@ class Target(Section):
     )
 
 
+def _workers(value: Any) -> Any:
+    """Refuse what is neither a number of workers nor a range, in one sentence instead of one for each."""
+    ends = list(value) if isinstance(value, list | tuple) else [value, value]
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+    if len(ends) != 2 or not whole or not 1 <= ends[0] <= ends[1]:
+        raise ValueError(
+            f"{value!r} is neither a number of workers nor a range of them: give 1 or more, as in 2, or [min, max] "
+            "with 1 <= min <= max, as in [2, 8]"
+        )
+    return value
+
+
+def _gpus(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError(f"{value:g} GPUs cannot be reserved: give a share below 1, or a whole number")
+    return value
+
+
+Gpus = Annotated[float, Field(ge=0.0), AfterValidator(_gpus)]
+Workers = Annotated[Positive | tuple[Positive, Positive], BeforeValidator(_workers)]
+
+
 class Cluster(Section):
     """What Ray is asked for."""
 
     address: str | None = Field(None, description="Ray cluster to join: auto, or host:port; by default a local one.")
-    workers: Positive = Field(1, description="Processes that train together.")
+    workers: Workers = Field(
+        1,
+        description="Processes that train together: a number, or a range [min, max] of which a training uses as many "
+        "as the cluster has room for, and goes on with more or fewer when nodes come or go.",
+    )
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each worker.")
-    gpus_per_worker: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs reserved for each worker.")
+    gpus_per_worker: Gpus = Field(0.0, description="GPUs reserved for each worker.")
     cpus_per_trial: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each scan trial.")
-    gpus_per_trial: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs, or a share of one, for a trial.")
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="Lost workers that a training survives.")
+    gpus_per_trial: Gpus = Field(0.0, description="GPUs, or a share of one, for a trial.")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="Lost workers that a training survives, those not counted that a preemption notice came before."
+    )
+    wait_seconds: Annotated[float, Field(gt=0.0)] = Field(
+        600.0, description="How long a run waits for room when a node is lost, as for a new one of an autoscaler."
+    )
+    resize_seconds: Annotated[float, Field(gt=0.0)] = Field(
+        60.0,
+        description="How often a training with a range of workers looks for room for more; to grow, it starts again "
+        "from its last checkpoint.",
+    )
     lease_seconds: Annotated[float, Field(ge=1.0)] = Field(
         60.0,
         description="Where runs_dir is on S3: a run whose driver has been silent so long can be taken over by another.",
     )
     ray_logs: bool = Field(False, description="Also show what Ray's own processes print.")
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that a training goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that a training uses."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Tracking(Section):
@@ -379,12 +425,17 @@ class Config(Section):
                 f"runs_dir={self.runs_dir} cannot hold MLflow's sqlite file, the default of tracking.uri: set "
                 "tracking.uri to a server's URL, or tracking.enabled=false"
             )
-        if self.cluster.workers > self.data.lanes:
+        if self.cluster.max_workers > self.data.lanes:
             raise ValueError(
-                f"cluster.workers={self.cluster.workers} is more than data.lanes={self.data.lanes}: a worker would "
-                "have no samples; raise data.lanes"
+                f"cluster.workers={asked(self.cluster.workers)} is more than data.lanes={self.data.lanes}: a worker "
+                "would have no samples; raise data.lanes"
             )
         return self
+
+
+def asked(workers: int | tuple[int, int]) -> str:
+    """`cluster.workers` as it was written: 2, or [2, 8]."""
+    return str(workers if isinstance(workers, int) else list(workers))
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

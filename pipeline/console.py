@@ -88,7 +88,8 @@ class Display:
                 + "".join(f", {path} drops {rate:.3g}" for path, rate in event["dropout"].items() if rate)
             )
         elif "resumed" in event:
-            self.line(f"{name}: resumed at step {event['resumed']} of {event['steps']}")
+            workers = f" on {event['workers']} workers" if event["workers"] > 1 else ""
+            self.line(f"{name}: resumed at step {event['resumed']} of {event['steps']}{workers}")
         elif "at" in event:
             self.count(name, event["at"], event["steps"], every=STEPS_EVERY_S)
         else:

@@ -1,4 +1,4 @@
-"""The two ways a run ends early on purpose."""
+"""The ways a run, or a training, ends early on purpose."""
 
 from __future__ import annotations
 
@@ -19,4 +19,11 @@ class Agreed(RunStopped):
     """Raised on every rank at the same step, so that no rank is left waiting for another.
 
     A guard that failed, a gradient that is not finite, too many unreadable images.
+    """
+
+
+class Leaving(Exception):
+    """Raised on every rank at the same step: a machine is about to be taken away, and a step checkpoint is saved.
+
+    Whoever started the ranks starts them again elsewhere.
     """

@@ -23,9 +23,18 @@ from pipeline.train.evaluate import Answers
 Progress = Callable[[dict[str, Any]], None]
 
 
+def staying() -> bool:
+    """The answer of processes whose machines nobody takes away."""
+    return False
+
+
 @dataclass
 class Session:
-    """One process of a run; every rank holds an equal one."""
+    """One process of a run; every rank holds an equal one.
+
+    `leaving` says whether a machine under the ranks is about to be taken away: every rank asks it at the same steps,
+    and all of them get the same answer.
+    """
 
     config: Config
     world: World
@@ -33,6 +42,7 @@ class Session:
     manifest: Manifest
     data_root: str
     progress: Progress
+    leaving: Callable[[], bool] = staying
 
     def __post_init__(self) -> None:
         self._splits: dict[str, Split] = {}
@@ -74,10 +84,12 @@ class Session:
         )
 
 
-def open_session(config: Config, world: World, run: Run, progress: Progress) -> Session:
+def open_session(
+    config: Config, world: World, run: Run, progress: Progress, leaving: Callable[[], bool] = staying
+) -> Session:
     """A session on the run's shards. Raises UserError where they are missing or do not fit."""
     root = data_root(config, run)
-    return Session(config, world, run, shards.load_manifest(root), root, progress)
+    return Session(config, world, run, shards.load_manifest(root), root, progress, leaving)
 
 
 def data_root(config: Config, run: Run) -> str:

@@ -42,10 +42,13 @@ class Answers:
 
 
 def forward(model: nn.Module, images: Tensor, config: Config, precision: str = "fp32") -> Tensor:
-    """Logits (n, classes), float32, for uint8 images (n, channels, size, size) on the model's device."""
+    """Logits (n, classes) for uint8 images (n, channels, size, size) on the model's device.
+
+    float32, or float64 where the network gives that.
+    """
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         logits: Tensor = model(inputs(images, config))
-    return logits.float()
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def inputs(images: Tensor, config: Config) -> Tensor:

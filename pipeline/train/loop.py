@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import seeding
 from pipeline.config import Retrain, Train
 from pipeline.data.loader import Batch, TrainLoader
-from pipeline.errors import Agreed
+from pipeline.errors import Agreed, Leaving
 from pipeline.prune import masks as masking
 from pipeline.session import Session
 from pipeline.train import allreduce, checkpoint, phases, recipe
@@ -24,6 +24,7 @@ from pipeline.train.evaluate import forward
 
 KEPT_CHECKPOINTS = 2
 TELL_EVERY_S = 5.0  # how often a step within an epoch is told; an epoch of ImageNet takes an hour
+LOOK_EVERY = 10  # steps between questions whether to leave; each waits for all ranks
 MASK64 = 2**64 - 1
 
 
@@ -84,7 +85,10 @@ class Training:
         self.told = time.monotonic()
 
     def fit(self) -> Position:
-        """Train from the last whole step checkpoint, or from the start, to the end."""
+        """Train from the last whole step checkpoint, or from the start, to the end.
+
+        Raises Leaving on every rank, with a step checkpoint saved, when the session says so.
+        """
         self._resume()
         wrapped: nn.Module | None = None
         entered: int | None = None
@@ -101,15 +105,19 @@ class Training:
                 self._update(wrapped, batch)
                 self.position.step += 1
                 last = self.position.step in (self.total, (epoch + 1) * self.loader.steps_per_epoch)
-                if last or self.position.step % self.settings.checkpoint_steps == 0:
+                leaving = self.position.step % LOOK_EVERY == 0 and self.session.leaving()
+                save = leaving or self.position.step % self.settings.checkpoint_steps == 0
+                if last or save:
                     self._collect()
                     self.position.seconds += time.monotonic() - clock
                     clock = time.monotonic()
                 if last:
                     self._end_epoch(epoch)
                 self._tell()
-                if self.position.step % self.settings.checkpoint_steps == 0 and self.position.step < self.total:
+                if save and self.position.step < self.total:
                     self._save()
+                    if leaving:
+                        raise Leaving(f"{self.phase}: step {self.position.step} of {self.total} is saved")
                 if self.position.step == self.total:
                     break
         self.position.seconds += time.monotonic() - clock
@@ -225,7 +233,7 @@ class Training:
         recipe.load_optimizer_tensors(self.optimizer, list(self.parameters), saved.optimizer)
         state = saved.state
         self.position = Position(state["step"], state["history"], state["totals"], state["order"], state["seconds"])
-        self.session.progress({"phase": self.phase, "resumed": steps, "steps": self.total})
+        self.session.progress({"phase": self.phase, "resumed": steps, "steps": self.total, "workers": self.world.size})
 
 
 def steps_per_epoch(session: Session, settings: Train) -> int:

@@ -19,9 +19,46 @@ def test_the_largest_stage_decides_what_is_needed(tiny: Callable[..., Config]) -
 
 def test_a_request_that_cannot_be_met_names_both_sides(tiny: Callable[..., Config]) -> None:
     config = tiny(**{"cluster.workers": 4, "cluster.gpus_per_worker": 1})
-    connect.check_resources({"CPU": 8, "GPU": 4}, config)
-    with pytest.raises(UserError, match=r"cluster\.workers=4 with 1 GPU each.*needs 4 GPU.*the cluster has 2"):
-        connect.check_resources({"CPU": 8, "GPU": 2}, config)
+    assert connect.shortage([{"CPU": 4, "GPU": 2}, {"CPU": 4, "GPU": 2}], config) is None
+    assert connect.shortage([{"CPU": 8, "GPU": 2}], config) == (
+        "cluster.workers=4 with 1 GPU each needs 4 GPU, but the cluster has 2 GPU: lower cluster.workers or "
+        "cluster.gpus_per_worker, or add nodes"
+    )
+
+
+def test_of_a_range_of_workers_the_fewest_must_fit(tiny: Callable[..., Config]) -> None:
+    config = tiny(**{"cluster.workers": [2, 8]})
+    assert connect.demand(config)["CPU"] == 8  # of one's own machine, which may give more than it has
+    assert connect.shortage([{"CPU": 1}, {"CPU": 1}], config) is None
+    assert "cluster.workers=[2, 8] with 1 CPU each needs 2 CPU, but the cluster has 1 CPU:" in str(
+        connect.shortage([{"CPU": 1}], config)
+    )
+
+
+def test_a_worker_must_fit_on_one_node(tiny: Callable[..., Config]) -> None:
+    config = tiny(**{"cluster.workers": 1, "cluster.cpus_per_worker": 4})
+    assert connect.shortage([{"CPU": 2}, {"CPU": 2}], config) == (
+        "cluster.workers=1 with 4 CPU each needs 4 CPU, but the cluster has 4 CPU on nodes of 2 CPU, with room for 0, "
+        "since a worker must fit on one node: lower cluster.workers or cluster.cpus_per_worker, or add nodes"
+    )
+    both = tiny(**{"cluster.workers": 2, "cluster.gpus_per_worker": 1})
+    assert "on nodes of 0 CPU and 1 GPU; 8 CPU and 1 GPU, with room for 1," in str(
+        connect.shortage([{"CPU": 8, "GPU": 1}, {"GPU": 1}], both)
+    )
+
+
+def test_a_trial_may_take_a_share_of_a_gpu(tiny: Callable[..., Config]) -> None:
+    config = tiny(**{"cluster.gpus_per_trial": 0.25})
+    assert connect.shortage([{"CPU": 1, "GPU": 1}], config) is None
+    assert connect.shortage([{"CPU": 1}], config) == (
+        "a scan trial with 0.25 GPU each needs 0.25 GPU, but the cluster has 0 GPU: lower cluster.gpus_per_trial, or "
+        "add nodes"
+    )
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.25, 8), (0.3, 6), (0.7, 2), (1, 2), (2, 1)])
+def test_shares_lie_on_one_gpu(share: float, count: int) -> None:
+    assert connect.room([{"CPU": 100, "GPU": 2}], {"CPU": 1, "GPU": share}) == count
 
 
 @pytest.mark.parametrize(

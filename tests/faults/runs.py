@@ -30,13 +30,16 @@ SETTINGS = [
 
 
 class RayRun:
-    """`secateur run` on a Ray of its own, started at once; its output goes to a file."""
+    """`secateur run`, started at once; its output goes to a file. Ray is its own, unless `prefix` leads to another."""
 
-    def __init__(self, config: Path, runs: Path, *overrides: str, **extra: str) -> None:
+    def __init__(
+        self, config: Path, runs: Path, *overrides: str, prefix: list[str] | None = None, **extra: str
+    ) -> None:
         self.folder = runs / "tiny"
         self.log = config.parent / f"log-{time.monotonic_ns()}.txt"
         self.ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # sockets lie below; their paths must be short
-        command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(config), f"runs_dir={runs}"]
+        prefix = alone_on_the_network() if prefix is None else prefix
+        command = [*prefix, sys.executable, "-m", "cluster", "run", str(config), f"runs_dir={runs}"]
         self.started = time.monotonic()
         with self.log.open("w") as stream:
             self.driver = subprocess.Popen(

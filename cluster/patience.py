@@ -1,0 +1,49 @@
+"""How long a training waits for room. Ray Train itself would wait without end, and keep a core busy with it.
+
+Imported where Ray is up: the base class needs it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback
+
+from cluster import connect
+from pipeline import config as settings
+from pipeline.config import Config
+
+UP = ("RunningState", "PreemptingState", "ShuttingDownState", "ErroredState", "FinishedState", "AbortedState")
+PAUSE_S = 0.5  # between two looks for room
+
+
+class Patience(ControllerCallback):
+    """Ends a training whose workers have not been running for cluster.wait_seconds; lives in Ray Train's controller."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.waiting_since: float | None = None
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Raise NoRoom, naming what was asked and what the cluster has now."""
+        if type(current_state).__name__ in UP:
+            self.waiting_since = None
+            return
+        now = time.monotonic()
+        self.waiting_since = now if self.waiting_since is None else self.waiting_since
+        if now - self.waiting_since >= self.config.cluster.wait_seconds:
+            raise connect.NoRoom(self.message())
+        if current_state is previous_state:
+            time.sleep(PAUSE_S)
+
+    def message(self) -> str:
+        """What is missing, or who has it."""
+        wanted = self.config.cluster
+        each = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
+        free = {kind: ray.available_resources().get(kind, 0.0) for kind, amount in each.items() if amount}
+        missing = connect.shortage(connect.nodes(ray), self.config) or (
+            f"cluster.workers={settings.asked(wanted.workers)} found no room: {connect.amounts(free)} are free"
+        )
+        return f"waited cluster.wait_seconds={wanted.wait_seconds:g} for room. {missing}. The same command goes on"

@@ -1,0 +1,35 @@
+"""A training whose machine is about to be taken away saves the step it is at, and goes on from it to the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import Leaving
+from pipeline.session import Session
+from pipeline.train import checkpoint
+from pipeline.train.loop import LOOK_EVERY, Training
+
+
+def trained(session: Session, phase: str) -> nn.Module:
+    settings = session.config.dense.model_copy(update={"epochs": 2, "checkpoint_steps": 1000})
+    model = session.new_model()
+    Training(session, model, settings, phase, "leaving", []).fit()
+    return model
+
+
+def test_a_training_that_is_told_to_leave_goes_on_where_it_was(small_session: Session) -> None:
+    undisturbed = trained(small_session, "stays")
+    answers = iter([False, True])
+    told = dataclasses.replace(small_session, leaving=lambda: next(answers))
+    with pytest.raises(Leaving, match=f"leaves: step {2 * LOOK_EVERY} of"):
+        trained(told, "leaves")
+    saved = checkpoint.latest(small_session.run, "leaves")
+    assert saved is not None
+    assert saved.state["step"] == 2 * LOOK_EVERY
+    model = trained(small_session, "leaves")
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name

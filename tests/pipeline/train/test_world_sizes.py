@@ -1,0 +1,131 @@
+"""1, 2, 3 and 4 processes over gloo train the same network on the same samples, as unevenly as 3 share 8 lanes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from pipeline import config as settings
+from pipeline.config import Config
+from pipeline.distributed import World, configure_process
+from pipeline.session import Session, open_session
+from pipeline.state import Run
+from pipeline.train.loop import Training
+
+SIZES = (1, 2, 3, 4)
+STEPS = 50
+BATCH = 64
+
+
+class Precise(nn.Module):
+    """A network that computes in float64."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images.double())
+        return logits
+
+
+class Recorded(Training):
+    """Keeps the mean loss of each update, over all ranks; needs checkpoint_steps=1, and saves none."""
+
+    losses: list[float]
+
+    def _collect(self) -> None:
+        before = self.position.totals[0]
+        super()._collect()
+        self.losses.append((self.position.totals[0] - before) / BATCH)
+
+    def _save(self) -> None:
+        pass
+
+
+def exact(session: Session) -> dict[str, Any]:
+    """50 updates without dropout and batch norm, in float64, with masks: each update's loss, each epoch's order."""
+    torch.manual_seed(0)
+    model = Precise(small.network(norm=False, dropout=0.0))
+    weight = model.network.get_parameter("fc1.weight")
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    name = "network.fc1.weight"
+    phase = f"exact-{session.world.size}"
+    training = Recorded(session, model, session.config.dense, phase, "order", [name], {name: mask})
+    training.losses, training.total = [], STEPS
+    position = training.fit()
+    orders = [epoch["order"] for epoch in position.history]
+    return {"losses": training.losses, "order": [*orders, position.order]}
+
+
+def noisy(session: Session) -> dict[str, Any]:
+    """A training with dropout and batch norm: its accuracy on val, and each epoch's order."""
+    phase = f"noisy-{session.world.size}-{session.config.seed}"
+    position = Training(session, session.new_model(), session.config.dense, phase, "order", []).fit()
+    return {"top1": position.history[-1]["val_top1"], "order": [epoch["order"] for epoch in position.history]}
+
+
+def process(rank: int, folder: str, configs: list[Config], root: str, fence: int, what: str) -> None:
+    """What each of four processes does: it takes part in every world that is large enough to have its rank."""
+    torch.set_num_threads(1)
+    for number, config in enumerate(configs):
+        for size in SIZES:
+            if rank >= size:
+                continue
+            configure_process(config)
+            if size > 1:
+                store = f"file://{folder}/store-{number}-{size}"
+                dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+            world = World(rank, size, torch.device("cpu"))
+            found = {"exact": exact, "noisy": noisy}[what](
+                open_session(config, world, Run(root, fence), lambda event: None)
+            )
+            Path(folder, f"{number}-{size}-{rank}.json").write_text(json.dumps(found))
+            if size > 1:
+                dist.destroy_process_group()
+
+
+def train(session: Session, folder: Path, what: str, *changes: dict[str, Any]) -> list[dict[int, dict[str, Any]]]:
+    """For each change of the config, what rank 0 of each world size found."""
+    tree = session.config.model_dump(mode="json")
+    configs = [settings.parse({**tree, **change}) for change in changes]
+    mp.spawn(process, (str(folder), configs, session.run.root, session.run.fence, what), nprocs=max(SIZES))
+    return [
+        {size: json.loads((folder / f"{number}-{size}-0.json").read_text()) for size in SIZES}
+        for number in range(len(configs))
+    ]
+
+
+def test_every_world_size_takes_the_same_updates(small_session: Session, tmp_path: Path) -> None:
+    dense = small_session.config.dense.model_dump() | {
+        "batch_size": BATCH, "checkpoint_steps": 1, "epochs": 4, "lr": 0.2,
+    }  # fmt: skip
+    [found] = train(small_session, tmp_path, "exact", {"dense": dense})
+    curves = {size: np.array(found[size]["losses"]) for size in SIZES}
+    assert len(curves[1]) == STEPS
+    assert curves[1][-5:].mean() < 0.8 * curves[1][:5].mean()  # there is something to agree on
+    assert all(found[size]["order"] == found[1]["order"] for size in SIZES)
+    apart = {size: float(np.abs(curves[size] - curves[1]).max()) for size in SIZES[1:]}
+    print(f"largest difference of a loss over {STEPS} updates, by world size: {apart}")
+    assert max(apart.values()) < 1e-6
+
+
+@pytest.mark.faults
+def test_with_dropout_and_batch_norm_the_accuracy_is_within_noise(small_session: Session, tmp_path: Path) -> None:
+    dense = small_session.config.dense.model_dump() | {"epochs": 20}
+    found = train(small_session, tmp_path, "noisy", *({"dense": dense, "seed": seed} for seed in range(3)))
+    assert all(by_size[size]["order"] == by_size[1]["order"] for by_size in found for size in SIZES)
+    top1 = np.array([[by_size[size]["top1"] for size in SIZES] for by_size in found])  # (seeds, sizes)
+    mean, noise = top1.mean(0), top1.std(0, ddof=1).max()
+    print(f"val accuracy by world size: {mean.round(4).tolist()}, deviation over seeds {noise:.4f}")
+    assert mean.min() > 0.7
+    assert np.abs(mean - mean[0]).max() < max(0.03, 2 * noise)
