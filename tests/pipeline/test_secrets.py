@@ -147,7 +147,7 @@ def test_a_url_on_the_command_line_is_shown_without_its_secret(
         assert code == 2
         assert "127.0.0.1" in text
         assert "hunter2" not in text
-    assert "holds a secret, which the job's command would show" in text
+    assert "holds a password or signature, which a job's command would show" in text
 
 
 def test_the_command_that_goes_on_is_shown_without_a_secret(capfd: pytest.CaptureFixture[str]) -> None:
