@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from faults.nodes import Nodes
+from faults.ray_nodes import Nodes
 from faults.runs import RayRun, newest_step
 from tiny_run import TINY
 
