@@ -58,9 +58,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_moto(port: int, prefix: list[str] | None = None) -> subprocess.Popen[bytes]:
+def start_moto(port: int, prefix: list[str] | None = None, host: str = "127.0.0.1") -> subprocess.Popen[bytes]:
     """moto's S3 server on a port of this machine, or of the network that `prefix` makes; lists 10 names a page."""
-    command = [*(prefix or []), sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [*(prefix or []), sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=environment(MOTO_S3_DEFAULT_MAX_KEYS="10"),
