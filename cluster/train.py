@@ -76,7 +76,10 @@ def train(ray: Any, stage: str, config: Config, run: Run, progress: Progress) ->
             train_loop_config=job,
             torch_config=TorchConfig(backend="nccl" if wanted.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=wanted.workers, use_gpu=wanted.gpus_per_worker > 0, resources_per_worker=resources
+                num_workers=wanted.workers,
+                use_gpu=wanted.gpus_per_worker > 0,
+                resources_per_worker=resources,
+                placement_strategy=wanted.placement.upper(),
             ),
             run_config=RunConfig(
                 name=name,
@@ -109,7 +112,8 @@ class Board:
 
     def __init__(self, ray: Any, progress: Progress) -> None:
         self.ray, self.progress = ray, progress
-        self.actor = ray.remote(num_cpus=0)(_Events).remote()
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # or it could be lost with another node
+        self.actor = ray.remote(num_cpus=0, label_selector=here)(_Events).remote()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 

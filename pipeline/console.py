@@ -65,6 +65,8 @@ class Display:
         """Show one event; `pipeline.stages` and `pipeline.rounds` say what events there are."""
         if "warning" in event:
             self.line(f"warning: {event['warning']}")
+        elif "note" in event:
+            self.line(event["note"])
         elif "stage" in event:
             state = "finished before, skipped" if event.get("skipped") else "started"
             self.line(f"{TITLES[event['stage']]}: {state}")
