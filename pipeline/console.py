@@ -117,6 +117,10 @@ class Display:
         self.console.print(f"[{self.last_line - self.started:7.1f} s] {text}", markup=False)
 
 
+class Told(SystemExit):
+    """An end of which the user has been told in other words."""
+
+
 @contextmanager
 def one_message(resume: str | None = None) -> Iterator[None]:
     """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; Ctrl-C into 130."""
@@ -130,8 +134,8 @@ def one_message(resume: str | None = None) -> Iterator[None]:
         err.print(f"error: {error}", markup=False)
         raise SystemExit(2) from error
     except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code != INTERRUPTED:  # which Typer makes of Ctrl-C
-            raise
+        if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
+            raise  # Typer makes INTERRUPTED of Ctrl-C
         err.print("stopped; what is finished is kept.", markup=False)
         if resume:
             err.print(f"To go on: {resume}", markup=False)
