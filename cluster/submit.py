@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -65,6 +66,7 @@ def _client(where: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # tells of every connection
     try:
         client = JobSubmissionClient(where)
         client.list_jobs()  # the version, which Ray looks at first, is told to anybody
@@ -96,9 +98,11 @@ async def _follow(client: Any, job: str, where: str) -> int:
     """Print a job's log to its end, over as many connections as it takes; returns the job's exit code."""
     printed, heard, told = 0, time.monotonic(), False
     while True:
-        printed = await _tail(client, job, printed)
+        printed, whole = await _tail(client, job, printed)
         info = _info(client, job)
         if info is not None and info.status.is_terminal():
+            if not whole:
+                print(_rest(client, job, printed), end="", flush=True)
             return _end(info, job)
         if info is not None:
             heard, told = time.monotonic(), False
@@ -113,8 +117,8 @@ async def _follow(client: Any, job: str, where: str) -> int:
         await asyncio.sleep(_AGAIN_S)
 
 
-async def _tail(client: Any, job: str, printed: int) -> int:
-    """Print the log beyond its first `printed` characters until the connection ends; returns how many there are."""
+async def _tail(client: Any, job: str, printed: int) -> tuple[int, bool]:
+    """Print the log beyond its first `printed` characters; returns how many there were, and whether that is all."""
     import aiohttp
 
     seen = 0
@@ -125,8 +129,18 @@ async def _tail(client: Any, job: str, printed: int) -> int:
             print(text[max(0, printed - seen) :], end="", flush=True)
             seen += len(text)
             printed = max(printed, seen)
-    except (StopAsyncIteration, OSError, RuntimeError, aiohttp.ClientError):
-        return printed
+    except StopAsyncIteration:
+        return printed, True
+    except (OSError, RuntimeError, aiohttp.ClientError):
+        return printed, False
+
+
+def _rest(client: Any, job: str, printed: int) -> str:
+    """The log of a job that has ended, beyond what was printed."""
+    try:
+        return str(client.get_job_logs(job))[printed:]
+    except (OSError, RuntimeError) as error:
+        return f"the end of the log of job {job} cannot be read: {error}\n"
 
 
 def _info(client: Any, job: str) -> Any:
