@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from support import S3_ENVIRONMENT, environment, start_moto
+from support import S3_ENVIRONMENT, environment, hearing_ctrl_c, start_moto
 
 _HUB, _S3_PORT = 1, 5555
 # Own /dev/shm and temporary folder, then Ray; the shell is the node's first process.
@@ -153,13 +154,14 @@ class Network:
         head = self.start(cpus)
         self.wait(lambda: self._jobs_answer(head), head)
         nodes = [head, *(self.start(cpus, head) for _ in range(size - 1))]
-        self.wait(lambda: self._alive(head) == size, *nodes)
+        self.wait(lambda: self.alive(head) == size, *nodes)
         return nodes
 
     def _jobs_answer(self, head: Node) -> bool:
         return self.run("ray", "job", "list", f"--address={head.dashboard}").returncode == 0
 
-    def _alive(self, head: Node) -> int:
+    def alive(self, head: Node) -> int:
+        """How many nodes the cluster of a head has."""
         listed = self.run("ray", "list", "nodes", f"--address={head.dashboard}", "--filter=state=ALIVE")
         return listed.stdout.count("ALIVE")
 
@@ -208,3 +210,38 @@ def network(folder: Path) -> Iterator[Network]:
         yield made
     finally:
         made.close()
+
+
+class Submitted:
+    """`secateur submit` at the hub, in the folder of the config; it follows the job, its output goes to a file."""
+
+    def __init__(self, where: Network, head: Node, config: Path, *overrides: str) -> None:
+        self.log = where.folder / f"submit-{time.monotonic_ns()}.txt"
+        command = [sys.executable, "-m", "cluster", "submit", config.name, "--address", head.dashboard]
+        with self.log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [*where.at_hub(), *hearing_ctrl_c([*command, "runs_dir=s3://store/runs", *overrides])],
+                cwd=config.parent, env=where.hub_env(), stdout=stream, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text()
+
+    def wait_for(self, words: str, times: int = 1, seconds: float = 150) -> float:
+        """Wait until the log says something so many times; returns the seconds that took."""
+        started = time.monotonic()
+        while self.output.count(words) < times:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() - started < seconds, self.output
+            time.sleep(0.05)
+        return time.monotonic() - started
+
+    def finish(self, code: int = 0) -> None:
+        """Wait for its end, and check its exit code."""
+        try:
+            found = self.process.wait(250)
+        finally:
+            self.process.kill()
+        assert found == code, self.output

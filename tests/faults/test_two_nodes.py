@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from faults.nodes import Network, Node, network, possible
+from faults.nodes import Network, Submitted, network, possible
 from faults.runs import same_weights
-from support import FETCH, PREPARE, ROOT, WATCH, environment, hearing_ctrl_c
+from support import FETCH, PREPARE, ROOT, WATCH, environment
 
 from pipeline import config as settings
 from pipeline.data import shards
@@ -79,39 +79,6 @@ def two_nodes(undisturbed: Undisturbed, tmp_path: Path) -> Iterator[Network]:
         assert prepared.returncode == 0, prepared.stderr
         made.cluster(2, cpus=2)
         yield made
-
-
-class Submitted:
-    """`secateur submit` at the hub, which follows the job; its output goes to a file."""
-
-    def __init__(self, where: Network, head: Node, config: Path) -> None:
-        self.log = where.folder / f"submit-{time.monotonic_ns()}.txt"
-        command = [sys.executable, "-m", "cluster", "submit", config.name, "--address", head.dashboard]
-        with self.log.open("w") as stream:
-            self.process = subprocess.Popen(
-                [*where.at_hub(), *hearing_ctrl_c([*command, "runs_dir=s3://store/runs"])], cwd=config.parent,
-                env=where.hub_env(), stdout=stream, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text()
-
-    def wait_for(self, words: str, seconds: float = 120) -> float:
-        """Wait until the log says something; returns the seconds that took."""
-        started = time.monotonic()
-        while words not in self.output:
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() - started < seconds, self.output
-            time.sleep(0.1)
-        return time.monotonic() - started
-
-    def finish(self, code: int = 0) -> None:
-        try:
-            found = self.process.wait(200)
-        finally:
-            self.process.kill()
-        assert found == code, self.output
 
 
 def wait_for_a_checkpoint_of_round_1(where: Network, job: Submitted) -> None:
