@@ -97,6 +97,13 @@ def fetched_run(where: Network) -> Path:
     return (where.folder / name.replace("/", "-")).rename(run / name).parents[1]
 
 
+def test_a_folder_that_only_the_head_sees_is_refused(two_nodes: Network, undisturbed: Undisturbed) -> None:
+    own = f"runs_dir={two_nodes.mount}/runs"  # the same path on each node, and another folder
+    job = Submitted(two_nodes, two_nodes.nodes[0], undisturbed.config, own)
+    job.finish(2)
+    assert f"'{two_nodes.mount}/runs/lenet' is not visible on node3: put runs_dir on storage" in job.output
+
+
 def test_a_run_goes_on_by_itself_when_a_node_is_killed_in_a_round(
     two_nodes: Network, undisturbed: Undisturbed, line: Callable[..., None]
 ) -> None:
