@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def _check_size(folder: Path, excludes: list[str]) -> None:
             sizes[top] = sizes.get(top, 0) + path.stat().st_size
 
     respect = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    packaging._dir_travel(folder, [packaging._get_excludes(folder, excludes)], count, include_gitignore=respect)
+    left_out = [packaging._get_excludes(folder, excludes)]
+    packaging._dir_travel(folder, left_out, count, include_gitignore=respect, logger=logging.getLogger(__name__))
     total, limit = sum(sizes.values()), packaging.GCS_STORAGE_MAX_SIZE
     if total >= limit:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]

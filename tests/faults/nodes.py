@@ -58,7 +58,7 @@ class Node:
     """Ray on a node: the head, or one that joins it."""
 
     def __init__(self, network: Network, number: int, cpus: int, head: Node | None) -> None:
-        self.network, self.address = network, network.address(number)
+        self.name, self.address = f"node{number}", network.address(number)
         self.log = network.folder / f"node-{number}.txt"
         address, namespace = f"--node-ip-address={self.address}", network.namespace(number)
         if head is None:
@@ -69,7 +69,7 @@ class Node:
         command += ["--mount-proc", "--uts", "--mount", "sh", "-c", _START, "sh", *args]
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
-                command, env={**network.env, "NODE": f"node{number}", "CPUS": str(cpus)}, cwd="/",
+                command, env={**network.env, "NODE": self.name, "CPUS": str(cpus)}, cwd="/",
                 stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from faults.nodes import Network, Submitted, network, possible
+from faults.nodes import Network, Node, Submitted, network, possible
 from faults.runs import same_weights
 from support import FETCH, PREPARE, ROOT, WATCH, environment
 
@@ -71,70 +71,76 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return Undisturbed(root / "shards", config, root / "runs/lenet")
 
 
-@pytest.fixture
-def two_nodes(undisturbed: Undisturbed, tmp_path: Path) -> Iterator[Network]:
-    """A network with shards on S3, and two nodes that are one cluster."""
-    with network(tmp_path) as made:
+@pytest.fixture(scope="module")
+def where(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    """A network with shards on S3."""
+    with network(tmp_path_factory.mktemp("network")) as made:
         prepared = made.run(sys.executable, "-c", PREPARE, str(undisturbed.shards))
         assert prepared.returncode == 0, prepared.stderr
-        made.cluster(2, cpus=2)
         yield made
 
 
-def wait_for_a_checkpoint_of_round_1(where: Network, job: Submitted) -> None:
-    watched = where.run(sys.executable, "-c", WATCH, "s3://store/runs/lenet")
+@pytest.fixture
+def two_nodes(where: Network) -> Iterator[list[Node]]:
+    """Two nodes that are one cluster, the head first."""
+    yield where.cluster(2, cpus=2)
+    for node in where.nodes:
+        node.kill()
+
+
+def wait_for_a_checkpoint_of_round_1(where: Network, name: str, job: Submitted) -> None:
+    watched = where.run(sys.executable, "-c", WATCH, f"s3://store/runs/{name}")
     assert watched.returncode == 0, watched.stderr + job.output
     assert job.process.poll() is None, job.output
 
 
-def fetched_run(where: Network) -> Path:
-    """A folder with the final weights of the run on S3."""
-    name = "final/model.safetensors"
-    fetched = where.run(sys.executable, "-c", FETCH, "s3://store/runs/lenet", str(where.folder), name)
-    assert fetched.returncode == 0, fetched.stderr
-    run = where.folder / "lenet"
+def fetched(where: Network, name: str) -> Path:
+    """A folder with the final weights of a run on S3."""
+    file = "final/model.safetensors"
+    got = where.run(sys.executable, "-c", FETCH, f"s3://store/runs/{name}", str(where.folder), file)
+    assert got.returncode == 0, got.stderr
+    run = where.folder / name
     (run / "final").mkdir(parents=True)
-    return (where.folder / name.replace("/", "-")).rename(run / name).parents[1]
-
-
-def test_a_folder_that_only_the_head_sees_is_refused(two_nodes: Network, undisturbed: Undisturbed) -> None:
-    own = f"runs_dir={two_nodes.mount}/runs"  # the same path on each node, and another folder
-    job = Submitted(two_nodes, two_nodes.nodes[0], undisturbed.config, own)
-    job.finish(2)
-    assert f"'{two_nodes.mount}/runs/lenet' is not visible on node3: put runs_dir on storage" in job.output
+    (where.folder / file.replace("/", "-")).rename(run / file)
+    return run
 
 
 def test_a_run_goes_on_by_itself_when_a_node_is_killed_in_a_round(
-    two_nodes: Network, undisturbed: Undisturbed, line: Callable[..., None]
+    where: Network, two_nodes: list[Node], undisturbed: Undisturbed, line: Callable[..., None]
 ) -> None:
-    head, other = two_nodes.nodes
-    job = Submitted(two_nodes, head, undisturbed.config)
-    wait_for_a_checkpoint_of_round_1(two_nodes, job)
-    assert [len(node.processes("RayTrainWorker")) for node in two_nodes.nodes] == [1, 1]
+    head, other = two_nodes
+    own = f"runs_dir={where.mount}/runs"  # the same path on each node, and another folder
+    blind = Submitted(where, head, undisturbed.config, own)
+    blind.finish(2)
+    assert f"'{where.mount}/runs/lenet' is not visible on {other.name}: put runs_dir on storage" in blind.output
+
+    job = Submitted(where, head, undisturbed.config, "name=node")
+    wait_for_a_checkpoint_of_round_1(where, "node", job)
+    assert [len(node.processes("RayTrainWorker")) for node in two_nodes] == [1, 1]
     other.kill()
     lost = job.wait_for("rounds/01: resumed at step")
     job.finish()
-    assert same_weights(fetched_run(two_nodes), undisturbed.run)
+    assert same_weights(fetched(where, "node"), undisturbed.run)
     line("SIGKILL of a node of two", "identical", None, lost)
 
 
 def test_a_run_goes_on_in_a_new_cluster_when_the_head_is_killed_in_a_round(
-    two_nodes: Network, undisturbed: Undisturbed, line: Callable[..., None]
+    where: Network, two_nodes: list[Node], undisturbed: Undisturbed, line: Callable[..., None]
 ) -> None:
-    first = Submitted(two_nodes, two_nodes.nodes[0], undisturbed.config)
-    wait_for_a_checkpoint_of_round_1(two_nodes, first)
+    first = Submitted(where, two_nodes[0], undisturbed.config, "name=head")
+    wait_for_a_checkpoint_of_round_1(where, "head", first)
     killed = time.monotonic()
-    for node in two_nodes.nodes:
+    for node in two_nodes:
         node.kill()
     first.wait_for("lost; trying again")
     first.process.send_signal(signal.SIGINT)
     first.finish(130)
     assert "no longer following job" in first.output
 
-    new = two_nodes.cluster(2, cpus=2)
-    again = Submitted(two_nodes, new[0], undisturbed.config)
+    new = where.cluster(2, cpus=2)
+    again = Submitted(where, new[0], undisturbed.config, "name=head")
     again.wait_for("rounds/01: resumed at step")
     lost = time.monotonic() - killed
     again.finish()
-    assert same_weights(fetched_run(two_nodes), undisturbed.run)
+    assert same_weights(fetched(where, "head"), undisturbed.run)
     line("SIGKILL of the head, and a new cluster", "identical", None, lost)
