@@ -165,5 +165,6 @@ def _end(info: Any, job: str) -> int:
     if code is None:
         code = 0 if str(info.status) == "SUCCEEDED" else 1
     if code:
-        print(f"job {job} ended with {info.status}: {info.message}")
+        said = str(info.message).partition(", last available logs")[0]  # which were shown
+        print(f"job {job} ended with {info.status}: {said}")
     return int(code)

@@ -24,9 +24,11 @@ from typing import Any
 from support import S3_ENVIRONMENT, environment, hearing_ctrl_c, start_moto
 
 _HUB, _S3_PORT = 1, 5555
-# Own /dev/shm and temporary folder, then Ray; the shell is the node's first process.
+# Own /dev/shm and temporary folder, a name that stands for its address (or gloo would tell others that it is at
+# 127.0.0.1), then Ray; the shell is the node's first process.
 _START = (
     'hostname "$NODE" && mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs "$TMPDIR" && cd "$TMPDIR" && '
+    'echo "127.0.0.1 localhost\n$ADDRESS $NODE" > hosts && mount --bind hosts /etc/hosts && '
     "mkdir cwd && cd cwd && { ray start --block --disable-usage-stats --temp-dir=$TMPDIR/ray --num-cpus=$CPUS "
     "--object-store-memory=100000000 $@ & wait; }"
 )
@@ -69,7 +71,7 @@ class Node:
         command += ["--mount-proc", "--uts", "--mount", "sh", "-c", _START, "sh", *args]
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
-                command, env={**network.env, "NODE": self.name, "CPUS": str(cpus)}, cwd="/",
+                command, env={**network.env, "NODE": self.name, "ADDRESS": self.address, "CPUS": str(cpus)}, cwd="/",
                 stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 

@@ -29,9 +29,9 @@ LENET = {
     "name": "lenet",
     "data": {"source": "shards", "root": "s3://store/shards", "augment": ["shift"], "shift": 1, "cache_bytes": 0},
     "model": {"factory": "lenet_300_100"},
-    "dense": {"epochs": 1, "steps": 150, "batch_size": 128, "lr": 0.1},
+    "dense": {"epochs": 10, "steps": 100, "batch_size": 128, "lr": 0.1},
     "prune": {"allocation": "uniform", "rounds": 2, "dense_control": False},
-    "retrain": {"epochs": 4, "steps": 600, "batch_size": 128, "lr": 0.05, "checkpoint_steps": 50},
+    "retrain": {"epochs": 24, "steps": 240, "batch_size": 128, "lr": 0.05, "checkpoint_steps": 20},
     "target": {"compression": 12},
     "cluster": {"workers": 2, "placement": "spread", "lease_seconds": 20},
     "tracking": {"enabled": False},
@@ -89,9 +89,16 @@ def two_nodes(where: Network) -> Iterator[list[Node]]:
 
 
 def wait_for_a_checkpoint_of_round_1(where: Network, name: str, job: Submitted) -> None:
-    watched = where.run(sys.executable, "-c", WATCH, f"s3://store/runs/{name}")
-    assert watched.returncode == 0, watched.stderr + job.output
-    assert job.process.poll() is None, job.output
+    command = [*where.at_hub(), sys.executable, "-c", WATCH, f"s3://store/runs/{name}"]
+    watch, deadline = subprocess.Popen(command, env=where.hub_env()), time.monotonic() + 200
+    try:
+        while watch.poll() is None:
+            assert job.process.poll() is None, job.output
+            assert time.monotonic() < deadline, job.output
+            time.sleep(0.05)
+    finally:
+        watch.kill()
+    assert watch.wait() == 0
 
 
 def fetched(where: Network, name: str) -> Path:
