@@ -15,7 +15,7 @@ import pytest
 import yaml
 from faults.nodes import Network, Node, Submitted, network, possible
 from faults.runs import same_weights
-from support import FETCH, PREPARE, ROOT, WATCH, environment
+from support import FETCH, PREPARE, ROOT, WATCH, alone_on_the_network, environment
 
 from pipeline import config as settings
 from pipeline.data import shards
@@ -27,7 +27,14 @@ pytestmark = [
 ]
 LENET = {
     "name": "lenet",
-    "data": {"source": "shards", "root": "s3://store/shards", "augment": ["shift"], "shift": 1, "cache_bytes": 0},
+    "data": {
+        "source": "shards",
+        "root": "s3://store/shards",
+        "resize": 28,
+        "augment": ["shift"],
+        "shift": 1,
+        "cache_bytes": 0,
+    },
     "model": {"factory": "lenet_300_100"},
     "dense": {"epochs": 10, "steps": 100, "batch_size": 128, "lr": 0.1},
     "prune": {"allocation": "uniform", "rounds": 2, "dense_control": False},
@@ -51,18 +58,13 @@ class Undisturbed:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     root = tmp_path_factory.mktemp("lenet")
     mnist = Path(os.environ.get("SECATEUR_DATA", "")) / "mnist"
-    if mnist.is_dir():
-        source, size, inputs = {"source": "idx", "root": str(mnist)}, 28, 784
-    else:  # scikit-learn's digits, enlarged
-        source, size, inputs = {"source": "digits", "size": 28, "resize": 28}, 28, 784
-    build = settings.parse({"name": "shards", "data": source})
-    shards.build(build.data, 0, str(root / "shards"))
-    values = {**LENET, "data": {**LENET["data"], "size": size}}
-    values["model"] = {"factory": "lenet_300_100", "kwargs": {"inputs": inputs}}
+    source = {"source": "idx", "root": str(mnist)} if mnist.is_dir() else {"source": "digits"}
+    shards.build(settings.parse({"name": "shards", "data": source}).data, 0, str(root / "shards"))
     config = root / "job/lenet.yaml"
     config.parent.mkdir()
-    config.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pipeline"]
+    config.write_text(yaml.safe_dump(LENET))
+    command = [*alone_on_the_network(), sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["-m", "pipeline"]
     command += ["run", str(config), f"data.root={root / 'shards'}", f"runs_dir={root / 'runs'}"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False
