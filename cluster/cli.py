@@ -123,9 +123,12 @@ def submit_command(
     overrides: Overrides = None,
     address: Address = None,
     wait: Annotated[bool, typer.Option(help="Follow the log and end with the job's exit code.")] = True,
+    runtime_env: Annotated[
+        str | None, typer.Option(help="YAML with more of Ray's runtime_env: env_vars, pip.", metavar="FILE")
+    ] = None,
 ) -> None:
-    """Run it as a Ray job; submitting it again resumes."""
-    raise SystemExit(submit.submit(config, overrides or [], address, wait))
+    """Run it as a Ray job; submitting it again resumes, or follows the job that is at it."""
+    raise SystemExit(submit.submit(config, overrides or [], address, wait, runtime_env))
 
 
 @app.command()

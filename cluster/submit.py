@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from cluster import job_env
 from cluster.connect import require_shared_paths
 from pipeline import config as settings
+from pipeline.console import INTERRUPTED, Told
 from pipeline.data import storage
 from pipeline.errors import UserError
+from pipeline.state import run_root
 
-# What a job does not need from the working directory: data, runs, and what tools leave behind.
-EXCLUDES = [
-    "runs", ".env", ".venv", ".git", "*.tar", "*.db", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache",
-]  # fmt: skip
+RUN = "secateur"  # metadata of a job: the run that it carries out
+PATIENCE_S = 120.0  # how long a cluster that does not answer is asked again
+_QUIET_S = 120.0  # silence after which a connection is taken for lost: a run says something more often
+_AGAIN_S = 1.0
 
 
 def entrypoint(config: str | Path, overrides: list[str]) -> str:
@@ -24,11 +30,11 @@ def entrypoint(config: str | Path, overrides: list[str]) -> str:
     return shlex.join(["python", "-m", "cluster", "run", str(config), *overrides])
 
 
-def submit(config: str, overrides: list[str], address: str | None, wait: bool) -> int:
+def submit(config: str, overrides: list[str], address: str | None, wait: bool, runtime_env: str | None = None) -> int:
     """Submit a run as a job and return the job's exit code (0 at once with wait=False).
 
-    The working directory is the current folder. Raises UserError where the config, its paths or the
-    address will not do.
+    A job that carries out the run already is followed instead. The working directory is the current folder. Raises
+    UserError where the config, its paths, the runtime_env or the address will not do.
     """
     path = Path(config)
     if storage.is_local(config) and (path.is_absolute() or ".." in path.parts):
@@ -39,37 +45,130 @@ def submit(config: str, overrides: list[str], address: str | None, wait: bool) -
         )
     loaded = settings.load(config, overrides)
     require_shared_paths(loaded, "a job's working directory is temporary and the next submission does not see it")
-    client = _client(address)
-    job = client.submit_job(
-        entrypoint=entrypoint(config, overrides),
-        runtime_env={"working_dir": os.getcwd(), "excludes": EXCLUDES},
-        metadata={"secateur": loaded.name},
-    )
-    print(f"job {job} submitted; `ray job logs {job}` shows its log, `ray job stop {job}` ends it", flush=True)
-    return asyncio.run(_follow(client, job)) if wait else 0
-
-
-def _client(address: str | None) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
+    environment = job_env.make(loaded, runtime_env, Path.cwd())
     where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     where = where or "http://127.0.0.1:8265"
+    client, command, root = _client(where), entrypoint(config, overrides), run_root(loaded)
+    job = _live_job(client, root, command)
+    if job is None:
+        job = client.submit_job(entrypoint=command, runtime_env=environment, metadata={RUN: root})
+        print(f"job {job} submitted; `ray job logs {job}` shows its log, `ray job stop {job}` ends it", flush=True)
+    if not wait:
+        return 0
     try:
-        return JobSubmissionClient(where)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        return asyncio.run(_follow(client, job, where))
+    except KeyboardInterrupt as error:
+        print(
+            f"no longer following job {job}, which goes on. To follow it again: the same command, or `ray job logs -f "
+            f"{job}`. To end it: `ray job stop {job}`",
+            file=sys.stderr,
+        )
+        raise Told(INTERRUPTED) from error
+
+
+def _client(where: str) -> Any:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # tells of every connection
+    try:
+        client = JobSubmissionClient(where)
+        client.list_jobs()  # the version, which Ray looks at first, is told to anybody
+        return client
+    except AuthenticationError as error:
+        raise UserError(
+            f"--address={where}: the cluster does not take this token, or wants one and got none: set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"--address={where}: no Ray dashboard answers there ({str(error).splitlines()[0]}); start a cluster with "
             "`ray start --head`, or give its dashboard's address"
         ) from error
 
 
-async def _follow(client: Any, job: str) -> int:
-    async for text in client.tail_job_logs(job):
-        print(text, end="", flush=True)
-    status = client.get_job_info(job)
-    code = status.driver_exit_code
+def _live_job(client: Any, root: str, command: str) -> str | None:
+    """The job that carries out a run at this moment."""
+    for job in client.list_jobs():
+        if not job.status.is_terminal() and (job.metadata or {}).get(RUN) == root:
+            print(f"run '{root}' is being carried out by job {job.submission_id}: following it", flush=True)
+            if job.entrypoint != command:
+                print(f"it was submitted with other settings, which stay: {job.entrypoint}", flush=True)
+            return str(job.submission_id)
+    return None
+
+
+async def _follow(client: Any, job: str, where: str) -> int:
+    """Print a job's log to its end, over as many connections as it takes; returns the job's exit code."""
+    printed, heard, told = 0, time.monotonic(), False
+    while True:
+        printed, whole = await _tail(client, job, printed)
+        info = _info(client, job)
+        if info is not None and info.status.is_terminal():
+            if not whole:
+                print(_rest(client, job, printed), end="", flush=True)
+            return _end(info, job)
+        if info is not None:
+            heard, told = time.monotonic(), False
+        elif time.monotonic() - heard > PATIENCE_S:
+            raise UserError(
+                f"--address={where} has not answered for {PATIENCE_S:.0f} s; job {job} may still run. When the cluster "
+                "is back, the same command follows it, or resumes the run"
+            )
+        elif not told:
+            told = True
+            print(f"connection to {where} lost; trying again for {PATIENCE_S:.0f} s", file=sys.stderr, flush=True)
+        await asyncio.sleep(_AGAIN_S)
+
+
+async def _tail(client: Any, job: str, printed: int) -> tuple[int, bool]:
+    """Print the log beyond its first `printed` characters; returns how many there were, and whether that is all."""
+    import aiohttp
+
+    seen = 0
+    stream = aiter(client.tail_job_logs(job))
+    try:
+        while True:
+            text = await asyncio.wait_for(anext(stream), _QUIET_S)
+            print(text[max(0, printed - seen) :], end="", flush=True)
+            seen += len(text)
+            printed = max(printed, seen)
+    except StopAsyncIteration:
+        return printed, True
+    except (OSError, RuntimeError, aiohttp.ClientError):
+        return printed, False
+
+
+def _rest(client: Any, job: str, printed: int) -> str:
+    """The log of a job that has ended, beyond what was printed."""
+    try:
+        return str(client.get_job_logs(job))[printed:]
+    except (OSError, RuntimeError) as error:
+        return f"the end of the log of job {job} cannot be read: {error}\n"
+
+
+def _info(client: Any, job: str) -> Any:
+    """What the cluster says of a job, or None where it does not answer. Raises UserError if it knows no such job."""
+    try:
+        return client.get_job_info(job)
+    except OSError:
+        return None
+    except RuntimeError as error:
+        if "404" in str(error):
+            raise UserError(
+                f"the cluster does not know job {job} any more: it was started anew; the same command resumes the run"
+            ) from error
+        return None
+
+
+def _end(info: Any, job: str) -> int:
+    if str(info.status) == "STOPPED":
+        print(f"job {job} was stopped; the same command resumes the run")
+        return INTERRUPTED
+    code = info.driver_exit_code
     if code is None:
-        code = 0 if str(status.status) == "SUCCEEDED" else 1
+        code = 0 if str(info.status) == "SUCCEEDED" else 1
     if code:
-        print(f"job {job} ended with {status.status}: {status.message}")
+        said = str(info.message).partition(", last available logs")[0]  # which were shown
+        print(f"job {job} ended with {info.status}: {said}")
     return int(code)

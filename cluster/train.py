@@ -112,6 +112,7 @@ def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | 
                 use_gpu=wanted.gpus_per_worker > 0,
                 resources_per_worker=resources,
                 elastic_resize_monitor_interval_s=wanted.resize_seconds,
+                placement_strategy=wanted.placement.upper(),
             ),
             run_config=RunConfig(
                 name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def sync(run_dir: str | Path, uri: str | None = None) -> Synced:
     synced = tracking.sync(run_dir, config)
     result = storage.join(run_dir, "result.json")
     if storage.exists(result) and storage.read_json(result)["mlflow"] is None:
-        with lease.hold(str(run_dir), config.cluster.lease_seconds, lambda: None) as fence:
+        with lease.hold(str(run_dir), config.cluster.lease_seconds, lambda: None, warnings.warn) as fence:
             final.update(Run(str(run_dir), fence), mlflow=synced.place)
         synced = tracking.sync(run_dir, config)
     return synced

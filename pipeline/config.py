@@ -341,6 +341,9 @@ class Cluster(Section):
     gpus_per_worker: Gpus = Field(0.0, description="GPUs reserved for each worker.")
     cpus_per_trial: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each scan trial.")
     gpus_per_trial: Gpus = Field(0.0, description="GPUs, or a share of one, for a trial.")
+    placement: Literal["pack", "spread"] = Field(
+        "pack", description="pack: workers on as few nodes as hold them; spread: on as many nodes as there are."
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3, description="Lost workers that a training survives, those not counted that a preemption notice came before."
     )

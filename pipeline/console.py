@@ -66,6 +66,8 @@ class Display:
         """Show one event; `pipeline.stages` and `pipeline.rounds` say what events there are."""
         if "warning" in event:
             self.line(f"warning: {event['warning']}")
+        elif "note" in event:
+            self.line(event["note"])
         elif "stage" in event:
             state = "finished before, skipped" if event.get("skipped") else "started"
             self.line(f"{TITLES[event['stage']]}: {state}")
@@ -117,6 +119,10 @@ class Display:
         self.console.print(f"[{self.last_line - self.started:7.1f} s] {storage.hide(text)}", markup=False)
 
 
+class Told(SystemExit):
+    """An end of which the user has been told in other words."""
+
+
 @contextmanager
 def one_message(resume: str | None = None) -> Iterator[None]:
     """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; Ctrl-C into 130."""
@@ -134,8 +140,8 @@ def one_message(resume: str | None = None) -> Iterator[None]:
         say(f"error: {error}")
         raise SystemExit(2) from error
     except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code != INTERRUPTED:  # which Typer makes of Ctrl-C
-            raise
+        if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
+            raise  # Typer makes INTERRUPTED of Ctrl-C
         say("stopped; what is finished is kept.")
         if resume:
             say(f"To go on: {resume}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 import threading
@@ -24,17 +25,19 @@ from pipeline.errors import UserError
 
 NAME = "lease.json"
 _BEATS = 6  # renewals in the time that a lease lasts
+_TELL_S = 10.0  # between two lines about waiting
 
 
-def hold(root: str, seconds: float, before: Callable[[], None]) -> Any:
+def hold(root: str, seconds: float, before: Callable[[], None], tell: Callable[[str], None]) -> Any:
     """Hold the lease of a run while the block lasts; gives the fencing number.
 
     `before` is called when it is clear that nobody else writes, and before anything is written. On S3 the lease lasts
-    `seconds` beyond its last renewal. Raises UserError that names the process that holds it.
+    `seconds` beyond its last renewal: one that may be a dead writer's is waited for, and `tell` says so. Raises
+    UserError that names the process that holds it.
     """
     if storage.is_local(root):
         return _hold_local(storage.local_path(root), before)
-    return _hold_remote(storage.join(root, NAME), root, seconds, before)
+    return _hold_remote(storage.join(root, NAME), root, seconds, before, tell)
 
 
 @contextmanager
@@ -53,12 +56,11 @@ def _hold_local(root: Path, before: Callable[[], None]) -> Iterator[int]:
 
 
 @contextmanager
-def _hold_remote(url: str, root: str, seconds: float, before: Callable[[], None]) -> Iterator[int]:
-    there = storage.read_versioned(url)
-    lease = json.loads(there.data) if there is not None else {"fence": 0, "released": True}
-    if there is not None and not _over(lease, there.age_s):
-        left = f"wait for it, stop it (a killed one can be taken over {lease['seconds']:g} s after its last heartbeat)"
-        raise _refusal(root, lease, left, f", last heartbeat {there.age_s:.0f} s ago")
+def _hold_remote(
+    url: str, root: str, seconds: float, before: Callable[[], None], tell: Callable[[str], None]
+) -> Iterator[int]:
+    there = _when_over(url, root, tell)
+    lease = json.loads(there.data) if there is not None else {"fence": 0}
     before()
     facts = {**_facts(lease["fence"] + 1), "machine": _machine(), "seconds": seconds, "token": uuid.uuid4().hex}
     version = storage.put_if(url, storage.as_json(facts), there.version if there is not None else None)
@@ -69,6 +71,30 @@ def _hold_remote(url: str, root: str, seconds: float, before: Callable[[], None]
         yield facts["fence"]
     finally:
         heart.stop()
+
+
+def _when_over(url: str, root: str, tell: Callable[[str], None]) -> storage.Versioned | None:
+    """The lease as it stands when it has ended. A live writer renews it meanwhile, and is refused by that."""
+    there, told = storage.read_versioned(url), -math.inf
+    while there is not None:
+        lease = json.loads(there.data)
+        if _over(lease, there.age_s):
+            break
+        if lease["machine"] == _machine():  # or its process would be dead
+            raise _alive(root, lease, there.age_s)
+        if time.monotonic() - told >= _TELL_S:
+            told, left = time.monotonic(), lease["seconds"] - there.age_s
+            tell(f"waiting for the lease of process {lease['pid']} on {lease['host']} to end ({max(1, left):.0f} s)")
+        time.sleep(min(1.0, lease["seconds"] / _BEATS))
+        before, there = there, storage.read_versioned(url)
+        if there is not None and there.version != before.version and not json.loads(there.data).get("released"):
+            raise _alive(root, json.loads(there.data), there.age_s)
+    return there
+
+
+def _alive(root: str, lease: dict[str, Any], age_s: float) -> UserError:
+    left = f"wait for it, stop it (a killed one can be taken over {lease['seconds']:g} s after its last heartbeat)"
+    return _refusal(root, lease, left, f", last heartbeat {age_s:.0f} s ago")
 
 
 def _facts(fence: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
     Raises UserError (the user can mend it) or RunStopped; in both cases the state on disk is kept and
     the same command goes on from it.
     """
-    with open_run(config) as here:
+    with open_run(config, lambda text: progress({"note": text})) as here:
         mirror, patience = None, patience_s()
         if config.tracking.enabled:
             mirror = Mirror(here.root, config, lambda text: progress({"warning": text}))

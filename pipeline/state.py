@@ -6,7 +6,8 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -94,15 +95,15 @@ def run_root(config: Config) -> str:
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[Run]:
-    """Create or reopen a run and hold its lease.
+def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Iterator[Run]:
+    """Create or reopen a run and hold its lease; `tell` is told why this takes a while.
 
     Raises UserError when the run was made with other settings, or is being written by a live process.
     """
     root = run_root(config)
     if storage.is_local(root):
         _make_folder(root, config)
-    with lease.hold(root, config.cluster.lease_seconds, lambda: _check_config(root, config)) as fence:
+    with lease.hold(root, config.cluster.lease_seconds, lambda: _check_config(root, config), tell) as fence:
         run = Run(root, fence)
         storage.remove_leftovers(root)
         if not run.has("run.json"):

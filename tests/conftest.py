@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from head import Head
 from small import SMALL
 from support import S3_ENVIRONMENT, free_port, start_moto
 from tiny_run import TINY, merged
@@ -130,3 +132,16 @@ def secateur(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def head() -> Iterator[Head]:
+    """A Ray head that answers, in a network of its own."""
+    # Ray's sockets lie in its folder, and their paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        started = Head(Path(folder))
+        try:
+            started.wait_until_it_answers()
+            yield started
+        finally:
+            started.close()

@@ -50,6 +50,26 @@ S3_ENVIRONMENT = {
     "SECATEUR_STORAGE_BACKOFF_S": "0.01",
 }
 
+# Programs for a network that S3 is in and the test is not.
+# Waits until a round has a whole checkpoint.
+WATCH = (
+    "import sys, time; from pipeline.data import storage\n"
+    "steps = sys.argv[1] + '/rounds/01/steps'\n"
+    "def ready(): return any(storage.exists(f'{steps}/{n}/manifest.json') for n in storage.list_folders(steps))\n"
+    "while not ready(): time.sleep(0.05)\n"
+)
+# Makes a bucket as soon as the server answers, and pushes shards into it.
+PREPARE = (
+    "import sys; from pipeline.data import push; from pipeline.data.storage import retry, s3\n"
+    "retry.call('s3://store', s3.judge, s3.ERRORS, lambda: s3.client().create_bucket(Bucket='store'))\n"
+    "push.push(sys.argv[1], 's3://store/shards')\n"
+)
+FETCH = (
+    "import sys; from pathlib import Path; from pipeline.data import storage\n"
+    "for name in sys.argv[3:]: Path(sys.argv[2], name.replace('/', '-')).write_bytes(\n"
+    "    storage.read_bytes(f'{sys.argv[1]}/{name}'))\n"
+)
+
 
 def free_port() -> int:
     """A port that nothing listens on."""
@@ -58,9 +78,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_moto(port: int, prefix: list[str] | None = None) -> subprocess.Popen[bytes]:
+def start_moto(port: int, prefix: list[str] | None = None, host: str = "127.0.0.1") -> subprocess.Popen[bytes]:
     """moto's S3 server on a port of this machine, or of the network that `prefix` makes; lists 10 names a page."""
-    command = [*(prefix or []), sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [*(prefix or []), sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=environment(MOTO_S3_DEFAULT_MAX_KEYS="10"),

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from head import DASHBOARD, Head
 from safetensors.torch import load_file
 from support import ROOT, alone_on_the_network, environment, hearing_ctrl_c, program
 
@@ -197,60 +196,11 @@ def test_a_cluster_without_what_is_asked_for_is_one_message(tiny_yaml: Path) -> 
     assert "cluster.address=127.0.0.1:6666" in gone.stderr
 
 
-class Head:
-    """A real `ray start --head` in a network of its own; commands run inside it."""
-
-    def __init__(self, folder: Path) -> None:
-        script = "ray start --head --disable-usage-stats --num-cpus=2 --temp-dir={0} --dashboard-port=8265 --block"
-        self.env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-        prefix = alone_on_the_network()
-        if not prefix:
-            pytest.skip("this system gives no network of its own (unshare -n), which a Ray head is started in")
-        self.process = subprocess.Popen(
-            [*prefix, "sh", "-c", f"{script.format(folder)} >{folder}/head.log 2>&1"],
-            env=self.env, cwd=ROOT, start_new_session=True,
-        )  # fmt: skip
-
-    def wait_until_it_answers(self, seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while (answer := self.run("ray", "job", "list", "--address=http://127.0.0.1:8265")).returncode:
-            assert time.monotonic() < deadline, answer.stderr
-            time.sleep(1)
-
-    def run(self, *command: str, timeout: float = 400, **extra: str) -> Any:
-        inside = ["nsenter", f"--net=/proc/{self.process.pid}/ns/net", *command]
-        return subprocess.run(
-            inside, env={**self.env, **extra}, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
-        )
-
-    def close(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(20)
-
-
-@pytest.fixture
-def head() -> Iterator[Head]:
-    import tempfile
-
-    # Ray's sockets lie in its folder, and their paths may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:
-        started = Head(Path(folder))
-        try:
-            started.wait_until_it_answers()
-            yield started
-        finally:
-            started.close()
-
-
 def test_a_job_runs_its_exit_code_and_log_come_back_and_it_resumes_when_submitted_again(
     head: Head, tiny_yaml: Path, tmp_path: Path
 ) -> None:
     runs = tiny_yaml.parent / "runs"
-    config, address = "configs/demo.yaml", "--address=http://127.0.0.1:8265"
+    config, address = "configs/demo.yaml", f"--address={DASHBOARD}"
     small = ["dense.epochs=4", *LONG_ROUND]
     job = ["ray", "job", "submit", address, "--working-dir", ".", "--", "python", "-m", "cluster", "run", config]
 
@@ -280,12 +230,23 @@ def test_a_job_runs_its_exit_code_and_log_come_back_and_it_resumes_when_submitte
     assert "compression" in again.stdout
     assert same_weights(runs, "undisturbed", "job")
 
-    client = head.run("secateur", "submit", config, "--address", "http://127.0.0.1:8265", "name=job", *absolute)
+    client = head.run("secateur", "submit", config, "--address", DASHBOARD, "name=job", *absolute)
     assert client.returncode == 0, client.stdout + client.stderr
     assert "skipped" in client.stdout
     wrong = head.run(
-        "secateur", "submit", config, "--address", "http://127.0.0.1:8265", "name=x", *absolute, "seed=1",
+        "secateur", "submit", config, "--address", DASHBOARD, "name=x", *absolute, "seed=1",
         "model.factory=nowhere:build",
     )  # fmt: skip
     assert wrong.returncode == 2
     assert "model.factory" in wrong.stdout
+
+    for wrong_token in ({"RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}):
+        refused = head.run(*job, "name=job", *absolute, **wrong_token)
+        assert refused.returncode not in (0, None)
+        assert "Authentication" in refused.stdout + refused.stderr
+        ours = head.run("secateur", "submit", config, "--address", DASHBOARD, "name=job", *absolute, **wrong_token)
+        assert ours.returncode == 2, ours.stdout + ours.stderr
+        errors = [text for text in ours.stderr.splitlines() if text.startswith("error: ")]
+        assert len(errors) == 1, ours.stderr
+        assert "RAY_AUTH_TOKEN" in errors[0]
+        assert "Traceback" not in ours.stderr

@@ -15,7 +15,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load, load_file
-from support import ROOT, S3_ENVIRONMENT, alone_on_the_network, environment, free_port, program, start_moto
+from support import (
+    FETCH,
+    PREPARE,
+    ROOT,
+    S3_ENVIRONMENT,
+    WATCH,
+    alone_on_the_network,
+    environment,
+    free_port,
+    program,
+    start_moto,
+)
 from tiny_run import TINY
 
 from pipeline import commands as pipeline_commands
@@ -27,24 +38,6 @@ from pipeline.local import LocalEngine
 from pipeline.results import tracking
 
 SETTINGS = ["prune.allocation=uniform", "data.source=shards", "retrain.epochs=12", "retrain.checkpoint_steps=20"]
-# Waits until a round has a whole checkpoint.
-WATCH = (
-    "import sys, time; from pipeline.data import storage\n"
-    "steps = sys.argv[1] + '/rounds/01/steps'\n"
-    "def ready(): return any(storage.exists(f'{steps}/{n}/manifest.json') for n in storage.list_folders(steps))\n"
-    "while not ready(): time.sleep(0.05)\n"
-)
-# Makes a bucket as soon as the server answers, and pushes shards into it.
-PREPARE = (
-    "import sys; from pipeline.data import push; from pipeline.data.storage import retry, s3\n"
-    "retry.call('s3://store', s3.judge, s3.ERRORS, lambda: s3.client().create_bucket(Bucket='store'))\n"
-    "push.push(sys.argv[1], 's3://store/shards')\n"
-)
-FETCH = (
-    "import sys; from pathlib import Path; from pipeline.data import storage\n"
-    "for name in sys.argv[3:]: Path(sys.argv[2], name.replace('/', '-')).write_bytes(\n"
-    "    storage.read_bytes(f'{sys.argv[1]}/{name}'))\n"
-)
 
 
 @pytest.fixture(scope="module")

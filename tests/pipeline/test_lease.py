@@ -66,12 +66,39 @@ def test_an_orphan_cannot_commit_after_a_take_over(remote: Tiny) -> None:
             second.commit({"a": 3}, "x.json")
 
 
-def test_a_silent_writer_elsewhere_is_taken_over_when_its_lease_ends(remote: Tiny) -> None:
-    forge(remote(), machine="another", host="elsewhere", seconds=2)
-    with pytest.raises(UserError, match=r"on elsewhere.*taken over 2 s after"), open_run(remote()):
+def test_the_lease_of_a_silent_writer_elsewhere_is_waited_for_and_taken_over(remote: Tiny) -> None:
+    forge(remote(), machine="another", host="elsewhere", pid=77, seconds=2)
+    said: list[str] = []
+    started = time.monotonic()
+    with open_run(remote(), said.append) as here:
+        assert here.fence == 2
+    assert 1 < time.monotonic() - started < 60  # S3 tells times in whole seconds
+    assert said == ["waiting for the lease of process 77 on elsewhere to end (2 s)"]
+
+
+def test_a_writer_elsewhere_that_renews_its_lease_meanwhile_is_left_alone(remote: Tiny) -> None:
+    forge(remote(), machine="another", host="elsewhere", seconds=60)
+    said: list[str] = []
+
+    def beat(text: str) -> None:
+        said.append(text)
+        storage.write_json(f"{run_root(remote())}/lease.json", {**lease_of(remote()), "beats": 99})
+
+    with (
+        pytest.raises(UserError, match=r"on elsewhere, last heartbeat \d+ s ago.*taken over 60 s after"),
+        open_run(remote(), beat),
+    ):
         pass
-    time.sleep(3.1)  # S3 tells times in whole seconds
-    with open_run(remote()) as here:
+    assert len(said) == 1
+
+
+def test_a_lease_that_is_given_back_meanwhile_is_taken_at_once(remote: Tiny) -> None:
+    forge(remote(), machine="another", host="elsewhere", seconds=3600)
+
+    def give_back(text: str) -> None:
+        storage.write_json(f"{run_root(remote())}/lease.json", {**lease_of(remote()), "released": True})
+
+    with open_run(remote(), give_back) as here:
         assert here.fence == 2
 
 

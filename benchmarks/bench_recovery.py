@@ -1,0 +1,84 @@
+"""How long a run stands still when a worker process, or a whole node, is lost: prints one table.
+
+Two nodes on this machine (each in a network and process space of its own, see tests/faults/nodes.py), state on a
+stand-in for S3, one worker on each. A node is killed: the run goes on with both workers on the other. A new node joins,
+and a worker process is killed: the run goes on with one worker on each again. The time is that from the SIGKILL to the
+line in the job's log that says at which step the run resumed.
+
+Usage: python benchmarks/bench_recovery.py [REPEATS]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from faults.nodes import Network, Node, Submitted, network, possible  # noqa: E402
+
+BUCKET = (
+    "from pipeline.data.storage import retry, s3\n"
+    "retry.call('s3://store', s3.judge, s3.ERRORS, lambda: s3.client().create_bucket(Bucket='store'))\n"
+)
+OVERRIDES = [
+    "prune.allocation=uniform", "dense.epochs=2", "retrain.epochs=1000000", "retrain.checkpoint_steps=100",
+    "tracking.enabled=false", "cluster.workers=2", "cluster.placement=spread", "cluster.max_failures=1000",
+]  # fmt: skip
+RESUMED = "rounds/01: resumed at step"
+
+
+def workers(nodes: list[Node]) -> list[list[int]]:
+    """The worker processes on each node."""
+    return [node.processes("RayTrainWorker") for node in nodes]
+
+
+def cycle(where: Network, job: Submitted, head: Node, other: Node) -> tuple[Node, float, float]:
+    """Lose a node, then a worker process; returns the node that came instead, and the seconds that each took."""
+    where.wait(lambda: [len(found) for found in workers([head, other])] == [1, 1], head, other)
+    seen = job.output.count(RESUMED)
+    other.kill()
+    of_node = job.wait_for(RESUMED, seen + 1)
+    new = where.start(2, head)
+    where.wait(lambda: where.alive(head) == 2, head, new)
+    os.kill(workers([head])[0][0], signal.SIGKILL)
+    of_worker = job.wait_for(RESUMED, seen + 2)
+    return new, of_node, of_worker
+
+
+def row(title: str, seconds: list[float]) -> str:
+    return f"{title:<16} {statistics.median(seconds):>8.1f} {min(seconds):>8.1f} {max(seconds):>8.1f} {len(seconds):>7}"
+
+
+def main() -> None:
+    if not possible():
+        raise SystemExit("this system gives no networks and process spaces of its own (root, ip, unshare, nsenter)")
+    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    lost: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as folder, network(Path(folder)) as where:
+        made = where.run(sys.executable, "-c", BUCKET)
+        assert made.returncode == 0, made.stderr
+        head, other = where.cluster(2, cpus=2)
+        config = Path(folder) / "demo.yaml"
+        config.write_text((ROOT / "configs/demo.yaml").read_text())
+        job = Submitted(where, head, config, *OVERRIDES)
+        try:
+            job.wait_for("rounds/01: epoch 20/")  # beyond its first checkpoints
+            for _ in range(repeats):
+                other, of_node, of_worker = cycle(where, job, head, other)
+                lost.append((of_node, of_worker))
+        finally:
+            job.process.kill()
+            job.process.wait()
+    print(f"{'lost':<16} {'median':>8} {'min':>8} {'max':>8} {'repeats':>7}   seconds until the run resumed")
+    print(row("a node of two", [pair[0] for pair in lost]))
+    print(row("a worker process", [pair[1] for pair in lost]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Jobs on a real head: two submissions at once, a job that is cancelled."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults.runs import SETTINGS, newest_step, resumed_at, same_weights
+from head import DASHBOARD, Head
+from support import ROOT, hearing_ctrl_c, program
+
+from pipeline import state
+from pipeline.config import Config, load
+
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
+CONFIG = "configs/demo.yaml"
+ADDRESS = f"--address={DASHBOARD}"
+
+
+def submit_command(*settings: str) -> list[str]:
+    return [sys.executable, "-m", "cluster", "submit", CONFIG, *settings, ADDRESS]
+
+
+def wait_until(ready: Callable[[], object], log: Callable[[], str], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, log()
+        time.sleep(0.1)
+
+
+def test_a_live_run_is_not_started_twice_and_a_cancelled_one_is_kept_and_resumes(
+    head: Head, tmp_path: Path, line: Callable[..., None]
+) -> None:
+    runs = tmp_path / "runs"
+    common = [*SETTINGS, f"runs_dir={runs}", "scan.samples=50", "scan.levels=[0.5,0.1]", "dense.epochs=5"]
+    undisturbed = program("cluster", "run", CONFIG, *common, "name=undisturbed", "tracking.enabled=false")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    mine = [*common, "name=job"]
+    first = head.run(*submit_command(*mine, "--no-wait"))
+    assert first.returncode == 0, first.stdout + first.stderr
+    job = first.stdout.split()[1]
+
+    def log() -> str:
+        return str(head.run("ray", "job", "logs", ADDRESS, job).stdout)
+
+    steps = runs / "job/rounds/01/steps"
+    wait_until(lambda: newest_step(steps), log)
+
+    # Another way to start it meets the lease; the same way follows the job that is at it.
+    twin = head.run("ray", "job", "submit", ADDRESS, "--working-dir", ".", "--",
+                    "python", "-m", "cluster", "run", CONFIG, *mine)  # fmt: skip
+    assert twin.returncode != 0
+    assert f"run '{runs}/job' is being written by process" in twin.stdout + twin.stderr
+    inside = ["nsenter", f"--net=/proc/{head.process.pid}/ns/net"]
+    with (tmp_path / "follower.txt").open("w+") as said:
+        follower = subprocess.Popen(
+            [*inside, *hearing_ctrl_c(submit_command(*mine))], cwd=ROOT, env=head.env, stdout=said, stderr=said
+        )
+        try:
+            wait_until(lambda: "dense: epoch 1/5" in (tmp_path / "follower.txt").read_text(), log, 60)
+            follower.send_signal(signal.SIGINT)
+            assert follower.wait(60) == 130
+        finally:
+            follower.kill()
+        said.seek(0)
+        text = said.read()
+    assert f"is being carried out by job {job}: following it" in text
+    assert f"no longer following job {job}, which goes on" in text
+    assert "Traceback" not in text
+    assert "RUNNING" in head.run("ray", "job", "status", ADDRESS, job).stdout, text
+    line("two submissions at once", "stops cleanly")
+
+    before = time.monotonic()
+    stopped = head.run("ray", "job", "stop", ADDRESS, job)
+    assert "was stopped" in stopped.stdout + stopped.stderr
+    took = time.monotonic() - before
+    assert "stopped; what is finished is kept." in log()
+    assert "Traceback" not in log(), log()
+    assert not (runs / "job/result.json").exists()
+    wait_until(lambda: not head.processes("RayTrainWorker") and not head.processes("-m cluster run"), log, 30)
+    with state.open_run(config_of(runs)):  # the lease was given back
+        pass
+    saved = newest_step(steps)
+    again = head.run(*submit_command(*mine))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert saved is not None
+    assert resumed_at(again.stdout) >= saved > 0
+    assert same_weights(runs / "undisturbed", runs / "job")
+    line("job cancelled", "identical", None, took)
+
+
+def config_of(runs: Path) -> Config:
+    return load(runs / "job/config.yaml")
