@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 import difflib
-import io
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from yaml import YAMLError
 
+from pipeline.config_file import read_tree
 from pipeline.data import storage
 from pipeline.errors import UserError
 
+LARGEST = 10**9  # of a count: what is larger is a slip, and would only end in memory or time that nobody has
+
+
+def _printable(text: str) -> str:
+    if len(text) > 2000 or not text.isprintable():
+        raise ValueError("has characters that cannot be printed, or more than 2,000")
+    return text
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments are stored with the run: what JSON can hold, and is equal to itself."""
+
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                check(key)
+                check(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                check(inner)
+        elif isinstance(value, str):
+            _printable(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"holds {value}, which cannot be written to JSON: set it in the factory")
+        elif not isinstance(value, int | float | None):
+            raise ValueError(f"holds a {type(value).__name__}: give numbers, text, lists and mappings")
+
+    check(values)
+    return values
+
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Bytes = Annotated[int, Field(ge=1, le=2**60)]
+Text = Annotated[str, AfterValidator(_printable)]
 
 
 _INSTEAD = (
@@ -31,7 +65,20 @@ NO_ROOT = "source '{}' reads from data.root, which is not set: add data.root=PAT
 class Section(BaseModel):
     """A group of settings; frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, values: Any) -> Any:
+        """`epochs: yes` would become 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            kind = cls.model_fields[name].annotation if name in cls.model_fields else bool
+            if kind is bool or name == "kwargs" or (isinstance(kind, type) and issubclass(kind, Section)):
+                continue
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            if any(isinstance(item, bool) for item in items):
+                raise ValueError(f"{name}={_short(value)} is true or false (as yes, no, on and off are): give a value")
+        return values
 
 
 class Data(Section):
@@ -44,15 +91,19 @@ class Data(Section):
         "ILSVRC 2012's original tars, unpacked or not, whose val is our test; shards: WebDataset shards with a "
         "manifest.json (`secateur shards build` or `index`).",
     )
-    root: str | None = Field(None, description="Folder, tar or URL that the source reads; not used by digits.")
-    classes: Positive | None = Field(None, description="Number of classes; by default what the source holds.")
-    class_index: str | None = Field(
+    root: Text | None = Field(None, description="Folder, tar or URL that the source reads; not used by digits.")
+    classes: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
+        None, description="Number of classes; by default what the source holds."
+    )
+    class_index: Text | None = Field(
         None, description="JSON file {index: [folder name, title]} that numbers class folders, as ImageNet's does."
     )
-    label: str = Field("cls", description="Where a foreign shard keeps the label: cls, or the name of a json field.")
+    label: Text = Field("cls", description="Where a foreign shard keeps the label: cls, or the name of a json field.")
     channels: Literal[1, 3] = Field(1, description="1 reads every image as greyscale, 3 as RGB.")
     resize: Positive | None = Field(None, description="Short side, in pixels, an image is brought to when decoded.")
-    size: Positive = Field(28, description="Height and width, in pixels, of the network's input (centre crop).")
+    size: Annotated[int, Field(ge=1, le=8192)] = Field(
+        28, description="Height and width, in pixels, of the network's input (centre crop)."
+    )
     mean: tuple[float, ...] = Field((0.0,), description="Per channel, subtracted after scaling pixels to 0..1.")
     std: tuple[float, ...] = Field((1.0,), description="Per channel, divided by after the mean is taken off.")
     augment: tuple[Literal["shift", "crop", "resized-crop", "flip"], ...] = Field(
@@ -60,7 +111,7 @@ class Data(Section):
         description="Training only, drawn from (seed, epoch, sample). shift: move by up to `shift` pixels, zeros come "
         "in; crop: a random window of `size`; resized-crop: area 8-100%, aspect 3/4-4/3; flip: left-right.",
     )
-    shift: Annotated[int, Field(ge=0)] = Field(2, description="Largest move of the `shift` augmentation, in pixels.")
+    shift: Count = Field(2, description="Largest move of the `shift` augmentation, in pixels.")
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.1, description="Share of train held out as val, drawn by seed and stratified by class."
     )
@@ -72,26 +123,28 @@ class Data(Section):
         None, description="Short side, in pixels, that `shards build` brings larger images down to, as JPEG."
     )
     quality: Annotated[int, Field(ge=1, le=100)] = Field(90, description="JPEG quality of the images `shrink` writes.")
-    lanes: Positive = Field(
+    lanes: Annotated[int, Field(ge=1, le=2**16)] = Field(
         8,
         description="Fixed number of parallel streams an epoch is cut into; the order depends on it, never on the "
         "number of workers. At least as many as workers.",
     )
-    shuffle_bytes: Positive = Field(
+    shuffle_bytes: Bytes = Field(
         16 * 2**20, description="Memory of a lane's shuffle window: how far a sample can move from its stored place."
     )
-    cache_bytes: Annotated[int, Field(ge=0)] = Field(
+    cache_bytes: Annotated[int, Field(ge=0, le=2**60)] = Field(
         2**30,
         description="A split whose decoded images fit is decoded once and kept in memory; else it streams. "
         "The order is the same.",
     )
-    cache_dir: str | None = Field(
+    cache_dir: Text | None = Field(
         None, description="Folder on each node's own disk that keeps shards read from a URL; by default none is kept."
     )
-    cache_disk_bytes: Positive = Field(
+    cache_disk_bytes: Bytes = Field(
         50 * 2**30, description="Size of data.cache_dir on each node; the shards used longest ago are removed."
     )
-    decode_threads: Positive = Field(2, description="Threads that decode images in each process.")
+    decode_threads: Annotated[int, Field(ge=1, le=1024)] = Field(
+        2, description="Threads that decode images in each process."
+    )
     eval_batch: Positive = Field(250, description="Samples a forward pass takes in evaluation.")
     max_bad_fraction: Fraction = Field(0.01, description="More unreadable images than this share stops the run.")
 
@@ -105,6 +158,8 @@ class Data(Section):
             raise ValueError("std must be above 0")
         if self.resize is not None and self.resize < self.size:
             raise ValueError(f"resize={self.resize} is smaller than size={self.size}: the crop would not fit")
+        if "shift" in self.augment and self.shift > self.size:
+            raise ValueError(f"shift={self.shift} moves an image of size={self.size} out of sight: lower it")
         if self.shrink is not None and self.shrink < (self.resize or self.size):
             raise ValueError(
                 f"shrink={self.shrink} is smaller than resize (or size), {self.resize or self.size}: images would be "
@@ -116,13 +171,15 @@ class Data(Section):
 class Model(Section):
     """The network."""
 
-    factory: str = Field(
+    factory: Text = Field(
         "lenet_300_100",
         description="lenet_300_100, lenet_5 (Caffe's), alexnet_caffe (two groups), vgg_16, or an import path: "
         "torchvision.models.squeezenet1_1, my_module:build.",
     )
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the factory.")
-    checkpoint: str | None = Field(
+    kwargs: Annotated[dict[str, Any], AfterValidator(_plain)] = Field(
+        default_factory=dict, description="Keyword arguments of the factory."
+    )
+    checkpoint: Text | None = Field(
         None, description="Weights to start from: .safetensors, or .pth/.pt loaded with weights_only."
     )
 
@@ -130,7 +187,7 @@ class Model(Section):
 class Train(Section):
     """How weights are updated, in dense training or in the retraining of a round."""
 
-    epochs: Annotated[int, Field(ge=0)] = Field(10, description="Passes over train; 0 trains nothing.")
+    epochs: Count = Field(10, description="Passes over train; 0 trains nothing.")
     steps: Positive | None = Field(None, description="Ends a training early, after so many updates.")
     batch_size: Positive = Field(128, description="Samples in an update, over all workers; a multiple of data.lanes.")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (with momentum) or adamw.")
@@ -198,7 +255,7 @@ class Scan(Section):
         description="grid measures every one of `levels`; adaptive the largest, middle and smallest of them, then "
         "halfway (in the logarithm of the density) between neighbours whose drops differ by more than `tolerance`.",
     )
-    levels: Annotated[tuple[Density, ...], Field(min_length=1)] = Field(
+    levels: Annotated[tuple[Density, ...], Field(min_length=1, max_length=1000)] = Field(
         (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01),
         description="Densities at which each tensor is tried, falling.",
     )
@@ -218,7 +275,7 @@ class Scan(Section):
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="The drop in val accuracy, one for all tensors, at which a tensor's quality is read off."
     )
-    bn_samples: Annotated[int, Field(ge=0)] = Field(
+    bn_samples: Count = Field(
         0,
         description="Batch norm: at each level the running statistics are estimated again from so many train samples, "
         "without augmentation; 0 leaves the dense network's.",
@@ -234,38 +291,42 @@ class Scan(Section):
 class Prune(Section):
     """Which weights go, and when."""
 
-    criterion: str = Field(
+    criterion: Text = Field(
         "magnitude",
         description="Scores for weights, higher keeps: magnitude; probabilistic (drawn with chances in proportion to "
         "|w|); random.",
     )
-    allocation: str = Field(
+    allocation: Text = Field(
         "paper",
         description="A budget to a density for each tensor: paper (|w| / (quality x std), one threshold), "
         "pooled, uniform, erk, explicit.",
     )
-    densities: dict[str, Density] = Field(
+    densities: dict[Text, Density] = Field(
         default_factory=dict, description="explicit: density for each tensor, by name or pattern (fc*.weight)."
     )
     schedule: Literal["one-shot", "geometric", "cubic", "list"] = Field(
         "geometric", description="How the density falls over the rounds."
     )
-    rounds: Positive = Field(4, description="Rounds of prune and retrain (geometric, cubic).")
-    list: tuple[Density, ...] = Field((), description="schedule list: the density after each round.")
+    rounds: Annotated[int, Field(ge=1, le=1000)] = Field(
+        4, description="Rounds of prune and retrain (geometric, cubic)."
+    )
+    list: Annotated[tuple[Density, ...], Field(max_length=1000)] = Field(
+        (), description="schedule list: the density after each round."
+    )
     sigma: Literal["first", "renewed"] = Field(
         "first", description="paper: each layer's std from the dense weights, or from the survivors of each round."
     )
-    include: tuple[str, ...] = Field(
+    include: tuple[Text, ...] = Field(
         ("*",), description="Patterns of whole tensor names (fc1.weight, features.*) that may be pruned."
     )
-    exclude: tuple[str, ...] = Field((), description="Patterns of whole tensor names (*.fc.weight) that stay dense.")
-    min_weights: Annotated[int, Field(ge=0)] = Field(1, description="Weights that every tensor keeps at the least.")
+    exclude: tuple[Text, ...] = Field((), description="Patterns of whole tensor names (*.fc.weight) that stay dense.")
+    min_weights: Count = Field(1, description="Weights that every tensor keeps at the least.")
     survivors: Literal["keep", "reinitialise"] = Field(
         "keep",
         description="keep: retrain the survivors from the values that they have; reinitialise: from a network made "
         "anew in each round, of which only the pattern of zeros is the pruned one's (the paper's control).",
     )
-    bn_samples: Annotated[int, Field(ge=0)] = Field(
+    bn_samples: Count = Field(
         0,
         description="Batch norm: after each prune, before retraining, the running statistics are estimated again from "
         "so many train samples, without augmentation; 0 leaves them as they are.",
@@ -376,10 +437,10 @@ class Tracking(Section):
     """MLflow."""
 
     enabled: bool = Field(True, description="Mirror the run to MLflow.")
-    uri: str | None = Field(
+    uri: Text | None = Field(
         None, description="Tracking server; by default sqlite in runs_dir/mlflow.db, where runs_dir is no URL."
     )
-    experiment: str = Field("secateur", description="Experiment the run is filed under.")
+    experiment: Text = Field("secateur", description="Experiment the run is filed under.")
 
 
 class Config(Section):
@@ -388,11 +449,13 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
         description="Name of the run, and of its folder under runs_dir."
     )
-    runs_dir: str = Field(
+    runs_dir: Text = Field(
         "runs", description="Folder that holds runs, a path or s3://bucket/prefix; shared and absolute on a cluster."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="The one seed that sets everything.")
-    threads: Positive = Field(1, description="torch's threads in each process; sums, and so bits, depend on it.")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(0, description="The one seed that sets everything.")
+    threads: Annotated[int, Field(ge=1, le=1024)] = Field(
+        1, description="torch's threads in each process; sums, and so bits, depend on it."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where the process has one.")
     data: Data = Field(default_factory=lambda: Data.model_validate({}))
     model: Model = Field(default_factory=lambda: Model.model_validate({}))
@@ -446,40 +509,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises UserError with the setting, its value and the remedy.
     """
-    try:
-        tree: Any = OmegaConf.load(_source(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"config '{path}' is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(tree, DictConfig):
-        raise UserError(f"config '{path}' must be a mapping of settings (name: ..., data: ...), not a list")
-    for override in overrides or []:
-        key, sign, _ = override.partition("=")
-        if not sign or not key:
-            raise UserError(f"override '{override}' is not of the form key=value, as in cluster.workers=2")
-        try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        except (YAMLError, OmegaConfBaseException, ValueError) as error:
-            raise UserError(f"override '{override}' cannot be read: {_one_line(error)}") from error
-    try:
-        values = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"config '{path}': {_one_line(error)}") from error
-    return parse(values, origin=f"config '{path}'")
-
-
-def _source(path: str | Path) -> io.StringIO | Path:
-    """What OmegaConf reads a file from. Raises UserError where there is none."""
-    if not storage.is_local(path):
-        try:
-            return io.StringIO(storage.read_bytes(path).decode())
-        except FileNotFoundError as error:
-            raise UserError(f"config '{path}' does not exist: check the URL") from error
-    path = storage.local_path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"config '{path}' does not exist{hint}")
-    return path
+    return parse(read_tree(path, overrides or []), origin=f"config '{path}'")
 
 
 def parse(values: Any, origin: str = "config") -> Config:
@@ -493,7 +523,16 @@ def parse(values: Any, origin: str = "config") -> Config:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML text, every setting present."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+    def literal(value: Any) -> Any:
+        """A value whose texts OmegaConf will not take for interpolations: what was one has been resolved."""
+        if isinstance(value, dict):
+            return {key: literal(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [literal(inner) for inner in value]
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    return OmegaConf.to_yaml(OmegaConf.create(literal(config.model_dump(mode="json"))))
 
 
 def differences(ours: Config, theirs: Config, ignore: tuple[str, ...] = ()) -> list[str]:
@@ -526,10 +565,6 @@ def leaves(tree: Any) -> dict[str, Any]:
     return flat
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _explain(problem: Any) -> str:
     """One sentence for one problem that pydantic found."""
     where = ".".join(str(part) for part in problem["loc"])
@@ -545,7 +580,13 @@ def _explain(problem: Any) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{where}={_short(problem['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: Any, most: int = 100) -> str:
+    """A value as it can stand in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -139,6 +140,12 @@ def one_message(resume: str | None = None) -> Iterator[None]:
     except (UserError, RunStopped) as error:
         say(f"error: {error}")
         raise SystemExit(2) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        text = "not enough memory: lower batch_size, data.eval_batch, data.cache_bytes or data.size, or add memory"
+        err.print(f"error: {text} ({' '.join(str(error).split())[:200]})", markup=False)
+        raise SystemExit(2) from error
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
             raise  # Typer makes INTERRUPTED of Ctrl-C
@@ -149,6 +156,11 @@ def one_message(resume: str | None = None) -> Iterator[None]:
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether this is a lack of memory: Python's, NumPy's, or torch's on a GPU or a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _main_thread() -> bool:

@@ -27,9 +27,15 @@ from pipeline.networks import BUILTIN, alexnet_caffe, lenet_5, lenet_300_100, vg
 from pipeline.seeding import derive
 
 __all__ = [
-    "BUILTIN", "LeftOut", "Prunable", "alexnet_caffe", "build", "lenet_5", "lenet_300_100", "load_weights", "survey",
-    "vgg_16",
+    "BUILTIN", "FOREIGN", "LeftOut", "Prunable", "alexnet_caffe", "build", "lenet_5", "lenet_300_100", "load_weights",
+    "survey", "vgg_16",
 ]  # fmt: skip
+
+
+# What a network of somebody else's raises when it is given arguments or images that it was not made for.
+FOREIGN = (
+    TypeError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError, AssertionError, MemoryError
+)  # fmt: skip
 
 
 def build(model: config.Model, num_classes: int | None = None, seed: int = 0) -> nn.Module:
@@ -46,10 +52,10 @@ def build(model: config.Model, num_classes: int | None = None, seed: int = 0) ->
         torch.default_generator.manual_seed(derive(seed, "init"))
         try:
             network = factory(**kwargs)
-        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        except FOREIGN as error:
             raise UserError(
-                f"model.factory='{model.factory}' does not work with the arguments {kwargs} (model.kwargs and the "
-                f"number of classes): {error}"
+                f"model.factory='{model.factory}' does not work with the arguments {str(kwargs)[:300]} (model.kwargs "
+                f"and the number of classes): {' '.join(str(error).split())[:300] or type(error).__name__}"
             ) from error
     if not isinstance(network, nn.Module):
         raise UserError(
@@ -171,7 +177,7 @@ def _factory(path: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's own module beside the config
     try:
         found: Any = importlib.import_module(where)
-    except (ImportError, SyntaxError) as error:
+    except (ImportError, SyntaxError, TypeError, ValueError) as error:  # the last two for a name that is none
         raise UserError(
             f"model.factory='{path}': module '{where}' cannot be imported: {error}; it must be installed or lie under "
             f"{os.getcwd()}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -60,11 +61,20 @@ class Session:
         return place(model, self.config, self.world.device)
 
     def evaluate(self, model: nn.Module, split: str) -> Answers:
-        """Exact answers of `model` on a split. Raises RunStopped when too many images are unreadable."""
+        """Exact answers of `model` on a split.
+
+        Raises RunStopped when too many images are unreadable, or an answer is not finite.
+        """
         data = EvalLoader(self.split(split), self.config.data)
         answers = evaluate.evaluate(model, data, self.config, self.world, self.manifest.num_classes)
         bad = int((~answers.valid).sum())
-        self.world.agree(self.too_many_bad(split, bad, len(answers.valid)))
+        problem = self.too_many_bad(split, bad, len(answers.valid))
+        if problem is None and not np.isfinite(answers.loss[answers.valid]).all():
+            problem = (
+                f"the network's loss on {split} is not finite, so its weights or its inputs are not: lower the "
+                "learning rate, or check the checkpoint, data.mean and data.std"
+            )
+        self.world.agree(problem)
         return answers
 
     def calibration(self, samples: int) -> Iterator[Batch]:
@@ -121,12 +131,14 @@ def check_output(model: nn.Module, config: Config, classes: int) -> None:
     try:
         with torch.no_grad():
             logits = model(torch.zeros(1, *shape))
-    except RuntimeError as error:
+    except models.FOREIGN as error:
         raise UserError(
             f"model.factory={config.model.factory} cannot take images of shape {shape} (data.channels, data.size, "
-            f"data.size): {str(error).splitlines()[0]}"
+            f"data.size): {' '.join(str(error).split())[:300]}"
         ) from error
     model.train(training)
+    if not isinstance(logits, torch.Tensor):
+        raise UserError(f"model.factory={config.model.factory} gives a {type(logits).__name__}, not a tensor of logits")
     if logits.ndim != 2 or logits.shape[1] < classes:
         raise UserError(
             f"model.factory={config.model.factory} gives outputs of shape {tuple(logits.shape)}, but the data has "

@@ -7,15 +7,16 @@ import hashlib
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
-from webdataset.tariterators import base_plus_ext
 
 from pipeline.data import storage
 from pipeline.data.parts import check_tar_end
+from pipeline.data.tar import SampleFiles
 from pipeline.errors import UserError
 
 NAME = "manifest.json"
@@ -23,12 +24,17 @@ VERSION = 1
 SPLITS = ("train", "val", "test")
 IMAGES = ("jpg", "jpeg", "png")
 _INTEGER = re.compile(rb"\s*[+-]?[0-9]{1,18}\s*")
-_META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset's reader passes over
+_LARGEST = 2**53  # of any number in a manifest; a larger one is damage
+_MOST_CLASSES = 10**6
+_NAME = re.compile(r"[^/\\\x00-\x1f\x7f.][^/\\\x00-\x1f\x7f]*")  # a file beside the manifest, not a hidden one
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: `offsets[i]` is the byte at which sample i's first header starts, `labels[i]` its class."""
+    """One tar: `offsets[i]` is the byte at which sample i's first header starts, `labels[i]` its class.
+
+    `crc32[i]` is that of its image as stored; manifests of before there was one have none.
+    """
 
     name: str
     samples: int
@@ -36,6 +42,7 @@ class Shard:
     sha256: str
     offsets: tuple[int, ...]
     labels: tuple[int, ...]
+    crc32: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,20 +103,48 @@ def load_manifest(root: str) -> Manifest:
 def _inconsistency(manifest: Manifest) -> str | None:
     if not {"train", "test"} <= manifest.splits.keys() <= set(SPLITS):
         return f"splits are {sorted(manifest.splits)}"
+    if not len(manifest.classes) <= manifest.num_classes <= _MOST_CLASSES or manifest.num_classes < 1:
+        return f"there are {len(manifest.classes)} names for {manifest.num_classes} classes"
+    names: set[str] = set()
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
-        if "/" in shard.name or shard.name.startswith("."):
-            return f"shard name '{shard.name}' leads out of the folder"
-        if not shard.samples == len(shard.offsets) == len(shard.labels):
-            counts = f"{shard.samples} samples, {len(shard.offsets)} offsets, {len(shard.labels)} labels"
-            return f"shard {shard.name} has {counts}"
-        if list(shard.offsets) != sorted(set(shard.offsets)) or (shard.offsets and shard.offsets[-1] >= shard.bytes):
-            return f"shard {shard.name} has offsets that do not rise"
+        if shard.name in names:
+            return f"shard {shard.name} is named twice"
+        names.add(shard.name)
+        problem = _shard_problem(shard)
+        if problem:
+            return problem
+    for split, shards in manifest.splits.items():
+        if not sum(shard.samples for shard in shards):
+            return f"{split} has no samples"
+    return _holdout_problem(manifest)
+
+
+def _shard_problem(shard: Shard) -> str | None:
+    if not _NAME.fullmatch(shard.name):
+        return f"shard name {shard.name!r} leads out of the folder"
+    if not shard.samples == len(shard.offsets) == len(shard.labels) or len(shard.crc32) not in (0, shard.samples):
+        counts = f"{shard.samples} samples, {len(shard.offsets)} offsets, {len(shard.labels)} labels"
+        return f"shard {shard.name} has {counts}, {len(shard.crc32)} CRCs"
+    if list(shard.offsets) != sorted(set(shard.offsets)) or not 0 <= shard.bytes <= _LARGEST:
+        return f"shard {shard.name} has offsets that do not rise"
+    if shard.offsets and not 0 <= shard.offsets[0] <= shard.offsets[-1] < shard.bytes:
+        return f"shard {shard.name} has offsets outside of its {shard.bytes} bytes"
+    if shard.labels and not 0 <= min(shard.labels) <= max(shard.labels) <= _LARGEST:
+        return f"shard {shard.name} has labels from {min(shard.labels)} to {max(shard.labels)}"
+    return None
+
+
+def _holdout_problem(manifest: Manifest) -> str | None:
+    if manifest.holdout is None:
+        return None if "val" in manifest.splits else "there is neither a val part nor a holdout"
+    if "val" in manifest.splits:
+        return "there are both a val part and a holdout"
     train = manifest.splits["train"]
-    for shard_number, sample in manifest.holdout or ():
+    for shard_number, sample in manifest.holdout:
         if not (0 <= shard_number < len(train) and 0 <= sample < train[shard_number].samples):
             return f"holdout names sample {sample} of shard {shard_number}, which is not there"
-    if manifest.holdout is None and "val" not in manifest.splits:
-        return "there is neither a val part nor a holdout"
+    if not 0 < len(set(manifest.holdout)) == len(manifest.holdout) < sum(shard.samples for shard in train):
+        return f"holdout names {len(manifest.holdout)} samples, some twice, none, or all of train"
     return None
 
 
@@ -171,47 +206,28 @@ def scan_shard(root: str, name: str, label: str, num_classes: int | None) -> Sha
     samples: list[dict[str, Any]] = []
     with storage.open_range(url) as stream:
         hashing = Hashing(stream)
+        files = SampleFiles(hashing)
         try:
-            with tarfile.open(fileobj=hashing, mode="r|", bufsize=2**18) as archive:  # type: ignore[call-overload]
-                for member in archive:
-                    _collect(url, archive, member, offsets, samples, wanted="cls" if label == "cls" else "json")
-                    archive.members = []  # or every header stays in memory
-                end = archive.offset
+            for file in files:
+                if not samples or samples[-1]["__key__"] != file.key:
+                    offsets.append(file.offset)
+                    samples.append({"__key__": file.key})
+                kept = file.suffix == ("cls" if label == "cls" else "json")
+                samples[-1][file.suffix] = file.data if kept else zlib.crc32(file.data)
         except tarfile.TarError as error:
-            raise UserError(f"shard '{url}' is empty, cut short or not an uncompressed tar ({error})") from error
+            raise UserError(
+                f"shard '{url}' is empty, cut short, damaged or not an uncompressed tar ({error})"
+            ) from error
         sha256 = hashing.rest()
-    check_tar_end(url, end)
+    check_tar_end(url, files.end)
     if not samples:
         raise UserError(f"shard '{url}' holds no samples: remove it, or make it again")
-    labels = tuple(_checked(url, sample, label, num_classes) for sample in samples)
-    return Shard(name, len(samples), hashing.bytes, sha256, tuple(offsets), labels)
+    labels, crcs = zip(*(_checked(url, sample, label, num_classes) for sample in samples), strict=True)
+    return Shard(name, len(samples), hashing.bytes, sha256, tuple(offsets), labels, crcs)
 
 
-def _collect(
-    url: str, archive: tarfile.TarFile, member: tarfile.TarInfo, offsets: list[int], samples: list[dict[str, Any]],
-    wanted: str,
-) -> None:  # fmt: skip
-    """Add a tar member to the samples, grouped by key as WebDataset's reader groups them."""
-    if not member.isreg() or _META.match(member.name):
-        return
-    key, suffix = base_plus_ext(member.name)
-    if key is None:
-        return
-    suffix = suffix.lower()
-    if not samples or samples[-1]["__key__"] != key:
-        offsets.append(member.offset)
-        samples.append({"__key__": key})
-    if suffix in samples[-1]:
-        raise UserError(f"shard '{url}': sample '{key}' has two .{suffix} members: give every sample its own key")
-    data = b""
-    if suffix == wanted:
-        content = archive.extractfile(member)
-        assert content is not None
-        data = content.read()
-    samples[-1][suffix] = data
-
-
-def _checked(url: str, sample: Mapping[str, Any], label: str, num_classes: int | None) -> int:
+def _checked(url: str, sample: Mapping[str, Any], label: str, num_classes: int | None) -> tuple[int, int]:
+    """The label of a sample and the CRC-32 of its image."""
     where = f"shard '{url}': sample '{sample['__key__']}'"
     images = [suffix for suffix in IMAGES if suffix in sample]
     if len(images) != 1:
@@ -223,4 +239,4 @@ def _checked(url: str, sample: Mapping[str, Any], label: str, num_classes: int |
         raise UserError(f"{where} {error}: mend it, or set data.label to where labels are") from error
     if num_classes is not None and number >= num_classes:
         raise UserError(f"{where} has the label {number}, but there are {num_classes} classes (0..{num_classes - 1})")
-    return number
+    return number, sample[images[0]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -156,7 +157,7 @@ class _HashingWriter:
 
 
 def _write_shard(root: str, name: str, part: Part, numbers: NDArray[np.int64]) -> Shard:
-    offsets = []
+    offsets, crcs = [], []
     with storage.create(storage.join(root, name)) as stream:
         hashing = _HashingWriter(stream)
         # Fixed owner, mode and time: the bytes depend on the samples alone.
@@ -165,10 +166,11 @@ def _write_shard(root: str, name: str, part: Part, numbers: NDArray[np.int64]) -
                 data = part.read(number)
                 image = sources_module.extension(data, part.names[number])
                 offsets.append(int(writer.tarstream.offset))
+                crcs.append(zlib.crc32(data))
                 cls = str(part.labels[number]).encode()
                 writer.write({"__key__": _key(number, part.names[number]), image: data, "cls": cls})
     labels = tuple(part.labels[numbers].tolist())
-    return Shard(name, len(numbers), hashing.bytes, hashing.digest.hexdigest(), tuple(offsets), labels)
+    return Shard(name, len(numbers), hashing.bytes, hashing.digest.hexdigest(), tuple(offsets), labels, tuple(crcs))
 
 
 def _key(number: int, name: str) -> str:

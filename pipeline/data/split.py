@@ -92,6 +92,8 @@ class Split:
         self._place: Numbers = np.concatenate(kept)
         self._start = _gather([shard.offsets for shard in self.shards], kept)
         self._stop = _gather([(*shard.offsets[1:], shard.bytes) for shard in self.shards], kept)
+        checked = all(shard.crc32 or not shard.samples for shard in self.shards)
+        self._crc32 = _gather([shard.crc32 for shard in self.shards], kept) if checked else None
         self._stored = sum(shard.bytes for shard in self.shards) // sum(shard.samples for shard in self.shards)
         self.window = max(1, config.shuffle_bytes // self._stored)
         self._lock = threading.Lock()
@@ -144,15 +146,18 @@ class Split:
         breaks = (np.diff(shard) != 0) | (np.diff(place) <= 0) | (start[1:] - stop[:-1] > _GAP)
         edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(numbers)]
         return [
-            self._piece(int(shard[a]), int(start[a]), int(stop[b - 1]), place[a:b], self.labels[numbers[a:b]])
+            self._piece(int(shard[a]), int(start[a]), int(stop[b - 1]), place[a:b], numbers[a:b])
             for a, b in itertools.pairwise(edges)
         ]
 
-    def _piece(self, number: int, start: int, stop: int, wanted: Numbers, labels: Numbers) -> Piece:
+    def _piece(self, number: int, start: int, stop: int, wanted: Numbers, samples: Numbers) -> Piece:
         shard = self.shards[number]
         version = self.versions.get(shard.name)
         whole = version is not None and (start, stop) == (0, shard.bytes)
-        return Piece(self.urls[number], start, stop, wanted, labels, version, shard.sha256 if whole else None)
+        return Piece(
+            self.urls[number], start, stop, wanted, self.labels[samples],
+            None if self._crc32 is None else self._crc32[samples], version, shard.sha256 if whole else None,
+        )  # fmt: skip
 
     def _entry(self, number: int) -> Entry:
         shard = self.shards[number]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import tarfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from webdataset import DataPipeline
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from pipeline.data import storage
 from pipeline.data.cache import Cache
 from pipeline.data.manifest import IMAGES, Hashing, parse_label
+from pipeline.data.tar import SampleFiles
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -36,6 +38,7 @@ class Piece:
     stop: int
     wanted: NDArray[np.int64]
     labels: NDArray[np.int64]
+    crc32: NDArray[np.int64] | None = None  # of each wanted image, where the manifest has it
     version: str | None = None  # of a remote shard, as it was when the split was opened
     sha256: str | None = None  # where the range is a whole remote shard, checked when all of it has passed
 
@@ -53,7 +56,7 @@ def read_members(ranges: list[tuple[str, int, int | None]]) -> Iterator[Members]
     """The samples in ranges (url, start, stop) of shards, undecoded. UserError where a tar is torn."""
     sources = [{"url": url, "start": start, "stop": stop} for url, start, stop in ranges]
     opened = functools.partial(_open_ranges, None)
-    return iter(DataPipeline(lambda: iter(sources), opened, tar_file_expander, group_by_keys, _whole))
+    return iter(DataPipeline(lambda: iter(sources), opened, _expand, group_by_keys))
 
 
 def read_pieces(
@@ -68,7 +71,7 @@ def read_pieces(
         {"url": p.url, "start": p.start, "stop": p.stop, "version": p.version, "sha256": p.sha256} for p in pieces
     ]
     opened, picked = functools.partial(_open_ranges, cache), functools.partial(_pick, pieces, label)
-    stages = [opened, tar_file_expander, group_by_keys, _whole, picked]
+    stages = [opened, _expand, group_by_keys, picked]
     if places is not None:
         stages.append(functools.partial(reorder, places))
     return iter(DataPipeline(lambda: iter(ranges), *stages))
@@ -91,12 +94,16 @@ def _open_ranges(cache: Cache | None, ranges: Iterable[dict[str, Any]]) -> Itera
                 raise _mismatch(url, "has another SHA-256")
 
 
-def _whole(samples: Iterable[Members]) -> Iterator[Members]:
-    """Passes samples on; a torn tar becomes a UserError that names it."""
-    try:
-        yield from samples
-    except tarfile.TarError as error:
-        raise _mismatch(str(error.args[-1]), f"is cut short or damaged ({error.args[0]})") from error
+def _expand(ranges: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The files of each range, as WebDataset's stages pass them on; {} ends one. UserError where a tar is damaged."""
+    for item in ranges:
+        url = item["url"]
+        try:
+            for file in SampleFiles(item["stream"]):
+                yield {"fname": f"{file.key}.{file.suffix}", "data": file.data, "__url__": url}
+        except tarfile.TarError as error:
+            raise _mismatch(url, f"is cut short or damaged ({error})") from error
+        yield {}
 
 
 def _pick(pieces: list[Piece], label: str, samples: Iterable[Members]) -> Iterator[Raw]:
@@ -104,7 +111,8 @@ def _pick(pieces: list[Piece], label: str, samples: Iterable[Members]) -> Iterat
     stream = iter(samples)
     for piece in pieces:
         here = int(piece.wanted[0])
-        for wanted, number in zip(piece.wanted.tolist(), piece.labels.tolist(), strict=True):
+        crcs = itertools.repeat(None, len(piece.wanted)) if piece.crc32 is None else piece.crc32.tolist()
+        for wanted, number, crc in zip(piece.wanted.tolist(), piece.labels.tolist(), crcs, strict=True):
             while True:
                 sample = next(stream, None)
                 if sample is None or sample["__url__"] != piece.url:
@@ -115,6 +123,8 @@ def _pick(pieces: list[Piece], label: str, samples: Iterable[Members]) -> Iterat
             data = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
             if data is None or _label(piece.url, sample, label) != number:
                 raise _mismatch(piece.url, f"holds another sample {wanted} ('{sample['__key__']}')")
+            if crc is not None and zlib.crc32(data) != crc:
+                raise _mismatch(piece.url, f"holds other bytes in the image of sample '{sample['__key__']}'")
             yield Raw(piece.url, sample["__key__"], data)
 
 

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -23,6 +24,7 @@ from pipeline.prune import masks as masking
 from pipeline.state import Run
 
 FORMAT = 1
+FILES = ("weights.safetensors", "optimizer.safetensors", "masks.bin", "state.json")  # the only ones that are read
 
 
 @dataclass
@@ -41,12 +43,13 @@ class Torn(UserError):
 
 def save(run: Run, folder: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into `folder` (relative to the run). The manifest makes it valid."""
-    files = {
-        "weights.safetensors": save_safetensors(_plain(checkpoint.weights)),
-        "optimizer.safetensors": save_safetensors(_plain(checkpoint.optimizer)),
-        "masks.bin": masking.pack_bits(checkpoint.masks),
-        "state.json": json.dumps(checkpoint.state, sort_keys=True).encode(),
-    }
+    contents = (
+        save_safetensors(_plain(checkpoint.weights)),
+        save_safetensors(_plain(checkpoint.optimizer)),
+        masking.pack_bits(checkpoint.masks),
+        json.dumps(checkpoint.state, sort_keys=True).encode(),
+    )
+    files = dict(zip(FILES, contents, strict=True))
     for name, data in files.items():
         run.commit_bytes(data, folder, name)
     manifest = {
@@ -66,26 +69,33 @@ def load(run: Run, folder: str) -> Checkpoint:
         manifest = json.loads(storage.read_bytes(run.path(folder, "manifest.json")))
     except FileNotFoundError as error:
         raise Torn(f"checkpoint '{where}' has no manifest.json: it was never completed") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Torn(f"checkpoint '{where}' is torn: its manifest.json is not valid JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise Torn(f"checkpoint '{where}' has a manifest of another format than {FORMAT}: it cannot be read")
-    files: dict[str, bytes] = {}
-    for name, facts in manifest["files"].items():
-        try:
-            data = storage.read_bytes(run.path(folder, name))
-        except FileNotFoundError:
-            data = b""
-        if len(data) != facts["bytes"] or hashlib.sha256(data).hexdigest() != facts["sha256"]:
-            raise Torn(f"checkpoint '{where}' is torn: {name} does not match its SHA-256 in the manifest")
-        files[name] = data
-    shapes = {name: tuple(shape) for name, shape in manifest["masked"].items()}
-    return Checkpoint(
-        weights=load_safetensors(files["weights.safetensors"]),
-        masks=masking.unpack_bits(files["masks.bin"], shapes),
-        optimizer=load_safetensors(files["optimizer.safetensors"]),
-        state=json.loads(files["state.json"]),
-    )
+    try:
+        files = {name: _whole(run, folder, name, manifest["files"][name]) for name in FILES}
+        shapes = {name: tuple(shape) for name, shape in manifest["masked"].items()}
+        state = json.loads(files["state.json"])
+        return Checkpoint(
+            weights=load_safetensors(files["weights.safetensors"]),
+            masks=masking.unpack_bits(files["masks.bin"], shapes),
+            optimizer=load_safetensors(files["optimizer.safetensors"]),
+            state=dict(state),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise Torn(f"checkpoint '{where}' is torn: what it holds is not what a run writes ({error!r})") from error
+
+
+def _whole(run: Run, folder: str, name: str, facts: dict[str, Any]) -> bytes:
+    """A file of a checkpoint. Raises Torn where it is not there or not the one of the manifest."""
+    try:
+        data = storage.read_bytes(run.path(folder, name))
+    except FileNotFoundError:
+        data = b""
+    if len(data) != facts["bytes"] or hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        raise Torn(f"checkpoint '{run.path(folder)}' is torn: {name} does not match its SHA-256 in the manifest")
+    return data
 
 
 def step_folder(phase: str, step: int) -> str:

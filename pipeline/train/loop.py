@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,7 +143,7 @@ class Training:
         step, device = self.position.step, self.world.device
         # Dropout draws from the step alone, so a resumed training draws what the undisturbed one drew.
         torch.manual_seed(seeding.derive(self.config.seed, "dropout", self.order, step, self.world.rank))
-        rate = recipe.learning_rate(self.settings, step, self.loader.steps_per_epoch)
+        rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         labels, valid = batch.labels.to(device), batch.weights.to(device)
@@ -166,6 +167,19 @@ class Training:
         self.order_here += seeding.order_digest(step, batch.indices.numpy())
         bad = (valid == 0).sum()
         self.running += torch.stack([total.detach().double(), len(valid) - bad.double(), bad.double()])
+
+    def _rate(self) -> float:
+        """The learning rate of this step. Raises Agreed where the schedule leads out of floating point."""
+        try:
+            rate = recipe.learning_rate(self.settings, self.position.step, self.loader.steps_per_epoch)
+        except OverflowError:
+            rate = math.inf
+        if not math.isfinite(rate):
+            raise Agreed(
+                f"{self.phase}: the learning rate of step {self.position.step} is not finite: lower gamma or power "
+                f"(schedule={self.settings.schedule})"
+            )
+        return rate
 
     def _tell(self) -> None:
         """Now and then say which step it is; costs no communication."""

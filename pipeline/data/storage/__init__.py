@@ -128,9 +128,10 @@ def read_bytes(url: str | Path) -> bytes:
 
 def read_json(url: str | Path) -> Any:
     """A JSON file's value. Raises FileNotFoundError, or UserError where it is not valid JSON."""
+    data = read_bytes(url)
     try:
-        return json.loads(read_bytes(url))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number of thousands of digits
         raise UserError(f"'{url}' is not valid JSON ({error}): restore it, or delete it and make it again") from error
 
 

@@ -82,7 +82,8 @@ def stat(url: str) -> Stat | None:
     def head() -> Stat:
         answer = _request("HEAD", url, {})
         answer.release_conn()
-        return Stat(int(answer.headers.get("Content-Length", -1)), _version(answer))
+        length = answer.headers.get("Content-Length", "")
+        return Stat(int(length) if length.isdecimal() else -1, _version(answer))
 
     try:
         return retry.call(url, _judge, _ERRORS, head)
@@ -110,7 +111,11 @@ def open_range(url: str, start: int, stop: int | None, version: str | None) -> B
         if known is not None and _version(answer) != known:
             answer.close()
             raise _Status(412)
-        return Body(answer, _version(answer), int(answer.headers["Content-Range"].rpartition("/")[2]))
+        size = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        if not size.isdecimal():
+            answer.close()
+            raise UserError(f"'{url}': the server does not say how large the file is (Content-Range), as it must")
+        return Body(answer, _version(answer), int(size))
 
     return cast(BinaryIO, io.BufferedReader(RangeStream(url, fetch, _judge, _ERRORS, start, stop, version), _BUFFER))
 

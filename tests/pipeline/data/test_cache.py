@@ -190,14 +190,14 @@ def test_a_stream_from_s3_is_the_stream_from_disk(pushed: str, tiny: Tiny, tmp_p
 
 
 def test_a_shard_of_the_right_size_and_other_content_is_found_out(pushed: str, tiny: Tiny) -> None:
-    """A flipped bit in an image's data leaves tar and labels whole; only the SHA-256 tells."""
+    """A flipped bit in an image's data leaves tar and labels whole; only its CRC-32 tells."""
     name = next(name for name in storage.list_files(pushed) if name.startswith("test"))
     data = bytearray(storage.read_bytes(f"{pushed}/{name}"))
     data[data.index(b"IEND") + 6] ^= 1
     storage.write_bytes(f"{pushed}/{name}", bytes(data))
     config = tiny(**{"data.source": "shards", "data.root": pushed}).data
     split = loader.open_split(config, pushed, shards.load_manifest(pushed), "test")
-    with pytest.raises(UserError, match=rf"{name}' has another SHA-256"):
+    with pytest.raises(UserError, match=rf"{name}' holds other bytes in the image"):
         list(loader.EvalLoader(split, config).batches(0, 1))
 
 
