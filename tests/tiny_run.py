@@ -18,6 +18,12 @@ TINY: dict[str, Any] = {
     "target": {"compression": 6},
     "tracking": {"enabled": False},
 }
+NO_SCAN = "prune.allocation=uniform"  # saves the seconds that Tune takes to start
+# One round of heavy steps: workers whose driver was killed go on for two seconds or so, and must not finish it.
+LONG_ROUND = [
+    NO_SCAN, "data.resize=56", "data.size=56", "model.kwargs.inputs=3136", "prune.rounds=1",
+    "prune.dense_control=false", "retrain.epochs=60", "retrain.checkpoint_steps=50",
+]  # fmt: skip
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -16,14 +16,9 @@ import torch
 from head import DASHBOARD, Head
 from safetensors.torch import load_file
 from support import ROOT, alone_on_the_network, environment, hearing_ctrl_c, program
+from tiny_run import LONG_ROUND, NO_SCAN
 
 pytestmark = pytest.mark.ray
-NO_SCAN = "prune.allocation=uniform"  # saves the seconds that Tune takes to start
-# One round of heavy steps: workers whose driver was killed go on for two seconds or so, and must not finish it.
-LONG_ROUND = [
-    NO_SCAN, "data.resize=56", "data.size=56", "model.kwargs.inputs=3136", "prune.rounds=1",
-    "prune.dense_control=false", "retrain.epochs=60", "retrain.checkpoint_steps=50",
-]  # fmt: skip
 
 
 def result(runs: Path, name: str) -> dict[str, Any]:
@@ -73,64 +68,6 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str], seconds
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"nothing like {pattern} came"
         time.sleep(0.02)
-
-
-def test_a_driver_killed_in_a_round_goes_on_and_ends_with_the_same_bits(tiny_yaml: Path) -> None:
-    runs = tiny_yaml.parent / "runs"
-    undisturbed = program("pipeline", "run", str(tiny_yaml), "name=undisturbed", *LONG_ROUND, ray=False)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(tiny_yaml), "name=killed"]
-    process = subprocess.Popen(
-        [*command, *LONG_ROUND], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        wait_for("rounds/01/steps/*/manifest.json", runs / "killed", process)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
-    assert not (runs / "killed/rounds/01/metrics.json").exists()
-    again = program("cluster", "run", str(tiny_yaml), "name=killed", *LONG_ROUND)
-    assert again.returncode == 0, again.stderr + again.stdout
-    assert "rounds/01: resumed at step" in again.stdout
-    assert same_weights(runs, "undisturbed", "killed")
-    assert result(runs, "killed")["test"] == result(runs, "undisturbed")["test"]
-
-
-def test_a_scan_goes_on_when_a_trial_is_lost(tiny_yaml: Path) -> None:
-    runs = tiny_yaml.parent / "runs"
-    racing = ["dense.epochs=1", "scan.mode=adaptive", "scan.levels=[0.5,0.2,0.02]", "scan.interval=0.1"]
-    command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "scan", str(tiny_yaml), "name=lost", *racing]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        kill_a_trial(process)
-        output, errors = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors + output
-    alone = program("cluster", "scan", str(tiny_yaml), "name=alone", *racing)
-    assert alone.returncode == 0, alone.stderr + alone.stdout
-    scans = [json.loads((runs / name / "scan/scan.json").read_text()) for name in ("lost", "alone")]
-    assert scans[0] == scans[1]
-
-
-def kill_a_trial(driver: subprocess.Popen[str], seconds: float = 240) -> None:
-    """SIGKILL a process of the driver's own cluster that measures a tensor."""
-    deadline = time.monotonic() + seconds
-    while True:
-        assert driver.poll() is None, driver.communicate()
-        assert time.monotonic() < deadline, "no trial came"
-        listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
-        rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
-        ours, count = {driver.pid}, 0
-        while count != (count := len(ours)):
-            ours |= {int(pid) for pid, parent, *_ in rows if int(parent) in ours}
-        trials = [int(pid) for pid, _, *command in rows if int(pid) in ours and "ScanTrial" in "".join(command)]
-        if trials:
-            os.kill(trials[0], signal.SIGKILL)
-            return
-        time.sleep(0.05)
 
 
 def test_ctrl_c_under_ray_keeps_the_state_and_prints_the_command_that_goes_on(tiny_yaml: Path) -> None:

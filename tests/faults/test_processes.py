@@ -107,11 +107,10 @@ STAGES: dict[str, tuple[bool, Callable[[Path], object]]] = {
     "shards": (False, lambda run: any((run / "shards").glob("*")) and not (run / "shards/manifest.json").exists()),
     "dense training": (False, lambda run: newest_step(run / "dense/steps")),
     "the scan": (False, trial_measured),
-    "a round": (True, lambda run: newest_step(run / "rounds/01/steps")),
     "the dense control": (True, lambda run: newest_step(run / "rounds/control-01/steps")),
     "the end": (True, lambda run: (run / "rounds/finished.json").exists()),
 }
-PHASES = {"dense training": "dense", "a round": "rounds/01", "the dense control": "rounds/control-01"}
+PHASES = {"dense training": "dense", "the dense control": "rounds/control-01"}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from faults.runs import Line
 from safetensors.torch import load, load_file
 from support import (
     FETCH,
@@ -83,6 +84,7 @@ def test_a_run_without_ray_goes_on_after_sigkill_with_the_same_bits(
     reference: dict[str, torch.Tensor],
     tmp_path: Path,
     secateur: Callable[..., str],
+    line: Line,
 ) -> None:
     assert "10 shards uploaded, 0 were there" in secateur("shards", "push", str(stored), f"{s3}/shards")
     run = f"{s3}/runs/tiny"
@@ -100,6 +102,7 @@ def test_a_run_without_ray_goes_on_after_sigkill_with_the_same_bits(
     assert "weights are those of the run's dense network" in secateur("plan", f"{run}/config.yaml")
     with pytest.raises(UserError, match=r"tracking\.uri is not set"):
         tracking.sync(run, pipeline_commands.config_of(run))
+    line("SIGKILL of a run on S3, without Ray", "identical")
 
 
 class Inside:
@@ -134,7 +137,7 @@ def inside() -> Iterator[Inside]:
 @pytest.mark.ray
 @pytest.mark.faults
 def test_a_run_under_ray_goes_on_after_sigkill_with_the_same_bits(
-    inside: Inside, tiny_yaml: Path, stored: Path, reference: dict[str, torch.Tensor], tmp_path: Path
+    inside: Inside, tiny_yaml: Path, stored: Path, reference: dict[str, torch.Tensor], tmp_path: Path, line: Line
 ) -> None:
     prepared = inside.run("-c", PREPARE, str(stored))
     assert prepared.returncode == 0, prepared.stderr
@@ -156,3 +159,4 @@ def test_a_run_under_ray_goes_on_after_sigkill_with_the_same_bits(
     assert inside.run("-c", FETCH, run, str(tmp_path), *names).returncode == 0
     assert same(load_file(tmp_path / "final-model.safetensors"), reference)
     assert json.loads((tmp_path / "lease.json").read_text())["fence"] == 2
+    line("SIGKILL of the driver of a run on S3", "identical")
