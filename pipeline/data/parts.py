@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data import storage
+from pipeline.data import storage, tar
 from pipeline.errors import UserError
 
 IMAGE_ENDINGS = (".jpeg", ".jpg", ".png")
@@ -73,7 +73,7 @@ def tar_files(
         with storage.local_path(url).open("rb") as stream:
             stream.seek(start)
             # tarfile counts offsets from the start of the stream, not from where it was given.
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
+            with tarfile.open(fileobj=stream, mode="r:", tarinfo=tar.Header) as archive:
                 for member in archive:
                     if stop is not None and member.offset_data + member.size > stop:
                         raise UserError(f"'{title}' is cut short or damaged at byte {member.offset - start}")
