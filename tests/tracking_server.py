@@ -49,6 +49,7 @@ class TrackingServer:
                 command, stdout=log, stderr=log, start_new_session=True, cwd=self.home,
                 env=environment(
                     MLFLOW_AUTH_CONFIG_PATH=str(self.home / "auth.ini"), MLFLOW_DISABLE_TELEMETRY="true",
+                    MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",  # six processes that nobody asks for anything
                     MLFLOW_AUTH_ADMIN_PASSWORD=self.password, MLFLOW_FLASK_SERVER_SECRET_KEY=secrets.token_hex(16),
                 ),
             )  # fmt: skip
