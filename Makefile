@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED = 1
 help:
 	@echo "make demo    prune a real network on real digits, through every stage (about 2 minutes)"
 	@echo "make test    all tests"
-	@echo "make faults  longer faults: S3 that is away, runs killed on it"
+	@echo "make faults  every fault that a run should survive, made; ends with a table (under an hour)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks, each prints a table"
 	@echo "make install only the environment in $(VENV)"
@@ -31,7 +31,7 @@ test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 faults: install
-	$(BIN)/python -m pytest -q -m "" tests/faults
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "" tests/faults
 
 lint: install
 	$(BIN)/ruff check .
