@@ -16,6 +16,8 @@ from pipeline.errors import UserError
 MOST_BYTES = 2**20
 MOST_VALUES = 20_000  # aliases written out
 MOST_DEPTH = 30
+# OmegaConf's: the one in Python takes no '?' within brackets, which a URL may have.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # What YAML's reader and OmegaConf are known to raise on a text that is no config, beside errors of their own: a date or
 # a number of a tag that does not fit it, an index that is none, brackets without end.
 _MISTAKES = (
@@ -32,7 +34,7 @@ def read_tree(path: str | Path, overrides: list[str]) -> Any:
     """
     text = _text(path)
     try:
-        _require_small(yaml.compose(text, Loader=yaml.SafeLoader))
+        _require_small(yaml.compose(text, Loader=_LOADER))
         tree: Any = OmegaConf.create(text)
     except _MISTAKES as error:
         raise UserError(f"config '{path}' is not valid YAML: {_one_line(error)}") from error
@@ -53,7 +55,7 @@ def _merged(tree: DictConfig, override: str) -> Any:
     try:
         if key.count(".") > MOST_DEPTH:
             raise ValueError(f"more than {MOST_DEPTH} levels of settings")
-        _require_small(yaml.compose(value, Loader=yaml.SafeLoader))
+        _require_small(yaml.compose(value, Loader=_LOADER))
         return OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
     except _MISTAKES as error:
         raise UserError(f"override '{override[:200]}' cannot be read: {_one_line(error)}") from error

@@ -95,6 +95,9 @@ def test_a_job_is_sent_no_secret(tiny_yaml: Path, monkeypatch: pytest.MonkeyPatc
         def __init__(self, *args: Any, **more: Any) -> None:
             sent.extend([args, more])
 
+        def list_jobs(self) -> list[Any]:
+            return []
+
         def __getattr__(self, name: str) -> Callable[..., str]:
             return lambda *args, **more: sent.extend([name, args, more]) or "job"
 
