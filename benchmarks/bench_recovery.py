@@ -61,7 +61,7 @@ def main() -> None:
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     lost: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder, network(Path(folder)) as where:
-        made = where.run(sys.executable, "-c", BUCKET)
+        made = where.run(sys.executable, "-c", BUCKET, SECATEUR_STORAGE_BACKOFF_S="2")  # its server starts
         assert made.returncode == 0, made.stderr
         head, other = where.cluster(2, cpus=2)
         config = Path(folder) / "demo.yaml"
