@@ -243,7 +243,12 @@ def _typed() -> str:
     return main_module(["secateur", *(shlex.quote(part) for part in sys.argv[1:])])
 
 
-def main() -> None:
+def command_line() -> None:
     """Run the command line: 0 when done, 2 for a mistake that the user can mend, 130 for Ctrl-C."""
     with one_message(resume=_typed()):
         app()
+
+
+def main() -> None:
+    """The program `secateur`."""
+    commands.leave(command_line)

@@ -60,11 +60,11 @@ def reproduce(
             engine.follow()
 
 
-def main() -> None:
+def command_line() -> None:
     """Run the command line."""
     with one_message(resume=main_module(["python -m pipeline", *sys.argv[1:]])):
         app()
 
 
 if __name__ == "__main__":
-    main()
+    commands.leave(command_line)

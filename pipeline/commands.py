@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline import config as settings
 from pipeline import lease, plan, stages
@@ -15,7 +18,7 @@ from pipeline.data import storage
 from pipeline.distributed import configure_process
 from pipeline.engine import Engine
 from pipeline.errors import UserError
-from pipeline.results import final, tracking
+from pipeline.results import final, mirror, tracking
 from pipeline.results.tracking import Synced
 from pipeline.state import Run, run_root
 
@@ -37,6 +40,24 @@ def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
     )
     model = config.model.model_copy(update={"checkpoint": absolute(config.model.checkpoint)})
     return config.model_copy(update={"runs_dir": absolute(config.runs_dir), "data": data, "model": model})
+
+
+def leave(command_line: Callable[[], None]) -> NoReturn:
+    """Run a command line and end the process with its exit code.
+
+    A thread that still waits for MLflow would abort the interpreter's own end (it is within C++ then), so the process
+    leaves without it.
+    """
+    code: Any = 0
+    try:
+        command_line()
+    except SystemExit as error:
+        code = error.code or 0
+    if any(thread.name == mirror.THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    raise SystemExit(code)
 
 
 def run(config: Config, engine: Engine) -> dict[str, Any]:

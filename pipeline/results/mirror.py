@@ -24,6 +24,9 @@ def patience_s() -> float:
     return float(os.environ.get("SECATEUR_MLFLOW_PATIENCE_S", "60"))
 
 
+THREAD = "mlflow-mirror"
+
+
 class Mirror:
     """Calls `tracking.sync` when a file of the run has changed.
 
@@ -47,7 +50,7 @@ class Mirror:
         self._problem = ""
         self._told = False  # that problem, through `on_problem`
         self._latest: Synced | None = None
-        self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
         self._thread.start()
 
     @property

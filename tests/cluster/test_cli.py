@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from support import ROOT, alone_on_the_network, environment, hearing_ctrl_c, program
 
-from cluster.cli import main as cluster_main
-from pipeline.__main__ import main as pipeline_main
+from cluster.cli import command_line as cluster_main
+from pipeline.__main__ import command_line as pipeline_main
 
 
 @pytest.mark.parametrize("module", ["cluster", "pipeline"])

@@ -14,7 +14,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from pipeline import reproduce
-from pipeline.__main__ import main
+from pipeline.__main__ import command_line as main
 from pipeline.errors import UserError
 from pipeline.train.loop import Training
 

@@ -13,8 +13,8 @@ import pytest
 from support import free_port
 from tracking_server import TrackingServer
 
-from cluster.cli import main as cluster_main
-from pipeline.__main__ import main as pipeline_main
+from cluster.cli import command_line as cluster_main
+from pipeline.__main__ import command_line as pipeline_main
 from pipeline.console import one_message
 from pipeline.data.storage import s3 as boto
 
