@@ -1,9 +1,9 @@
 """How long a run stands still when a worker process, or a whole node, is lost: prints one table.
 
 Two nodes on this machine (each in a network and process space of its own, see tests/faults/nodes.py), state on a
-stand-in for S3, two workers. A worker process is killed, and Ray starts the group again; a node with one or both of them
-is killed, the run goes on with the node that is left, and a new one joins. The time is that from the SIGKILL to the line
-in the job's log that says at which step the run resumed.
+stand-in for S3, two workers. A worker process is killed, and Ray starts the group again; a node with one or both of
+them is killed, the run goes on with the node that is left, and a new one joins. The time is that from the SIGKILL to
+the line in the job's log that says at which step the run resumed.
 
 Usage: python benchmarks/bench_recovery.py [REPEATS]
 """
@@ -39,19 +39,20 @@ def workers(nodes: list[Node]) -> list[list[int]]:
 
 
 def measure(where: Network, job: Submitted, head: Node, other: Node, repeats: int) -> dict[str, list[float]]:
-    """Seconds from each SIGKILL to the resumption: of a worker process, and of the node beside the head with its workers.
+    """Seconds from each SIGKILL to the resumption: of a worker process, and of the other node with its workers.
 
     Where Ray has put both workers on the head, only processes are killed until it spreads them again.
     """
     lost: dict[str, list[float]] = {"worker process": [], "node": []}
+    nodes = [head, other]
     while any(len(seconds) < repeats for seconds in lost.values()):
-        where.wait(lambda: where.alive(head) == 2 and sum(map(len, workers([head, other]))) == 2, head, other)
+        where.wait(lambda: where.alive(head) == 2 and sum(map(len, workers(nodes))) == 2, *nodes)
         seen = job.output.count(RESUMED)
-        on_head, on_other = workers([head, other])
-        if on_other and len(lost["node"]) < repeats and len(lost["node"]) < len(lost["worker process"]):
-            other.kill()
+        on_head, on_other = workers(nodes)
+        if on_other and len(lost["node"]) < min(repeats, len(lost["worker process"])):
+            nodes[1].kill()
             lost["node"].append(job.wait_for(RESUMED, seen + 1))
-            other = where.start(2, head)
+            nodes[1] = where.start(2, head)
         else:
             os.kill((on_head + on_other)[0], signal.SIGKILL)
             lost["worker process"].append(job.wait_for(RESUMED, seen + 1))
