@@ -25,7 +25,7 @@ from pipeline.train.evaluate import forward
 
 KEPT_CHECKPOINTS = 2
 TELL_EVERY_S = 5.0  # how often a step within an epoch is told; an epoch of ImageNet takes an hour
-LOOK_EVERY = 10  # steps between questions whether to leave; each waits for all ranks
+LOOK_EVERY, LOOK_EVERY_S = 10, 2.0  # steps and seconds, at the least, between questions whether to leave
 MASK64 = 2**64 - 1
 
 
@@ -84,6 +84,7 @@ class Training:
         self.running = torch.zeros(3, dtype=torch.float64, device=session.world.device)
         self.order_here = 0
         self.told = time.monotonic()
+        self.looked, self.look_at = (0, self.told), 0  # the last question, and the step of the next
 
     def fit(self) -> Position:
         """Train from the last whole step checkpoint, or from the start, to the end.
@@ -91,6 +92,8 @@ class Training:
         Raises Leaving on every rank, with a step checkpoint saved, when the session says so.
         """
         self._resume()
+        self.looked = self.position.step, time.monotonic()
+        self.look_at = (self.position.step // LOOK_EVERY + 1) * LOOK_EVERY
         wrapped: nn.Module | None = None
         entered: int | None = None
         self.model.train()
@@ -106,7 +109,7 @@ class Training:
                 self._update(wrapped, batch)
                 self.position.step += 1
                 last = self.position.step in (self.total, (epoch + 1) * self.loader.steps_per_epoch)
-                leaving = self.position.step % LOOK_EVERY == 0 and self.session.leaving()
+                leaving = self.position.step == self.look_at and self._leaving()
                 save = leaving or self.position.step % self.settings.checkpoint_steps == 0
                 if last or save:
                     self._collect()
@@ -180,6 +183,18 @@ class Training:
                 f"(schedule={self.settings.schedule})"
             )
         return rate
+
+    def _leaving(self) -> bool:
+        """Whether the ranks are to leave. The question waits for all of them, so the next one is seconds away.
+
+        The step of the next one follows from the ranks' mean pace, so it is the same on every rank.
+        """
+        (step, then), now = self.looked, time.monotonic()
+        seconds = torch.tensor([now - then], dtype=torch.float64, device=self.world.device)
+        pace = float(self.world.sum(seconds)) / self.world.size / (self.position.step - step)
+        self.looked = self.position.step, now
+        self.look_at += max(1, int(LOOK_EVERY_S / max(pace, 1e-6) / LOOK_EVERY)) * LOOK_EVERY
+        return self.session.leaving()
 
     def _tell(self) -> None:
         """Now and then say which step it is; costs no communication."""

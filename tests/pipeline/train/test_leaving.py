@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.errors import Leaving
 from pipeline.session import Session
-from pipeline.train import checkpoint
+from pipeline.train import checkpoint, loop
 from pipeline.train.loop import LOOK_EVERY, Training
 
 
@@ -21,7 +21,10 @@ def trained(session: Session, phase: str) -> nn.Module:
     return model
 
 
-def test_a_training_that_is_told_to_leave_goes_on_where_it_was(small_session: Session) -> None:
+def test_a_training_that_is_told_to_leave_goes_on_where_it_was(
+    small_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOOK_EVERY_S", 0.0)
     undisturbed = trained(small_session, "stays")
     answers = iter([False, True])
     told = dataclasses.replace(small_session, leaving=lambda: next(answers))
@@ -33,3 +36,13 @@ def test_a_training_that_is_told_to_leave_goes_on_where_it_was(small_session: Se
     model = trained(small_session, "leaves")
     for name, tensor in undisturbed.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_the_question_whether_to_leave_is_asked_seconds_apart(
+    small_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for all ranks, so at every tenth step it would slow quick ones down."""
+    monkeypatch.setattr(loop, "LOOK_EVERY_S", 3600.0)
+    asked: list[None] = []
+    trained(dataclasses.replace(small_session, leaving=lambda: bool(asked.append(None))), "asked")
+    assert len(asked) == 1
