@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data import storage
+from pipeline.environment import number
 from pipeline.errors import UserError
 from pipeline.results import tracking
 from pipeline.results.contents import mirrored_files
@@ -19,12 +19,12 @@ _LONGEST_WAIT = 60.0  # seconds between tries while the server is away
 _POLL, _POLL_REMOTE = 2.0, 15.0  # seconds between looks at a run on disk, and at one on S3, where each is paid for
 
 
+THREAD = "mlflow-mirror"
+
+
 def patience_s() -> float:
     """How many seconds the end of a run waits for a tracking server."""
-    return float(os.environ.get("SECATEUR_MLFLOW_PATIENCE_S", "60"))
-
-
-THREAD = "mlflow-mirror"
+    return number("SECATEUR_MLFLOW_PATIENCE_S", 60)
 
 
 class Mirror:

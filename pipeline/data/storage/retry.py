@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 import warnings
@@ -10,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+from pipeline.environment import number
 from pipeline.errors import UserError
 
 R = TypeVar("R")
@@ -21,17 +21,17 @@ counts: Counter[str] = Counter()
 
 def tries() -> int:
     """Failures in a row that one operation survives: with the waits below about a minute."""
-    return int(os.environ.get("SECATEUR_STORAGE_RETRIES", "12"))
+    return int(number("SECATEUR_STORAGE_RETRIES", 12))
 
 
 def timeout_s() -> float:
     """Seconds of silence after which a socket counts as stalled."""
-    return float(os.environ.get("SECATEUR_STORAGE_TIMEOUT_S", "15"))
+    return number("SECATEUR_STORAGE_TIMEOUT_S", 15)
 
 
 def first_wait_s() -> float:
     """The longest wait after the first failure; it doubles up to LONGEST_WAIT_S."""
-    return float(os.environ.get("SECATEUR_STORAGE_BACKOFF_S", "0.5"))
+    return number("SECATEUR_STORAGE_BACKOFF_S", 0.5)
 
 
 class Passing(NamedTuple):
