@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.errors import UserError
+from pipeline.names import hint
 
 # What a job does not need from the working directory: runs, and what tools leave behind.
 EXCLUDES = [
@@ -51,9 +51,7 @@ def _read(file: str) -> dict[str, Any]:
         if key == "working_dir":
             raise UserError(f"--runtime-env={file}: working_dir is the current folder: start the command elsewhere")
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"--runtime-env={file}: unknown key '{key}'; {hint}")
+            raise UserError(f"--runtime-env={file}: unknown key '{key}'; {hint(str(key), known, most=20)}")
     try:
         RuntimeEnv(**{key: value for key, value in given.items() if key != "excludes"})
     except (TypeError, ValueError) as error:
