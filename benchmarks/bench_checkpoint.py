@@ -39,15 +39,21 @@ EVERY, REPEATS = 500, 5
 
 
 def main() -> None:
-    place = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="secateur-bench-")
+    with tempfile.TemporaryDirectory() as folder:
+        place = sys.argv[1] if len(sys.argv) > 1 else folder
+        Console(width=120).print(measured(storage.join(place, "run")))
+
+
+def measured(root: str) -> Table:
+    """The table; what is written below `root` is removed again."""
     table = Table("network", "MB", "seconds a checkpoint", "seconds a step", f"share at every {EVERY} steps")
-    run = Run(storage.join(place, "run"), 1)
+    run = Run(root, 1)
     storage.write_json(run.path("lease.json"), {"fence": 1, "pid": 0, "host": "bench"})
     world = World(0, 1, choose_device(settings.parse({"name": "bench"})))
     for factory, image, batch in NETWORKS:
         table.add_row(*measure(run, world, factory, image, batch))
     storage.remove_tree(run.root)
-    Console(width=120).print(table)
+    return table
 
 
 def measure(run: Run, world: World, factory: str, image: tuple[int, int, int], batch: int) -> list[str]:
@@ -57,10 +63,8 @@ def measure(run: Run, world: World, factory: str, image: tuple[int, int, int], b
     model = models.build(config.model, classes, 0).to(world.device)
     prunable, _ = models.survey(model, ["*"], [])
     optimizer = recipe.make_optimizer(config.dense, list(model.parameters()))
-    images, labels = (
-        torch.randn(batch, *image, device=world.device),
-        torch.randint(0, classes, (batch,)).to(world.device),
-    )
+    images = torch.randn(batch, *image, device=world.device)
+    labels = torch.randint(0, classes, (batch,), device=world.device)
     step = timed(lambda: update(model, optimizer, images, labels))
     parameters = dict(model.named_parameters())
     masks = {tensor.name: torch.rand_like(parameters[tensor.name]) < 0.1 for tensor in prunable}

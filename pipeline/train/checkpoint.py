@@ -43,13 +43,12 @@ class Torn(UserError):
 
 def save(run: Run, folder: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into `folder` (relative to the run). The manifest makes it valid."""
-    contents = (
-        save_safetensors(_plain(checkpoint.weights)),
-        save_safetensors(_plain(checkpoint.optimizer)),
-        masking.pack_bits(checkpoint.masks),
-        json.dumps(checkpoint.state, sort_keys=True).encode(),
-    )
-    files = dict(zip(FILES, contents, strict=True))
+    files = {
+        "weights.safetensors": save_safetensors(_plain(checkpoint.weights)),
+        "optimizer.safetensors": save_safetensors(_plain(checkpoint.optimizer)),
+        "masks.bin": masking.pack_bits(checkpoint.masks),
+        "state.json": json.dumps(checkpoint.state, sort_keys=True).encode(),
+    }
     for name, data in files.items():
         run.commit_bytes(data, folder, name)
     manifest = {
