@@ -21,11 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from faults.nodes import Network, Node, Submitted, network, possible  # noqa: E402
+from support import MAKE_BUCKET  # noqa: E402
 
-BUCKET = (
-    "from pipeline.data.storage import retry, s3\n"
-    "retry.call('s3://store', s3.judge, s3.ERRORS, lambda: s3.client().create_bucket(Bucket='store'))\n"
-)
 OVERRIDES = [
     "prune.allocation=uniform", "dense.epochs=2", "retrain.epochs=1000000", "retrain.checkpoint_steps=100",
     "tracking.enabled=false", "cluster.workers=2", "cluster.placement=spread", "cluster.max_failures=1000",
@@ -68,7 +65,7 @@ def main() -> None:
         raise SystemExit("this system gives no networks and process spaces of its own (root, ip, unshare, nsenter)")
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory() as folder, network(Path(folder)) as where:
-        made = where.run(sys.executable, "-c", BUCKET, SECATEUR_STORAGE_BACKOFF_S="2")  # its server starts
+        made = where.run(sys.executable, "-c", MAKE_BUCKET, SECATEUR_STORAGE_BACKOFF_S="2")  # its server starts
         assert made.returncode == 0, made.stderr
         head, other = where.cluster(2, cpus=2)
         config = Path(folder) / "demo.yaml"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, alone_on_the_network, environment
+from support import ROOT, alone_on_the_network, environment, processes_in
 
 DASHBOARD = "http://127.0.0.1:8265"
 
@@ -45,13 +44,7 @@ class Head:
 
     def processes(self, words: str) -> list[int]:
         """Processes in the head's network whose command holds `words`."""
-        network, found = os.readlink(f"/proc/{self.process.pid}/ns/net"), []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and os.readlink(entry / "ns/net") == network:
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    found += [int(entry.name)] if words in command else []
-        return found
+        return processes_in("net", self.process.pid, words)
 
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGTERM)

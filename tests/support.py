@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -58,12 +59,13 @@ WATCH = (
     "def ready(): return any(storage.exists(f'{steps}/{n}/manifest.json') for n in storage.list_folders(steps))\n"
     "while not ready(): time.sleep(0.05)\n"
 )
-# Makes a bucket as soon as the server answers, and pushes shards into it.
-PREPARE = (
-    "import sys; from pipeline.data import push; from pipeline.data.storage import retry, s3\n"
+# Makes a bucket as soon as the server answers.
+MAKE_BUCKET = (
+    "from pipeline.data.storage import retry, s3\n"
     "retry.call('s3://store', s3.judge, s3.ERRORS, lambda: s3.client().create_bucket(Bucket='store'))\n"
-    "push.push(sys.argv[1], 's3://store/shards')\n"
 )
+# And pushes shards into it.
+PREPARE = f"{MAKE_BUCKET}import sys; from pipeline.data import push\npush.push(sys.argv[1], 's3://store/shards')\n"
 FETCH = (
     "import sys; from pathlib import Path; from pipeline.data import storage\n"
     "for name in sys.argv[3:]: Path(sys.argv[2], name.replace('/', '-')).write_bytes(\n"
@@ -85,6 +87,17 @@ def start_moto(port: int, prefix: list[str] | None = None, host: str = "127.0.0.
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=environment(MOTO_S3_DEFAULT_MAX_KEYS="10"),
     )  # fmt: skip
+
+
+def processes_in(kind: str, of: int, words: str) -> list[int]:
+    """Processes whose command holds `words`, in that namespace (net, pid) in which process `of` is."""
+    space, found = os.readlink(f"/proc/{of}/ns/{kind}"), []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and os.readlink(entry / "ns" / kind) == space:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found += [int(entry.name)] if words in command else []
+    return found
 
 
 def hearing_ctrl_c(command: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from support import S3_ENVIRONMENT, environment, hearing_ctrl_c, start_moto
+from support import S3_ENVIRONMENT, environment, hearing_ctrl_c, processes_in, start_moto
 
 _HUB, _S3_PORT = 1, 5555
 # Own /dev/shm and temporary folder, a name that stands for its address (or gloo would tell others that it is at
@@ -86,14 +86,7 @@ class Node:
 
     def processes(self, words: str) -> list[int]:
         """Processes of the node whose command holds `words`, by their numbers outside."""
-        space = os.readlink(f"/proc/{self.first_process()}/ns/pid")
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and os.readlink(entry / "ns/pid") == space:
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    found += [int(entry.name)] if words in command else []
-        return found
+        return processes_in("pid", self.first_process(), words)
 
     def kill(self) -> None:
         """SIGKILL every process of the node at once: what the kernel does when the first one dies."""
