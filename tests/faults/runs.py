@@ -29,56 +29,63 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-class RayRun:
-    """`secateur run`, started at once; its output goes to a file. Ray is its own, unless `prefix` leads to another."""
+class Started:
+    """A command, started at once; its output goes to a file."""
 
-    def __init__(
-        self, config: Path, runs: Path, *overrides: str, prefix: list[str] | None = None, **extra: str
-    ) -> None:
-        self.folder = runs / "tiny"
-        self.log = config.parent / f"log-{time.monotonic_ns()}.txt"
-        self.ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # sockets lie below; their paths must be short
-        prefix = alone_on_the_network() if prefix is None else prefix
-        command = [*prefix, sys.executable, "-m", "cluster", "run", str(config), f"runs_dir={runs}"]
-        self.started = time.monotonic()
-        with self.log.open("w") as stream:
-            self.driver = subprocess.Popen(
-                [*command, *SETTINGS, *overrides], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT,
-                env=environment(RAY_TMPDIR=self.ray_folder, **extra),
-            )  # fmt: skip
+    def __init__(self, log: Path, command: list[str], cwd: Path = ROOT, **extra: str) -> None:
+        self.log, self.started = log, time.monotonic()
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                command, cwd=cwd, stdout=stream, stderr=subprocess.STDOUT, env=environment(**extra)
+            )
 
     @property
     def output(self) -> str:
         """What it has printed so far."""
         return self.log.read_text()
 
-    def wait(self, ready: Callable[[], Any], seconds: float = 240) -> Any:
-        """Poll until `ready` gives something true, and return it; the driver must live."""
+    def wait(self, ready: Callable[[], Any], seconds: float = 240, poll: float = 0.001) -> Any:
+        """Poll until `ready` gives something true, and return it; the process must live."""
         deadline = time.monotonic() + seconds
         while not (found := ready()):
-            assert self.driver.poll() is None, self.output
+            assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output
-            time.sleep(0.001)
+            time.sleep(poll)
         return found
 
     def finish(self, code: int = 0, seconds: float = 300) -> float:
         """Wait for its end, check its exit code, and return the seconds that it took."""
         try:
-            found = self.driver.wait(seconds)
+            found = self.process.wait(seconds)
         finally:
-            self.close()
+            self.kill()
         assert found == code, self.output
         return time.monotonic() - self.started
 
-    def kill_driver(self) -> None:
-        """SIGKILL the driver alone; Ray's own processes end when they notice."""
-        self.driver.kill()
-        self.close()
+    def kill(self) -> None:
+        """SIGKILL it, if it lives."""
+        self.process.kill()
+        self.process.wait(60)
 
-    def close(self) -> None:
-        """End the driver, if it lives, and remove Ray's folder."""
-        self.driver.kill()
-        self.driver.wait(60)
+
+class RayRun(Started):
+    """`secateur run` under Ray; killed, it is the driver alone that dies, and Ray's own processes end on noticing.
+
+    Ray is its own, in a network of its own, unless `prefix` leads to another.
+    """
+
+    def __init__(
+        self, config: Path, runs: Path, *overrides: str, prefix: list[str] | None = None, **extra: str
+    ) -> None:
+        self.folder = runs / "tiny"
+        self.ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # sockets lie below; their paths must be short
+        prefix = alone_on_the_network() if prefix is None else prefix
+        command = [*prefix, sys.executable, "-m", "cluster", "run", str(config), f"runs_dir={runs}"]
+        log = config.parent / f"log-{time.monotonic_ns()}.txt"
+        super().__init__(log, [*command, *SETTINGS, *overrides], RAY_TMPDIR=self.ray_folder, **extra)
+
+    def kill(self) -> None:
+        super().kill()
         shutil.rmtree(self.ray_folder, ignore_errors=True)
 
     def worker(self, rank: int, stage: str = "rounds") -> int:
@@ -130,6 +137,13 @@ def resumed_at(output: str, phase: str = "rounds/01") -> int:
     """The step at which the last resumption of a phase began; 0 where it began anew."""
     lines = [line for line in output.splitlines() if f"{phase}: resumed at step" in line]
     return int(lines[-1].split("resumed at step ")[1].split()[0]) if lines else 0
+
+
+def copy_before_rounds(run: Path, runs: Path) -> Path:
+    """A folder of runs in which `run` has everything but its rounds and what came after them."""
+    later = shutil.ignore_patterns("rounds", "final", "result.json", "report.html", "test_looks.jsonl")
+    shutil.copytree(run, runs / "tiny", ignore=later)
+    return runs
 
 
 def same_weights(one: Path, two: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from faults.ray_nodes import Nodes
-from faults.runs import RayRun, newest_step
+from faults.runs import RayRun, copy_before_rounds, newest_step
 from tiny_run import TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(400)]
@@ -32,11 +31,6 @@ class Undisturbed:
     config: Path
     run: Path
     seconds: float  # of its rounds
-
-    def copy(self, to: Path) -> Path:
-        """A folder of runs in which this run has everything but its rounds."""
-        shutil.copytree(self.run, to / "tiny", ignore=shutil.ignore_patterns("rounds", "final", "result.json"))
-        return to
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +99,7 @@ def repeated(run: RayRun, resumed: int, reached: int) -> int:
 def test_a_node_removed(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, line: Callable[..., None]) -> None:
     nodes.add()
     second = nodes.add()
-    run = nodes.run(undisturbed.config, undisturbed.copy(tmp_path), *SETTINGS)
+    run = nodes.run(undisturbed.config, copy_before_rounds(undisturbed.run, tmp_path), *SETTINGS)
     reached = started(run)
     nodes.remove(second)
     run.finish()
@@ -120,7 +114,7 @@ def test_a_node_drained(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, 
     """A notice that a node will be taken away: its worker moves to a third node before."""
     nodes.add()
     second = nodes.add()
-    run = nodes.run(undisturbed.config, undisturbed.copy(tmp_path), *SETTINGS, "cluster.workers=2")
+    run = nodes.run(undisturbed.config, copy_before_rounds(undisturbed.run, tmp_path), *SETTINGS, "cluster.workers=2")
     reached = started(run)
     nodes.add()
     nodes.drain(second, 120)
@@ -136,7 +130,7 @@ def test_a_node_drained(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, 
 
 def test_a_node_added(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, line: Callable[..., None]) -> None:
     nodes.add()
-    run = nodes.run(undisturbed.config, undisturbed.copy(tmp_path), *SETTINGS)
+    run = nodes.run(undisturbed.config, copy_before_rounds(undisturbed.run, tmp_path), *SETTINGS)
     reached = started(run)
     nodes.add()
     run.finish()
@@ -154,7 +148,7 @@ def test_no_room_any_more(
     """It ends after cluster.wait_seconds with what was asked and what there is, and goes on when a node is back."""
     nodes.add()
     second = nodes.add()
-    runs = undisturbed.copy(tmp_path)
+    runs = copy_before_rounds(undisturbed.run, tmp_path)
     settings = [*SETTINGS, f"cluster.workers={workers}", "cluster.wait_seconds=12"]
     run = nodes.run(undisturbed.config, runs, *settings)
     reached = started(run)

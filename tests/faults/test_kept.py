@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.runs import Line, newest_step, same_weights
+from faults.runs import Line, Started, newest_step, same_weights
 from support import ROOT, alone_on_the_network, environment, program
 from tiny_run import LONG_ROUND
 
@@ -52,18 +52,11 @@ def test_a_driver_killed_in_a_round_goes_on_and_ends_with_the_same_bits(tiny_yam
     undisturbed = program("pipeline", "run", str(tiny_yaml), "name=undisturbed", *LONG_ROUND, ray=False)
     assert undisturbed.returncode == 0, undisturbed.stderr
     command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(tiny_yaml), "name=killed"]
-    process = subprocess.Popen(
-        [*command, *LONG_ROUND], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    killed = Started(tiny_yaml.parent / "log.txt", [*command, *LONG_ROUND])
     try:
-        deadline = time.monotonic() + 240
-        while newest_step(runs / "killed/rounds/01/steps") is None:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "no checkpoint came"
-            time.sleep(0.02)
+        killed.wait(lambda: newest_step(runs / "killed/rounds/01/steps"))
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
+        killed.kill()
     assert not (runs / "killed/rounds/01/metrics.json").exists()
     again = program("cluster", "run", str(tiny_yaml), "name=killed", *LONG_ROUND)
     assert again.returncode == 0, again.stderr + again.stdout

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from faults.proxy import Fault, Proxy
-from faults.runs import newest_step, same_weights
-from support import ROOT, alone_on_the_network, environment, program
+from faults.runs import Started, newest_step, same_weights
+from support import ROOT, alone_on_the_network, program
 from tiny_run import TINY, merged
 from tracking_server import TrackingServer, everything, same_everywhere
 
@@ -34,43 +31,15 @@ PATIENT = {"SECATEUR_MLFLOW_PATIENCE_S": "120"}
 COMMAND = "secateur sync"
 
 
-class LocalRun:
-    """`python -m pipeline run` on its way, its output in a file."""
+class LocalRun(Started):
+    """`python -m pipeline run` on its way."""
 
     def __init__(self, root: Path, uri: str, *prefix: str, cwd: Path = ROOT, **extra: str) -> None:
-        self.root, self.folder, self.log = root, root / "runs/tiny", root / f"log-{time.monotonic_ns()}"
-        config = root / "tiny.yaml"
+        self.root, self.folder, config = root, root / "runs/tiny", root / "tiny.yaml"
         config.write_text(yaml.safe_dump(merged({**TINY, "runs_dir": str(root / "runs")}, LONGER)))
         command = [*prefix, sys.executable, "-m", "pipeline", "run", str(config), f"tracking.uri={uri}"]
-        self.started = time.monotonic()
-        with self.log.open("w") as stream:
-            self.process = subprocess.Popen(
-                command, cwd=cwd, stdout=stream, stderr=subprocess.STDOUT,
-                env=environment(**{"SECATEUR_MLFLOW_PATIENCE_S": str(PATIENCE_S), **extra}),
-            )  # fmt: skip
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text()
-
-    def wait(self, ready: Callable[[], Any], seconds: float = 200) -> Any:
-        """Poll until `ready` gives something true; the run must go on meanwhile."""
-        deadline = time.monotonic() + seconds
-        while not (found := ready()):
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.02)
-        return found
-
-    def finish(self) -> float:
-        """Wait for its end, which must be good, and return the seconds that it took."""
-        code = self.process.wait(300)
-        assert code == 0, self.output
-        return time.monotonic() - self.started
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(60)
+        patient = {"SECATEUR_MLFLOW_PATIENCE_S": str(PATIENCE_S), **extra}
+        super().__init__(root / f"log-{time.monotonic_ns()}", command, cwd, **patient)
 
     @property
     def rounds_seconds(self) -> float:
@@ -275,17 +244,16 @@ def test_a_run_goes_on_in_the_same_mlflow_run_on_another_machine(
     there, here = tmp_path / "there", tmp_path / "here"
     there.mkdir()
     first = LocalRun(there, up.uri)
-    first.wait(lambda: newest_step(first.folder / "rounds/01/steps"))
+    first.wait((first.folder / "config.yaml").exists)
     parent = first.wait(lambda: parent_id(first))
-    os.kill(first.process.pid, signal.SIGKILL)
-    first.process.wait(60)
-    assert not (first.folder / "result.json").exists()
+    first.wait(lambda: newest_step(first.folder / "rounds/01/steps"))
+    first.kill()
     there.rename(here)
     renamed = ["unshare", "--uts", "sh", "-c", 'hostname another-machine && exec "$@"', "sh"]
     other = renamed if alone_on_the_network() else []  # where unshare is allowed
     again = LocalRun(here, up.uri, *other, cwd=tmp_path, **PATIENT)
     again.finish()
-    assert "dense network: finished before, skipped" in again.output
+    assert "resumed at step" in again.output
     assert same_weights(undisturbed.run.folder, again.folder)
     assert parent_id(again) == parent
     assert json.loads((again.folder / "result.json").read_text())["mlflow"]["run_id"] == parent

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 import threading
 import time
@@ -13,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from faults.proxy import Fault, Proxy
-from faults.runs import Line
+from faults.runs import Line, Started
 from safetensors.torch import load
-from support import ROOT, environment
 from tiny_run import TINY
 
 from pipeline import config as settings
@@ -56,35 +54,23 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-class OnS3:
-    """A run whose shards and state are on S3 behind a proxy, in a process of its own."""
+class OnS3(Started):
+    """A run whose shards and state are on S3 behind a proxy."""
 
     def __init__(self, tiny_yaml: Path, bucket: str, proxy: Proxy, name: str, **extra: str) -> None:
-        self.proxy, self.run = proxy, f"{bucket}/runs/{name}"
-        self.log = tiny_yaml.parent / f"{name}.txt"
+        self.url = f"{bucket}/runs/{name}"
         where = [f"runs_dir={bucket}/runs", f"data.root={bucket}/shards", f"name={name}"]
-        self.started = time.monotonic()
-        with self.log.open("w") as stream:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", "run", str(tiny_yaml), *SETTINGS, *where], cwd=ROOT, stdout=stream,
-                stderr=subprocess.STDOUT, env=environment(AWS_ENDPOINT_URL=proxy.url, **extra),
-            )  # fmt: skip
+        command = [sys.executable, "-m", "pipeline", "run", str(tiny_yaml), *SETTINGS, *where]
+        super().__init__(tiny_yaml.parent / f"{name}.txt", command, AWS_ENDPOINT_URL=proxy.url, **extra)
 
-    def wait_for_a_checkpoint(self, seconds: float = 240) -> None:
-        steps, deadline = f"{self.run}/rounds/01/steps", time.monotonic() + seconds
-        while not any(storage.exists(f"{steps}/{name}/manifest.json") for name in storage.list_folders(steps)):
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.05)
+    def has_a_checkpoint(self) -> bool:
+        """Whether round 1 has a whole step checkpoint."""
+        steps = f"{self.url}/rounds/01/steps"
+        return any(storage.exists(f"{steps}/{name}/manifest.json") for name in storage.list_folders(steps))
 
-    def finish(self) -> tuple[float, dict[str, torch.Tensor]]:
-        """Seconds that it took, and its final weights."""
-        try:
-            code = self.process.wait(240)
-        finally:
-            self.process.kill()
-        assert code == 0, self.log.read_text()
-        return time.monotonic() - self.started, load(storage.read_bytes(f"{self.run}/final/model.safetensors"))
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What it ended with."""
+        return load(storage.read_bytes(f"{self.url}/final/model.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +107,17 @@ def test_a_run_outlives_each_fault_of_its_store(name: str, stored: str, tiny_yam
     proxy = Proxy(moto)
     try:
         if not UNDISTURBED:
-            UNDISTURBED["run"] = OnS3(tiny_yaml, stored, proxy, "undisturbed", **waits).finish()
+            whole = OnS3(tiny_yaml, stored, proxy, "undisturbed", **waits)
+            UNDISTURBED["run"] = whole.finish(), whole.weights()
         undisturbed, weights = UNDISTURBED["run"]
         run = OnS3(tiny_yaml, stored, proxy, "fault", **waits | ({"SECATEUR_STORAGE_BACKOFF_S": "5"} if away else {}))
-        run.wait_for_a_checkpoint()
+        run.wait(run.has_a_checkpoint, poll=0.05)
         proxy.fault = dataclasses.replace(FAULTS[name])
         if away:
             time.sleep(30)
             proxy.fault = None
-        seconds, found = run.finish()
+        seconds, found = run.finish(), run.weights()
+        assert "resumed" not in run.output  # nothing is done twice
     finally:
         proxy.close()
     assert proxy.made >= 2
