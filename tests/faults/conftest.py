@@ -16,10 +16,11 @@ def line(record_property: Callable[[str, object], None]) -> Callable[..., None]:
 
     `promise` is one of PROMISES. identical: the final weights are those of an undisturbed run, to the bit; continues:
     the same sample order, accuracy within noise; stops cleanly: one message, state kept, resumes when mended.
-    `repeated` counts updates made twice, `lost` the seconds beyond the undisturbed run; None where it has no meaning.
+    `repeated` counts updates made twice, or says at most how many ("<=50"); `lost` is the seconds beyond the
+    undisturbed run, or until the run resumed; None where it has no meaning.
     """
 
-    def add(fault: str, promise: str, repeated: int | None = None, lost: float | None = None) -> None:
+    def add(fault: str, promise: str, repeated: int | str | None = None, lost: float | None = None) -> None:
         assert promise in PROMISES, promise
         record_property("line", [fault, promise, repeated, lost])
 

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from support import ROOT, alone_on_the_network, environment
 
 WORKERS = 2
+EVERY = 50  # steps between checkpoints
 Line = Callable[..., None]  # the fixture `line`
 # One round of heavy steps on real digits, with an evaluation of one image at a time: wide enough to be hit in.
 SETTINGS = [
     "data.resize=56", "data.size=56", "model.kwargs.inputs=3136", "data.val_fraction=0.3", "data.eval_batch=1",
-    "dense.epochs=20", "dense.checkpoint_steps=50", "prune.rounds=1", "retrain.epochs=40",
-    "retrain.checkpoint_steps=50", f"cluster.workers={WORKERS}",
+    "dense.epochs=20", f"dense.checkpoint_steps={EVERY}", "prune.rounds=1", "retrain.epochs=40",
+    f"retrain.checkpoint_steps={EVERY}", f"cluster.workers={WORKERS}",
 ]  # fmt: skip
 
 
@@ -137,6 +138,12 @@ def resumed_at(output: str, phase: str = "rounds/01") -> int:
     """The step at which the last resumption of a phase began; 0 where it began anew."""
     lines = [line for line in output.splitlines() if f"{phase}: resumed at step" in line]
     return int(lines[-1].split("resumed at step ")[1].split()[0]) if lines else 0
+
+
+def seconds_to_resume(output: str, phase: str = "rounds/01") -> float:
+    """How long after its start a program resumed a phase, by the time that its log says."""
+    [text] = [text for text in output.splitlines() if f"{phase}: resumed at step" in text]
+    return float(text.split("s]")[0].lstrip("["))
 
 
 def copy_before_rounds(run: Path, runs: Path) -> Path:

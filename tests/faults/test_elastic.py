@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 from faults.ray_nodes import Nodes
-from faults.runs import RayRun, copy_before_rounds, newest_step
+from faults.runs import RayRun, copy_before_rounds, newest_step, seconds_to_resume
 from tiny_run import TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(400)]
 ROUND = "rounds/01"
+REPEATED = f"<={TINY['retrain']['checkpoint_steps']}"
 # Only the rounds are long, and the dense training is taken from the undisturbed run.
 SETTINGS = [
     "prune.allocation=uniform", "prune.dense_control=false", "dense.epochs=3", "retrain.epochs=60",
@@ -168,4 +169,4 @@ def test_no_room_any_more(
     [(resumed, _)] = resumptions(again)
     assert resumed >= reached
     check(undisturbed, run.folder)
-    line(f"a node removed, cluster.workers={asked}", "stops cleanly")
+    line(f"a node removed, cluster.workers={asked}", "stops cleanly", REPEATED, seconds_to_resume(again.output))

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.runs import Line, Started, newest_step, same_weights
+from faults.runs import Line, Started, newest_step, resumed_at, same_weights, seconds_to_resume
 from support import ROOT, alone_on_the_network, environment, program
 from tiny_run import LONG_ROUND
 
@@ -20,7 +20,9 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(
     tiny_yaml: Path, tmp_path: Path, line: Line
 ) -> None:
     """A real small file system; the dense checkpoint does not fit."""
+    started = time.monotonic()
     undisturbed = program("pipeline", "run", str(tiny_yaml), ray=False)
+    seconds = time.monotonic() - started
     assert undisturbed.returncode == 0, undisturbed.stderr
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -29,6 +31,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(
     )
     if mounted.returncode:
         pytest.skip("mounting a small file system is not allowed here")
+    started = time.monotonic()
     try:
         full = program("pipeline", "run", str(tiny_yaml), f"runs_dir={disk}", ray=False)
         assert full.returncode == 2, full.stdout + full.stderr
@@ -41,7 +44,9 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(
         again = program("pipeline", "run", str(tiny_yaml), f"runs_dir={disk}", ray=False)
         assert again.returncode == 0, again.stderr
         assert same_weights(tiny_yaml.parent / "runs/tiny", disk / "tiny")
-        line("disk full", "stops cleanly")
+        lost = time.monotonic() - started - seconds
+        steps = json.loads((disk / "tiny/dense/metrics.json").read_text())["history"][-1]["step"]
+        line("disk full", "stops cleanly", f"<={steps - resumed_at(again.stdout, 'dense')}", lost)
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -64,7 +69,7 @@ def test_a_driver_killed_in_a_round_goes_on_and_ends_with_the_same_bits(tiny_yam
     assert same_weights(runs / "undisturbed", runs / "killed")
     results = [json.loads((runs / name / "result.json").read_text()) for name in ("killed", "undisturbed")]
     assert results[0]["test"] == results[1]["test"]
-    line("SIGKILL of the driver in a round", "identical")
+    line("SIGKILL of the driver of one worker", "identical", "<=50", seconds_to_resume(again.stdout))
 
 
 @pytest.mark.ray
@@ -72,6 +77,7 @@ def test_a_scan_goes_on_when_a_trial_is_lost(tiny_yaml: Path, line: Line) -> Non
     runs = tiny_yaml.parent / "runs"
     racing = ["dense.epochs=1", "scan.mode=adaptive", "scan.levels=[0.5,0.2,0.02]", "scan.interval=0.1"]
     command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "scan", str(tiny_yaml), "name=lost", *racing]
+    started = time.monotonic()
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -81,11 +87,14 @@ def test_a_scan_goes_on_when_a_trial_is_lost(tiny_yaml: Path, line: Line) -> Non
     finally:
         process.kill()
     assert process.returncode == 0, errors + output
+    seconds = time.monotonic() - started
+    started = time.monotonic()
     alone = program("cluster", "scan", str(tiny_yaml), "name=alone", *racing)
     assert alone.returncode == 0, alone.stderr + alone.stdout
+    lost = seconds - (time.monotonic() - started)
     scans = [json.loads((runs / name / "scan/scan.json").read_text()) for name in ("lost", "alone")]
     assert scans[0] == scans[1]
-    line("SIGKILL of a trial of the scan", "identical")
+    line("SIGKILL of a trial of the scan", "identical", 0, lost)
 
 
 def kill_a_trial(driver: subprocess.Popen[str], seconds: float = 240) -> None:

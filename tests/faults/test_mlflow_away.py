@@ -137,6 +137,7 @@ def shape(held: dict[str, Any]) -> dict[str, Any]:
 def whole_after_sync(run: LocalRun, undisturbed: Undisturbed) -> None:
     """The weights are the undisturbed run's; after a sync, and after a second, MLflow is what it would have been."""
     assert same_weights(undisturbed.run.folder, run.folder)
+    assert "resumed" not in run.output  # nothing was done twice
     first = commands.sync(run.folder)
     assert json.loads((run.folder / "result.json").read_text())["mlflow"] == first.place
     held = of_this_run(run)
@@ -158,7 +159,7 @@ def test_away_from_the_start(
     typed = program("cluster", "sync", str(run.folder), ray=False)
     assert typed.returncode == 0, typed.stderr
     whole_after_sync(run, undisturbed)
-    line("MLflow away from the start", "identical", None, seconds - undisturbed.seconds)
+    line("MLflow away from the start", "identical", 0, seconds - undisturbed.seconds)
 
 
 def test_away_in_the_middle(
@@ -173,7 +174,7 @@ def test_away_in_the_middle(
     seconds = run.finish()
     assert run.output.count(COMMAND) <= 1, run.output
     whole_after_sync(run, undisturbed)
-    line("MLflow away in the middle", "identical", None, seconds - undisturbed.seconds)
+    line("MLflow away in the middle", "identical", 0, seconds - undisturbed.seconds)
 
 
 def test_away_at_the_end(
@@ -188,7 +189,7 @@ def test_away_at_the_end(
     assert json.loads((run.folder / "result.json").read_text())["mlflow"] is None
     up.start()
     whole_after_sync(run, undisturbed)
-    line("MLflow away at the end", "identical", None, seconds - undisturbed.seconds)
+    line("MLflow away at the end", "identical", 0, seconds - undisturbed.seconds)
 
 
 @pytest.mark.parametrize("kind", ["delay", "hang"])
@@ -208,7 +209,7 @@ def test_slow(kind: str, proxy: Proxy, undisturbed: Undisturbed, tmp_path: Path,
     proxy.fault = None
     time.sleep(2 * 3.0)  # what the run had sent last is still carried out, after its end
     whole_after_sync(run, undisturbed)
-    line("MLflow slow" if kind == "delay" else "MLflow hangs", "identical", None, seconds - undisturbed.seconds)
+    line("MLflow slow" if kind == "delay" else "MLflow hangs", "identical", 0, seconds - undisturbed.seconds)
 
 
 @pytest.mark.parametrize("how", ["401: wrong password", "403: wrong name", "500"])
@@ -234,7 +235,7 @@ def test_refuses(
     config = run.folder / "config.yaml"
     config.write_text(config.read_text().replace("//localhost", "//127.0.0.1"))
     whole_after_sync(run, undisturbed)
-    line(f"MLflow refuses ({how})", "identical", None, seconds - undisturbed.seconds)
+    line(f"MLflow refuses ({how})", "identical", 0, seconds - undisturbed.seconds)
 
 
 def test_a_run_goes_on_in_the_same_mlflow_run_on_another_machine(

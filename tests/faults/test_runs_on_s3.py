@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from faults.runs import Line
+from faults.runs import Line, seconds_to_resume
 from safetensors.torch import load, load_file
 from support import (
     FETCH,
@@ -102,7 +102,7 @@ def test_a_run_without_ray_goes_on_after_sigkill_with_the_same_bits(
     assert "weights are those of the run's dense network" in secateur("plan", f"{run}/config.yaml")
     with pytest.raises(UserError, match=r"tracking\.uri is not set"):
         tracking.sync(run, pipeline_commands.config_of(run))
-    line("SIGKILL of a run on S3, without Ray", "identical")
+    line("SIGKILL of a run on S3, without Ray", "identical", "<=20", seconds_to_resume(again.stdout))
 
 
 class Inside:
@@ -159,4 +159,4 @@ def test_a_run_under_ray_goes_on_after_sigkill_with_the_same_bits(
     assert inside.run("-c", FETCH, run, str(tmp_path), *names).returncode == 0
     assert same(load_file(tmp_path / "final-model.safetensors"), reference)
     assert json.loads((tmp_path / "lease.json").read_text())["fence"] == 2
-    line("SIGKILL of the driver of a run on S3", "identical")
+    line("SIGKILL of the driver of a run on S3", "identical", "<=20", seconds_to_resume(again.stdout))
