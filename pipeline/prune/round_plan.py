@@ -46,6 +46,15 @@ class RoundPlan:
             ],
         }
 
+    @classmethod
+    def from_json(cls, plan: dict[str, Any]) -> RoundPlan:
+        """The plan whose plan.json this is."""
+        rows = {row["name"]: row for row in plan["tensors"]}
+        keep, thresholds, dead = (
+            {name: row[key] for name, row in rows.items()} for key in ("keep", "threshold", "dead")
+        )
+        return cls(plan["round"], plan["planned_density"], keep, thresholds, dead)
+
 
 def densities(config: Config) -> list[float]:
     """The density after each round."""
@@ -70,12 +79,15 @@ def make(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     qualities: dict[str, float] | None,
+    density: float | None = None,
 ) -> RoundPlan:
     """Plan round `number` from the weights as they are; equal inputs give equal plans on every rank.
 
-    `alive` is True where a weight has survived the rounds before. Raises UserError for a budget that cannot be met.
+    `alive` is True where a weight has survived the rounds before. `density` is one on the way to the round's own,
+    which is the default. Raises UserError for a budget that cannot be met.
     """
-    density = densities(config)[number - 1]
+    final = densities(config)[number - 1]
+    density = final if density is None else density
     ranking = criteria.scores(config.prune.criterion, weights, config.seed)
     sigmas = {name: sigma(dense_weights[name]) for name in weights}
     if config.prune.sigma == "renewed":
@@ -86,7 +98,10 @@ def make(
         scaled = {name: value * share for name, value in (qualities or {}).items()}
         keep = allocation.threshold_counts(ranking, alive, sigmas, scaled, config.prune.min_weights)
     else:
-        wanted = budget(config, number, sum(weight.numel() for weight in weights.values()))
+        total = sum(weight.numel() for weight in weights.values())
+        wanted = budget(config, number, total)
+        if density != final:
+            wanted = max(wanted, schedules.at_most(density, total))
         if config.prune.dead_neurons:  # dead units of the rounds before may have left fewer than this one's budget
             wanted = min(wanted, sum(int(mask.sum()) for mask in alive.values()))
         keep = allocation.allocate(
