@@ -9,28 +9,28 @@ from pipeline.errors import UserError
 from pipeline.names import lookup
 
 
-def _one_shot(prune: Prune, final: float) -> list[float]:
+def _one_shot(prune: Prune, final: float, start: float) -> list[float]:
     return [final]
 
 
-def _geometric(prune: Prune, final: float) -> list[float]:
+def _geometric(prune: Prune, final: float, start: float) -> list[float]:
     """Each round keeps the same share of what the round before kept."""
-    return [final ** (k / prune.rounds) for k in range(1, prune.rounds)] + [final]
+    return [start * (final / start) ** (k / prune.rounds) for k in range(1, prune.rounds)] + [final]
 
 
-def _cubic(prune: Prune, final: float) -> list[float]:
-    """Zhu and Gupta 2017, equation 1, from sparsity 0: fast while there is much to remove, slow at the end."""
-    sparsity = 1.0 - final
-    return [1.0 - sparsity * (1.0 - (1.0 - k / prune.rounds) ** 3) for k in range(1, prune.rounds)] + [final]
+def _cubic(prune: Prune, final: float, start: float) -> list[float]:
+    """Zhu and Gupta 2017, equation 1: fast while there is much to remove, slow at the end."""
+    removed = start - final
+    return [start - removed * (1.0 - (1.0 - k / prune.rounds) ** 3) for k in range(1, prune.rounds)] + [final]
 
 
-def _listed(prune: Prune, final: float) -> list[float]:
+def _listed(prune: Prune, final: float, start: float) -> list[float]:
     """prune.list as it is: its last density is the final one."""
     assert prune.list, "the config refuses schedule=list without prune.list"
     return [*prune.list]
 
 
-SCHEDULES: dict[str, Callable[[Prune, float], list[float]]] = {
+SCHEDULES: dict[str, Callable[[Prune, float, float], list[float]]] = {
     "one-shot": _one_shot,
     "geometric": _geometric,
     "cubic": _cubic,
@@ -38,14 +38,14 @@ SCHEDULES: dict[str, Callable[[Prune, float], list[float]]] = {
 }
 
 
-def densities(prune: Prune, final_density: float) -> list[float]:
-    """Density (kept / prunable, 0..1) after each round, falling.
+def densities(prune: Prune, final_density: float, start: float = 1.0) -> list[float]:
+    """Density (kept / prunable, 0..1) after each round, falling from `start`, at which the first round begins.
 
     Ends at `final_density`, but for schedule=list, which ends at its own last. Raises UserError for an unknown
     schedule.
     """
     assert 0.0 < final_density <= 1.0, final_density
-    return lookup(SCHEDULES, prune.schedule, "prune.schedule")(prune, final_density)
+    return lookup(SCHEDULES, prune.schedule, "prune.schedule")(prune, final_density, start)
 
 
 def budgets(densities: list[float], total: int, compression: float | None) -> list[int]:
@@ -57,9 +57,9 @@ def budgets(densities: list[float], total: int, compression: float | None) -> li
     assert densities
     assert total > 0
     if compression is None:
-        last = _at_most(densities[-1], total)
+        last = at_most(densities[-1], total)
     else:
-        last = _compressed(total, compression)
+        last = compressed(total, compression)
     if last < 1:
         wanted = f"prune.list={densities[-1]}" if compression is None else f"target.compression={compression:g}"
         raise UserError(
@@ -69,11 +69,11 @@ def budgets(densities: list[float], total: int, compression: float | None) -> li
     kept: list[int] = []
     for density in densities[:-1]:
         ceiling = kept[-1] if kept else total
-        kept.append(min(ceiling, max(last, _at_most(density, total))))
+        kept.append(min(ceiling, max(last, at_most(density, total))))
     return [*kept, last]
 
 
-def _at_most(density: float, total: int) -> int:
+def at_most(density: float, total: int) -> int:
     """The largest count with count / total <= density, as floats compare (0.1 of 10 is 1)."""
     count = min(total, int(density * total) + 1)
     while count > 0 and count / total > density:
@@ -81,7 +81,7 @@ def _at_most(density: float, total: int) -> int:
     return count
 
 
-def _compressed(total: int, compression: float) -> int:
+def compressed(total: int, compression: float) -> int:
     """The largest count with total / count >= compression."""
     count = min(total, int(total / compression) + 1)
     while count > 0 and total / count < compression:
