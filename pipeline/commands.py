@@ -39,7 +39,11 @@ def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
         update={"root": absolute(config.data.root), "class_index": absolute(config.data.class_index)}
     )
     model = config.model.model_copy(update={"checkpoint": absolute(config.model.checkpoint)})
-    return config.model_copy(update={"runs_dir": absolute(config.runs_dir), "data": data, "model": model})
+    start = config.start
+    if start.source is not None and "/" in start.run:  # else it is a name under runs_dir
+        start = start.model_copy(update={"source": absolute(start.source)})
+    parts = {"data": data, "model": model, "start": start}
+    return config.model_copy(update={"runs_dir": absolute(config.runs_dir), **parts})
 
 
 def leave(command_line: Callable[[], None]) -> NoReturn:

@@ -316,7 +316,7 @@ class Prune(Section):
         "geometric", description="How the density falls over the rounds."
     )
     rounds: Annotated[int, Field(ge=1, le=1000)] = Field(
-        4, description="Rounds of prune and retrain (geometric, cubic)."
+        4, description="Rounds of prune and retrain (geometric, cubic); target.mode=no-loss has target.max_rounds."
     )
     list: Annotated[tuple[Density, ...], Field(max_length=1000)] = Field(
         (), description="schedule list: the density after each round."
@@ -374,16 +374,102 @@ class Prune(Section):
 class Target(Section):
     """What the run is after."""
 
-    mode: Literal["compression", "thresholds"] = Field(
+    mode: Literal["compression", "thresholds", "no-loss"] = Field(
         "compression",
         description="compression: reach target.compression; thresholds: the paper's quality x std as they are, the "
-        "size follows.",
+        "size follows; no-loss: prune as far as the drop on val stays within `tolerance`, and undo what goes beyond.",
     )
-    compression: Annotated[float, Field(ge=1.0)] = Field(12.0, description="Prunable weights over kept weights.")
+    compression: Annotated[float, Field(ge=1.0)] | None = Field(
+        12.0,
+        description="Prunable weights over kept weights. no-loss: where to stop even if more could go; null, its "
+        "default there, is no such end.",
+    )
+    step: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5,
+        description="no-loss: the share of the weights that a round keeps of the round before. One that is undone is "
+        "tried again with half the step (the square root of this share), and later rounds keep to the smaller step.",
+    )
+    smallest_step: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.95, description="no-loss: the run ends where the next step would keep more than this share."
+    )
+    tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None,
+        description="no-loss: the drop in val accuracy against the dense network, paired by image, that a round may "
+        "cost (0.003 = 0.3 points); by default `margin`.",
+    )
+    confidence: Annotated[float, Field(ge=0.5, lt=1.0)] = Field(
+        0.95,
+        description="no-loss: a round is accepted if the drop is within `tolerance` with this confidence (the upper "
+        "end of its one-sided interval); 0.5 takes the measured drop as it is.",
+    )
+    max_rounds: Annotated[int, Field(ge=1, le=1000)] = Field(16, description="no-loss: accepted rounds, at the most.")
     margin: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.003,
         description="The verdict is `no loss` if the upper 95% bound of the drop is within this (0.003 = 0.3 points).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_end(cls, values: Any) -> Any:
+        """no-loss goes as far as it can unless it is told otherwise."""
+        no_loss = isinstance(values, dict) and values.get("mode") == "no-loss"
+        return {"compression": None, **values} if no_loss else values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Target:
+        if self.compression is None and self.mode != "no-loss":
+            raise ValueError(f"compression=null: mode={self.mode} needs a number, as in 12")
+        if self.step > self.smallest_step:
+            raise ValueError(
+                f"step={self.step:g} keeps more than smallest_step={self.smallest_step:g}: no round would be tried; "
+                "lower step"
+            )
+        return self
+
+    @property
+    def final_density(self) -> float:
+        """Kept over prunable weights that the run ends at."""
+        assert self.compression is not None, "no-loss finds its own"
+        return 1.0 / self.compression
+
+    @property
+    def allowed(self) -> float:
+        """no-loss: the drop on val that a round may cost, a fraction."""
+        return self.margin if self.tolerance is None else self.tolerance
+
+
+class Start(Section):
+    """Where the first round begins."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    source: Text | None = Field(
+        None,
+        alias="from",
+        description="RUN:ROUND, an accepted round of another run, which this one prunes further: a name under "
+        "runs_dir, a path or a URL, and after the last colon the round; 0 is its dense network. Data, network, seed "
+        "and dense training are the other run's and must be given alike. By default a run trains its own dense one.",
+    )
+
+    @model_validator(mode="after")
+    def _has_round(self) -> Start:
+        if self.source is not None:
+            run, colon, number = self.source.rpartition(":")
+            if not (colon and run and number.isascii() and number.isdigit() and len(number) < 5):
+                raise ValueError(f"from={self.source} is not RUN:ROUND, as in lenet-300-100:3")
+        return self
+
+    @property
+    def run(self) -> str:
+        """The other run, as it was given."""
+        assert self.source is not None
+        return self.source.rpartition(":")[0]
+
+    @property
+    def round(self) -> int:
+        """Its round; 0 is its dense network."""
+        assert self.source is not None
+        return int(self.source.rpartition(":")[2])
 
 
 def _workers(value: Any) -> Any:
@@ -485,6 +571,7 @@ class Config(Section):
         default_factory=lambda: Retrain.model_validate({}), description="Retraining in each round."
     )
     target: Target = Field(default_factory=lambda: Target.model_validate({}))
+    start: Start = Field(default_factory=lambda: Start.model_validate({}))
     cluster: Cluster = Field(default_factory=lambda: Cluster.model_validate({}))
     tracking: Tracking = Field(default_factory=lambda: Tracking.model_validate({}))
 
@@ -524,6 +611,12 @@ class Config(Section):
             raise ValueError(
                 f"cluster.workers={asked(self.cluster.workers)} is more than data.lanes={self.data.lanes}: a worker "
                 "would have no samples; raise data.lanes"
+            )
+        fixed = "schedule" if self.prune.schedule != "geometric" else "allocation"
+        if self.target.mode == "no-loss" and getattr(self.prune, fixed) in ("one-shot", "cubic", "list", "explicit"):
+            raise ValueError(
+                f"prune.{fixed}={getattr(self.prune, fixed)} fixes densities, which target.mode=no-loss finds itself: "
+                f"leave prune.{fixed} out; target.step says how much a round removes"
             )
         return self
 
@@ -625,4 +718,4 @@ def _known_keys(loc: tuple[Any, ...]) -> list[str]:
         assert isinstance(annotation, type)
         assert issubclass(annotation, Section)
         fields = annotation.model_fields
-    return list(fields)
+    return [field.alias or name for name, field in fields.items()]

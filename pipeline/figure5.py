@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from pipeline import models, rounds
+from pipeline import attempts, models, rounds
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.prune import round_plan
+from pipeline.prune import campaign, round_plan
 from pipeline.session import Session
 from pipeline.state import Run
 from pipeline.train import checkpoint
@@ -51,15 +51,16 @@ def measure(session: Session) -> None:
     model.load_state_dict(dense)
     dense_weights = {name: weight.clone() for name, weight in rounds.prunable_weights(model, prunable).items()}
     everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense_weights.items()}
-    numbers = range(1, len(round_plan.densities(session.config)) + 1)
-    for number in numbers:
+    begin = attempts.origin(session.run, prunable)
+    goals = campaign.outlook(session.config, begin, attempts.floor(session.config, prunable))
+    for goal in goals:
         model.load_state_dict(dense)
-        rounds.one_round(session, model, prunable, dense_weights, everything, number, one_shot_folder(number))
+        rounds.one_round(session, model, prunable, dense_weights, everything, goal, one_shot_folder(goal.round))
     if session.config.retrain.l1 == 0:
         model.load_state_dict(dense)
         alive = everything
-        for number in numbers:
-            alive = rounds.one_round(session, model, prunable, dense_weights, alive, number)
+        for goal in goals:
+            alive = rounds.one_round(session, model, prunable, dense_weights, alive, goal)
 
 
 def one_shot_folder(number: int) -> str:
@@ -70,7 +71,7 @@ def one_shot_folder(number: int) -> str:
 def read(config: Config, run: Run) -> dict[str, Any]:
     """What `measure` left, as `pipeline.results.curves.assemble` takes it."""
     numbers = range(1, len(round_plan.densities(config)) + 1)
-    chain = [rounds.round_folder(number) for number in numbers] if config.retrain.l1 == 0 else []
+    chain = [attempts.round_folder(number) for number in numbers] if config.retrain.l1 == 0 else []
     return {
         "dense": run.read("dense", "metrics.json")["val"],
         "one-shot": [run.read(one_shot_folder(number), "metrics.json") for number in numbers],

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline import cost, models, rounds, session, state
+from pipeline import attempts, cost, lineage, models, rounds, session, state
 from pipeline.config import Config
-from pipeline.data import placement, shards, sources, storage
+from pipeline.data import placement, shards, sources
 from pipeline.errors import UserError
 from pipeline.models import LeftOut, Prunable
-from pipeline.prune import round_plan
+from pipeline.prune import campaign, round_plan
 from pipeline.train import checkpoint, recipe
 
 
@@ -66,21 +67,26 @@ def make(config: Config) -> RunPlan:
     session.check_output(model, config, counts.classes)
     prunable, left_out = models.survey(model, config.prune.include, config.prune.exclude)
     flops = cost.flops(model, session.input_shape(config))
-    weights, qualities, notes = known_weights(config, rounds.prunable_weights(model, prunable))
+    source = lineage.find(config, prunable) if config.start.source is not None else None
+    known = known_weights(config, rounds.prunable_weights(model, prunable), source)
+    notes = [*known.notes, *target_notes(config)]
     total = sum(tensor.weights for tensor in prunable)
     other = 4 * sum(math.prod(tensor.shape) for tensor in left_out)
     steps = {
         name: recipe.total_steps(part, placement.steps_per_epoch(counts.train, config.data.lanes, part.batch_size))
         for name, part in (("dense", config.dense), ("retrain", config.retrain))
     }
+    begin = campaign.Origin(total, total) if source is None else source.origin
+    fewest = attempts.floor(config, prunable)
+    campaign.require_room(config, begin, fewest)
     rows, keep = [], {}
-    for number in range(1, len(round_plan.densities(config)) + 1):
-        budget = round_plan.budget(config, number, total)
-        keep = counts_at(config, number, weights, qualities)
+    for goal in campaign.outlook(config, begin, fewest):
+        budget = goal.budget
+        keep = counts_at(config, goal, known)
         spent = {t.name: keep[t.name] if keep else round(budget * t.weights / total) for t in prunable}
         rows.append(
             RoundSize(
-                round=number,
+                round=goal.round,
                 density=(sum(keep.values()) or budget) / total,
                 kept=sum(keep.values()) or budget,
                 flops=sum(round(flops[t.name] * spent[t.name] / t.weights) for t in prunable),
@@ -97,7 +103,22 @@ def make(config: Config) -> RunPlan:
         )
     if config.prune.allocation == "explicit":
         notes.append("target.compression is not used: prune.densities decides the size")
-    return RunPlan(counts, prunable, left_out, flops, densities, steps["dense"], rows, notes)
+    dense_steps = steps["dense"] if source is None else 0
+    return RunPlan(counts, prunable, left_out, flops, densities, dense_steps, rows, notes)
+
+
+def target_notes(config: Config) -> list[str]:
+    """What a table of rounds cannot say of target.mode=no-loss."""
+    target = config.target
+    if target.mode != "no-loss":
+        return []
+    drop = f"more than {100 * target.allowed:.2g} points"
+    lost = f"lost {drop}" if target.confidence == 0.5 else f"may have lost {drop} (confidence {target.confidence:g})"
+    end = "" if target.compression is None else f"; target.compression={target.compression:g} is the end at the latest"
+    return [
+        f"target.mode=no-loss: these are the rounds if all are accepted. One that {lost} on val is undone and half the "
+        f"step tried, until a step would keep more than {target.smallest_step:.0%}{end}"
+    ]
 
 
 def count_samples(config: Config) -> Counts:
@@ -119,33 +140,45 @@ def count_samples(config: Config) -> Counts:
     return Counts(train, val, len(source.test.labels), source.num_classes)
 
 
-def known_weights(
-    config: Config, fresh: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, float] | None, list[str]]:
-    """The weights and qualities that densities can be worked out from: those of the run, where it has got so far."""
+class Known(NamedTuple):
+    """What densities can be worked out from so far; `trained` where the weights are not those of a fresh network."""
+
+    weights: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    alive: dict[str, Tensor]
+    qualities: dict[str, float] | None
+    trained: bool
+    notes: list[str]
+
+
+def known_weights(config: Config, fresh: dict[str, Tensor], source: lineage.Source | None) -> Known:
+    """The weights and qualities of the run, where it has got so far, or of the run that it branches off from."""
     run = state.Run(state.run_root(config), 0)
     qualities = None
     if run.has("scan", "finished.json"):
         qualities = {tensor["name"]: tensor["quality"] for tensor in run.read("scan", "scan.json")["tensors"]}
+    everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in fresh.items()}
+    if source is not None:
+        saved = checkpoint.load(source.run, source.checkpoint)
+        dense = checkpoint.load(source.run, "dense/checkpoint").weights
+        weights, shared = ({name: part[name] for name in fresh} for part in (saved.weights, dense))
+        note = f"starts from round {source.round} of '{source.run.root}', whose dense network it shares"
+        return Known(weights, shared, everything | saved.masks, qualities, True, [note])
     if run.has("dense", "finished.json"):
         trained = checkpoint.load(run, "dense/checkpoint").weights
         if all(name in trained for name in fresh):
-            return {name: trained[name] for name in fresh}, qualities, ["weights are those of the run's dense network"]
-    return fresh, qualities, []
+            first = {name: trained[name] for name in fresh}
+            return Known(first, first, everything, qualities, True, ["weights are those of the run's dense network"])
+    return Known(fresh, fresh, everything, qualities, not config.dense.epochs, [])
 
 
-def counts_at(
-    config: Config, number: int, weights: dict[str, Tensor], qualities: dict[str, float] | None
-) -> dict[str, int]:
+def counts_at(config: Config, goal: round_plan.Goal, known: Known) -> dict[str, int]:
     """Kept count of each tensor, or nothing where it follows from weights or a scan that do not exist yet."""
-    needs_weights = config.prune.allocation in ("paper", "pooled")
-    trained = storage.exists(storage.join(state.run_root(config), "dense", "finished.json"))
-    if needs_weights and not trained and config.dense.epochs:
+    if config.prune.allocation in ("paper", "pooled") and not known.trained:
         return {}
-    if round_plan.needs_scan(config) and qualities is None:
+    if round_plan.needs_scan(config) and known.qualities is None:
         return {}
-    alive = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    return round_plan.make(config, number, weights, weights, alive, qualities).keep
+    return round_plan.make(config, goal, known.weights, known.dense, known.alive, known.qualities).keep
 
 
 def packed_bytes(weights: int, kept: int) -> int:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import models, seeding
+from pipeline.config import Retrain
 from pipeline.errors import Agreed
 from pipeline.prune import dead, masks
 from pipeline.prune.round_plan import RoundPlan
 from pipeline.session import Session, input_shape
-from pipeline.train import batch_norm, dropout
+from pipeline.train import batch_norm, checkpoint, dropout
 
 
 def remove_dead(
@@ -61,3 +62,12 @@ def dropout_rates(session: Session, model: nn.Module, kept: dict[str, Tensor]) -
         session.progress({"warning": f"retrain.dropout_correction: {', '.join(unowned)} follows no layer that can be "
                                      "found, and stays at its rate"})  # fmt: skip
     return dropout.corrected_rates(model, kept)
+
+
+def teacher(session: Session, recipe: Retrain) -> nn.Module | None:
+    """With retrain.distill, the dense network as it was trained, in evaluation mode."""
+    if not recipe.distill:
+        return None
+    model = session.new_model().eval()
+    model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
+    return model

@@ -71,6 +71,8 @@ def jobs(
     for override in overrides:
         if override.startswith(("seed=", "name=")):
             raise UserError(f"'{override}': the runs are named by their seeds; use --seeds instead")
+        if override.startswith(("start.", "target.mode=no-loss")):
+            raise UserError(f"'{override}': the paper's tables are of runs from the beginning to a size; leave it out")
 
     def load(name: str) -> Config:
         path = configs / f"{name}.yaml"
@@ -241,7 +243,7 @@ def figure5_run(config: Config, engine: Engine, progress: Progress) -> dict[str,
         stages.check_names(config)
         made_from = stages.shards_stage(config, here, progress)
         stages.check_network(config, here)
-        made_from = stages.train_stage("dense", made_from, config, engine, here, progress)
+        made_from = stages.dense_stage(made_from, config, engine, here, progress)
         if round_plan.needs_scan(config):
             made_from = stages.scan_stage(made_from, config, engine, here, progress)
         stages.train_stage("figure5", made_from, config, engine, here, progress)

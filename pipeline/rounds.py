@@ -1,29 +1,27 @@
 """The method, told aloud. SPMD: every rank runs it in lockstep, rank 0 writes.
 
 `dense` trains the network that is to be pruned; `prune` plans a round, takes the masks that rank 0 made,
-retrains what is left, evaluates, checks, and goes on to the next; then the dense control gets the same
-training, and the test set is looked at, once.
+retrains what is left, evaluates, checks, and goes on to the next, or back where too much was lost; then the
+dense control gets the same training, and the test set is looked at, once.
 """
 
 from __future__ import annotations
 
-import io
-import json
+import dataclasses
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline import cost, models, prepare
-from pipeline.data import storage
+from pipeline import attempts, compare, cost, models, prepare
+from pipeline.attempts import round_folder, standing
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import Agreed, UserError
 from pipeline.gradual import Gradual
 from pipeline.models import Prunable
-from pipeline.prune import criteria, masks, round_plan
-from pipeline.prune.round_plan import RoundPlan
+from pipeline.prune import criteria, masks, round_plan, schedules
+from pipeline.prune.round_plan import Goal, RoundPlan
 from pipeline.session import Session
 from pipeline.state import now_ms
 from pipeline.train import checkpoint, dropout
@@ -61,15 +59,26 @@ def prune(session: Session) -> None:
     model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
     prunable, _ = models.survey(model, session.config.prune.include, session.config.prune.exclude)
     dense_weights = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
-    alive = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense_weights.items()}
-    for number in range(1, len(round_plan.densities(session.config)) + 1):
-        alive = one_round(session, model, prunable, dense_weights, alive, number)
+    attempts.note_dense_answers(session, model)
+    attempts.settle(session)
+    alive = stand(session, model, prunable)
+    while (goal := attempts.following(session, prunable)) is not None:
+        alive = one_round(session, model, prunable, dense_weights, alive, goal)
+        if not attempts.settle(session):
+            alive = stand(session, model, prunable)
     if session.config.prune.dense_control:
-        control(session)
-    look_at_test(session)
+        compare.control(session)
+    compare.look_at_test(session)
     if session.world.first and not session.run.has("final", "activity.json"):
         measure_activity(session, prunable)
     session.world.barrier()
+
+
+def stand(session: Session, model: nn.Module, prunable: list[Prunable]) -> dict[str, Tensor]:
+    """Bring `model` to where the run stands, its last accepted round or where it began; returns the masks."""
+    saved = attempts.standing_checkpoint(session.run, prunable)
+    model.load_state_dict(saved.weights)
+    return {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
 
 
 def one_round(
@@ -78,25 +87,27 @@ def one_round(
     prunable: list[Prunable],
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
-    number: int,
+    goal: Goal,
     folder: str | None = None,
 ) -> dict[str, Tensor]:
-    """Plan, mask, retrain, evaluate, check and save one round; or load it where it is finished.
+    """Plan, mask, retrain, evaluate, check and save one attempt at a round; or load it where it is finished.
 
-    It lies in `folder`, by default that of round `number`.
+    It lies in `folder`, by default that of the round, whose batches are then those of its generation. One that is
+    refused leaves no checkpoint.
     """
-    folder, run, clock = folder or round_folder(number), session.run, time.monotonic()
+    order = folder or round_folder(goal.generation)
+    folder, run, clock = folder or round_folder(goal.round), session.run, time.monotonic()
     if run.has(folder, "metrics.json"):
         saved = checkpoint.load(run, f"{folder}/checkpoint")
         model.load_state_dict(saved.weights)
         return {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
-    plan = plan_round(session, model, prunable, dense_weights, alive, number)
+    plan = plan_round(session, model, prunable, dense_weights, alive, goal)
     kept = shared_masks(session, plan, prunable_weights(model, prunable), alive)
     plan, kept = prepare.remove_dead(session, model, plan, kept)
-    gradual = gradually(session, model, prunable, dense_weights, alive, number, folder)
+    gradual = gradually(session, model, prunable, dense_weights, alive, goal, folder)
     if session.world.first and not (gradual and run.has(folder, "plan.json")):  # the last prune has replaced it
         run.commit(plan.as_json(prunable), folder, "plan.json")
-    prepare.reinitialise(session, model, number)
+    prepare.reinitialise(session, model, goal.generation)
     rates = prepare.dropout_rates(session, model, kept)
     kept = alive if gradual else kept
     apply_masks(model, kept)
@@ -106,19 +117,20 @@ def one_round(
     density = count / sum(mask.numel() for mask in kept.values())
     event = {"phase": folder, "density": density, "kept": count, "dead": dead, "before": before["top1"]}
     session.progress(event | {"dropout": rates})
-    training = Training(
-        session, model, session.config.retrain, folder, folder, list(kept), kept, gradual, teacher(session)
-    )
+    teacher = prepare.teacher(session, session.config.retrain)
+    training = Training(session, model, session.config.retrain, folder, order, list(kept), kept, gradual, teacher)
     with dropout.use(model, rates):
         position = training.fit()
     training.applier.clean()
     if gradual:
         plan, kept = RoundPlan.from_json(run.read(folder, "plan.json")), training.masks
     guard(session, prunable_weights(model, prunable), kept, plan)
-    val = session.evaluate(model, "val").metrics()
+    answers = session.evaluate(model, "val")
+    judged = attempts.judge(session, answers)
     if session.world.first:
-        checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), kept))
-        facts = round_facts(plan, kept, before, val)
+        if judged["accepted"]:
+            checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), kept))
+        facts = round_facts(plan, kept, before, answers.metrics()) | judged
         seconds = round(time.monotonic() - clock, 3)
         facts |= {"dead": dead, "dropout": rates}
         facts |= {"history": position.history, "steps": position.step, "seconds": seconds, "finished_ms": now_ms()}
@@ -134,24 +146,14 @@ def plan_round(
     prunable: list[Prunable],
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
-    number: int,
-    density: float | None = None,
+    goal: Goal,
 ) -> RoundPlan:
-    """The plan of a round, the same on every rank, since all hold the same weights; of its own density by default."""
+    """The plan of a round, the same on every rank, since all hold the same weights."""
     qualities = None
     if round_plan.needs_scan(session.config):
         qualities = {tensor["name"]: tensor["quality"] for tensor in session.run.read("scan", "scan.json")["tensors"]}
     weights = prunable_weights(model, prunable)
-    return round_plan.make(session.config, number, weights, dense_weights, alive, qualities, density)
-
-
-def teacher(session: Session) -> nn.Module | None:
-    """With retrain.distill, the dense network as it was trained, in evaluation mode."""
-    if not session.config.retrain.distill:
-        return None
-    model = session.new_model().eval()
-    model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
-    return model
+    return round_plan.make(session.config, goal, weights, dense_weights, alive, qualities)
 
 
 def gradually(
@@ -160,23 +162,25 @@ def gradually(
     prunable: list[Prunable],
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
-    number: int,
+    goal: Goal,
     folder: str,
 ) -> Gradual | None:
     """With prune.gradual, how the round's weights go during its retraining; the last prune rewrites plan.json."""
     config = session.config.prune
     if not config.gradual:
         return None
+    total = sum(mask.numel() for mask in alive.values())
 
     def prune(density: float, masks: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
-        plan = plan_round(session, model, prunable, dense_weights, masks, number, density)
+        budget = goal.budget if last else max(goal.budget, schedules.at_most(density, total))
+        on_the_way = dataclasses.replace(goal, density=density, budget=budget)
+        plan = plan_round(session, model, prunable, dense_weights, masks, on_the_way)
         if last and session.world.first:
             session.run.commit(plan.as_json(prunable), folder, "plan.json")
         return shared_masks(session, plan, prunable_weights(model, prunable), masks)
 
-    before = sum(int(mask.sum()) for mask in alive.values()) / sum(mask.numel() for mask in alive.values())
-    after = round_plan.densities(session.config)[number - 1]
-    return Gradual(prune, before, after, config.gradual, config.gradual_every)
+    before = sum(int(mask.sum()) for mask in alive.values()) / total
+    return Gradual(prune, before, goal.density, config.gradual, config.gradual_every)
 
 
 def shared_masks(
@@ -205,80 +209,10 @@ def guard(session: Session, weights: dict[str, Tensor], kept: dict[str, Tensor],
         raise Agreed(f"round {plan.round}: the ranks hold different masks after retraining (their hashes differ)")
 
 
-def control(session: Session) -> None:
-    """Train the dense network on for the same steps, recipe and batches as all rounds together."""
-    run = session.run
-    if run.has("rounds", "control.json"):
-        return
-    model, clock = session.new_model(), time.monotonic()
-    model.load_state_dict(checkpoint.load(run, "dense/checkpoint").weights)
-    prunable, _ = models.survey(model, session.config.prune.include, session.config.prune.exclude)
-    history: list[dict[str, Any]] = []
-    for number in range(1, len(round_plan.densities(session.config)) + 1):
-        folder = f"rounds/control-{number:02d}"
-        if run.has(folder, "checkpoint", "manifest.json"):
-            saved = checkpoint.load(run, f"{folder}/checkpoint")
-            model.load_state_dict(saved.weights)
-            history += saved.state["history"]
-            continue
-        names = [tensor.name for tensor in prunable]
-        training = Training(
-            session, model, session.config.retrain, folder, round_folder(number), names, teacher=teacher(session)
-        )
-        position = training.fit()
-        history += position.history
-        if session.world.first:
-            state = {"history": position.history}
-            checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), state=state))
-            checkpoint.keep_last(run, folder, 0)
-        session.world.barrier()
-    val = session.evaluate(model, "val").metrics()
-    if session.world.first:
-        seconds = round(time.monotonic() - clock, 3)
-        run.commit({"val": val, "history": history, "seconds": seconds, "finished_ms": now_ms()}, "rounds/control.json")
-    session.world.barrier()
-
-
-def look_at_test(session: Session) -> None:
-    """Evaluate dense, dense control and pruned on test, keep each answer by sample, and count the look."""
-    run, config = session.run, session.config
-    if run.has("final", "test.json"):
-        return
-    rounds = len(round_plan.densities(config))
-    states = {"dense": "dense/checkpoint", "pruned": f"{round_folder(rounds)}/checkpoint"}
-    if config.prune.dense_control:
-        states["dense_control"] = f"rounds/control-{rounds:02d}/checkpoint"
-    metrics, arrays = {}, {}
-    for name, folder in states.items():
-        model = session.new_model()
-        model.load_state_dict(checkpoint.load(run, folder).weights)
-        answers = session.evaluate(model, "test")
-        metrics[name] = answers.metrics()
-        arrays[f"{name}_right"] = answers.right
-        arrays["valid"] = answers.valid
-    if session.world.first:
-        record_look(session, "final evaluation")
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        run.commit_bytes(buffer.getvalue(), "final", "test_answers.npz")
-        run.commit({"samples": int(arrays["valid"].sum()), **metrics}, "final", "test.json")
-    session.world.barrier()
-
-
-def record_look(session: Session, reason: str) -> None:
-    """Append a line to test_looks.jsonl: every look at test is counted."""
-    run = session.run
-    path = run.path("test_looks.jsonl")
-    lines = storage.read_bytes(path) if storage.exists(path) else b""
-    line = json.dumps({"time_ms": now_ms(), "reason": reason})
-    run.commit_bytes(lines + line.encode() + b"\n", "test_looks.jsonl")
-
-
 def measure_activity(session: Session, prunable: list[Prunable]) -> None:
     """Activation density of the pruned network on some of val, for the paper's Act% and FLOP% (tables 2-5)."""
-    rounds = len(round_plan.densities(session.config))
     model = session.new_model().eval()
-    model.load_state_dict(checkpoint.load(session.run, f"{round_folder(rounds)}/checkpoint").weights)
+    model.load_state_dict(checkpoint.load(session.run, f"{standing(session.run)}/checkpoint").weights)
     data = EvalLoader(session.split("val"), session.config.data, limit=ACTIVITY_SAMPLES, seed=session.config.seed)
     with cost.ActivationMeter(model, [tensor.name for tensor in prunable]) as meter, torch.inference_mode():
         for batch in data.batches(0, 1):
@@ -293,11 +227,6 @@ def measure_activity(session: Session, prunable: list[Prunable]) -> None:
         for name, found in meter.result().items()
     ]
     session.run.commit(rows, "final", "activity.json")
-
-
-def round_folder(number: int) -> str:
-    """Where round `number` (from 1) lies in the run."""
-    return f"rounds/{number:02d}"
 
 
 def prunable_weights(model: nn.Module, prunable: list[Prunable]) -> dict[str, Tensor]:
@@ -322,7 +251,7 @@ def round_facts(
     total, left = sum(sizes.values()), sum(counts.values())
     return {
         "round": plan.round,
-        "attempt": 1,
+        "attempt": plan.attempt,
         "accepted": True,
         "planned_density": plan.density,
         "density": left / total,

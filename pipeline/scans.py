@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.attempts import round_folder
 from pipeline.config import Config
 from pipeline.data import shards, storage
 from pipeline.engine import Engine, Trials
@@ -14,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.models import Prunable
 from pipeline.prune import racing
 from pipeline.prune.one_tensor import sigma
-from pipeline.rounds import round_folder
 from pipeline.session import Progress, data_root
 from pipeline.state import Run, fingerprint
 from pipeline.train import checkpoint

@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import models, scans, session
+from pipeline import attempts, lineage, models, scans, session
 from pipeline.config import Config
 from pipeline.data import shards
 from pipeline.engine import Engine
 from pipeline.models import Prunable
 from pipeline.names import lookup
-from pipeline.prune import allocation, criteria, round_plan
+from pipeline.prune import allocation, campaign, criteria, round_plan
 from pipeline.results import final
 from pipeline.results.mirror import Mirror, patience_s
 from pipeline.session import Progress
@@ -40,7 +40,7 @@ def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
             made_from = shards_stage(config, here, progress)
             if not here.has("rounds", "finished.json"):
                 check_network(config, here)
-            made_from = train_stage("dense", made_from, config, engine, here, progress)
+            made_from = dense_stage(made_from, config, engine, here, progress)
             if round_plan.needs_scan(config):
                 made_from = scan_stage(made_from, config, engine, here, progress)
             made_from = train_stage("rounds", made_from, config, engine, here, progress)
@@ -72,9 +72,9 @@ def check_network(config: Config, here: Run) -> None:
     model = models.build(config.model, classes, config.seed)
     session.check_output(model, config, classes)
     prunable, _ = models.survey(model, config.prune.include, config.prune.exclude)
-    total = sum(tensor.weights for tensor in prunable)
-    for number in range(1, len(round_plan.densities(config)) + 1):
-        round_plan.budget(config, number, total)
+    campaign.require_room(config, lineage.origin(config, here, prunable), attempts.floor(config, prunable))
+    if config.target.mode == "no-loss":
+        campaign.require_enough(here.read("data.json")["val"], config.target)
     phases.require_layers(model, config.retrain.phases)
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
         if samples and not batch_norm.norms(model):
@@ -130,6 +130,22 @@ def train_stage(stage: str, made_from: str, config: Config, engine: Engine, here
     return made_from
 
 
+def dense_stage(made_from: str, config: Config, engine: Engine, here: Run, progress: Progress) -> str:
+    """Train the dense network, or take it and the round to begin with from `start.from`; returns what it is made of."""
+    if config.start.source is None:
+        return train_stage("dense", made_from, config, engine, here, progress)
+    started = time.monotonic()
+    made_from = fingerprint("dense", made_from, config.start.source, stage_settings("dense", config))
+    if here.finished("dense", made_from):
+        progress({"stage": "dense", "skipped": True})
+        return made_from
+    progress({"stage": "dense"})
+    lineage.take(config, here, survey(config, here))
+    progress({"note": f"taken from {config.start.source}: the dense network, and what the rounds begin with"})
+    here.finish("dense", made_from, time.monotonic() - started)
+    return made_from
+
+
 def scan_stage(
     made_from: str, config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = ()
 ) -> str:
@@ -152,7 +168,7 @@ def scan(
         scans.require_round(after, here)
         return scans.measure(survey(config, here), config, engine, here, progress, merged, after)
     made_from = shards_stage(config, here, progress)
-    made_from = train_stage("dense", made_from, config, engine, here, progress)
+    made_from = dense_stage(made_from, config, engine, here, progress)
     scan_stage(made_from, config, engine, here, progress, merged)
     found: dict[str, Any] = here.read("scan", "scan.json")
     return found

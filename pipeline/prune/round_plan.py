@@ -15,6 +15,20 @@ from pipeline.prune.one_tensor import sigma
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What an attempt at round `round` (from 1) is to reach: `budget` weights, which is `density` of all prunable ones.
+
+    `generation` counts rounds from the dense network on, also those of the runs that this one branched off from.
+    """
+
+    round: int
+    attempt: int
+    density: float
+    budget: int
+    generation: int
+
+
+@dataclass(frozen=True)
 class RoundPlan:
     """The counts of round `round` (from 1), and the score under which a tensor's weights go.
 
@@ -26,12 +40,13 @@ class RoundPlan:
     keep: dict[str, int]
     thresholds: dict[str, float]
     dead: dict[str, int] = field(default_factory=dict)
+    attempt: int = 1
 
     def as_json(self, prunable: list[Prunable]) -> dict[str, Any]:
         """The content of plan.json."""
         return {
             "round": self.round,
-            "attempt": 1,
+            "attempt": self.attempt,
             "planned_density": self.density,
             "budget": sum(self.keep.values()),
             "tensors": [
@@ -53,18 +68,18 @@ class RoundPlan:
         keep, thresholds, dead = (
             {name: row[key] for name, row in rows.items()} for key in ("keep", "threshold", "dead")
         )
-        return cls(plan["round"], plan["planned_density"], keep, thresholds, dead)
+        return cls(plan["round"], plan["planned_density"], keep, thresholds, dead, plan["attempt"])
 
 
-def densities(config: Config) -> list[float]:
-    """The density after each round."""
-    return schedules.densities(config.prune, 1.0 / config.target.compression)
+def densities(config: Config, start: float = 1.0) -> list[float]:
+    """The density after each round of a run whose rounds are fixed beforehand, and begin at density `start`."""
+    return schedules.densities(config.prune, config.target.final_density, start)
 
 
-def budget(config: Config, number: int, total: int) -> int:
+def budget(config: Config, number: int, total: int, start: float = 1.0) -> int:
     """Weights to keep after round `number` (from 1), of `total` prunable ones."""
     compression = None if config.prune.schedule == "list" else config.target.compression
-    return schedules.budgets(densities(config), total, compression)[number - 1]
+    return schedules.budgets(densities(config, start), total, compression)[number - 1]
 
 
 def needs_scan(config: Config) -> bool:
@@ -74,34 +89,27 @@ def needs_scan(config: Config) -> bool:
 
 def make(
     config: Config,
-    number: int,
+    goal: Goal,
     weights: dict[str, Tensor],
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     qualities: dict[str, float] | None,
-    density: float | None = None,
 ) -> RoundPlan:
-    """Plan round `number` from the weights as they are; equal inputs give equal plans on every rank.
+    """Plan an attempt at a round from the weights as they are; equal inputs give equal plans on every rank.
 
-    `alive` is True where a weight has survived the rounds before. `density` is one on the way to the round's own,
-    which is the default. Raises UserError for a budget that cannot be met.
+    `alive` is True where a weight has survived the rounds before. Raises UserError for a budget that cannot be met.
     """
-    final = densities(config)[number - 1]
-    density = final if density is None else density
     ranking = criteria.scores(config.prune.criterion, weights, config.seed)
     sigmas = {name: sigma(dense_weights[name]) for name in weights}
     if config.prune.sigma == "renewed":
         sigmas = {name: sigma(weight[alive[name]]) for name, weight in weights.items()}
     if config.target.mode == "thresholds":
         # The paper gives no schedule of qualities over the rounds: round k of K uses k/K of each.
-        share = number / len(densities(config))
+        share = goal.round / len(densities(config))
         scaled = {name: value * share for name, value in (qualities or {}).items()}
         keep = allocation.threshold_counts(ranking, alive, sigmas, scaled, config.prune.min_weights)
     else:
-        total = sum(weight.numel() for weight in weights.values())
-        wanted = budget(config, number, total)
-        if density != final:
-            wanted = max(wanted, schedules.at_most(density, total))
+        wanted = goal.budget
         if config.prune.dead_neurons:  # dead units of the rounds before may have left fewer than this one's budget
             wanted = min(wanted, sum(int(mask.sum()) for mask in alive.values()))
         keep = allocation.allocate(
@@ -111,11 +119,11 @@ def make(
             wanted,
             sigmas=sigmas,
             qualities=qualities,
-            densities=explicit_densities(config, density),
+            densities=explicit_densities(config, goal.density) if config.prune.allocation == "explicit" else None,
             min_weights=config.prune.min_weights,
         )
     thresholds = {name: allocation.threshold(ranking[name], keep[name], alive[name]) for name in weights}
-    return RoundPlan(number, density, keep, thresholds)
+    return RoundPlan(goal.round, goal.density, keep, thresholds, attempt=goal.attempt)
 
 
 def explicit_densities(config: Config, density: float) -> dict[str, float]:

@@ -9,26 +9,26 @@ from pipeline.errors import UserError
 from pipeline.names import lookup
 
 
-def _one_shot(prune: Prune, final: float) -> list[float]:
+def _one_shot(prune: Prune, final: float, start: float) -> list[float]:
     return [final]
 
 
-def _geometric(prune: Prune, final: float) -> list[float]:
+def _geometric(prune: Prune, final: float, start: float) -> list[float]:
     """Each round keeps the same share of what the round before kept."""
-    return [final ** (k / prune.rounds) for k in range(1, prune.rounds)] + [final]
+    return [start * (final / start) ** (k / prune.rounds) for k in range(1, prune.rounds)] + [final]
 
 
-def _cubic(prune: Prune, final: float) -> list[float]:
-    return [cubic_density(1.0, final, k / prune.rounds) for k in range(1, prune.rounds)] + [final]
+def _cubic(prune: Prune, final: float, start: float) -> list[float]:
+    return [cubic_density(start, final, k / prune.rounds) for k in range(1, prune.rounds)] + [final]
 
 
-def _listed(prune: Prune, final: float) -> list[float]:
+def _listed(prune: Prune, final: float, start: float) -> list[float]:
     """prune.list as it is: its last density is the final one."""
     assert prune.list, "the config refuses schedule=list without prune.list"
     return [*prune.list]
 
 
-SCHEDULES: dict[str, Callable[[Prune, float], list[float]]] = {
+SCHEDULES: dict[str, Callable[[Prune, float, float], list[float]]] = {
     "one-shot": _one_shot,
     "geometric": _geometric,
     "cubic": _cubic,
@@ -36,14 +36,14 @@ SCHEDULES: dict[str, Callable[[Prune, float], list[float]]] = {
 }
 
 
-def densities(prune: Prune, final_density: float) -> list[float]:
-    """Density (kept / prunable, 0..1) after each round, falling.
+def densities(prune: Prune, final_density: float, start: float = 1.0) -> list[float]:
+    """Density (kept / prunable, 0..1) after each round, falling from `start`, at which the first round begins.
 
     Ends at `final_density`, but for schedule=list, which ends at its own last. Raises UserError for an unknown
     schedule.
     """
     assert 0.0 < final_density <= 1.0, final_density
-    return lookup(SCHEDULES, prune.schedule, "prune.schedule")(prune, final_density)
+    return lookup(SCHEDULES, prune.schedule, "prune.schedule")(prune, final_density, start)
 
 
 def cubic_density(before: float, after: float, share: float) -> float:
@@ -65,7 +65,7 @@ def budgets(densities: list[float], total: int, compression: float | None) -> li
     if compression is None:
         last = at_most(densities[-1], total)
     else:
-        last = _compressed(total, compression)
+        last = compressed(total, compression)
     if last < 1:
         wanted = f"prune.list={densities[-1]}" if compression is None else f"target.compression={compression:g}"
         raise UserError(
@@ -87,7 +87,7 @@ def at_most(density: float, total: int) -> int:
     return count
 
 
-def _compressed(total: int, compression: float) -> int:
+def compressed(total: int, compression: float) -> int:
     """The largest count with total / count >= compression."""
     count = min(total, int(total / compression) + 1)
     while count > 0 and total / count < compression:

@@ -28,15 +28,18 @@ _FILES = (
     "test_looks.jsonl",
     "report.html",
 )
+_START = ("start.json", "plan.json", "metrics.json")
+_ATTEMPT = re.compile(r"attempt-\d+")  # the record of one that was undone
 _AFTER = re.compile(r"after-\d+\.json")  # the scan of a round's model
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round's folder. `metrics` is None while the round is running."""
+    """One attempt at a round. `metrics` is None while it is running; `folder` is its place in the run."""
 
     number: int
     attempt: int
+    folder: str
     plan: Json | None
     metrics: Json | None
 
@@ -54,6 +57,7 @@ class Contents:
     scan: Json | None
     rounds: tuple[Round, ...]
     control: Json | None
+    start: Json | None
     histograms: Json | None
     activity: tuple[Json, ...]
     result: Json | None
@@ -61,7 +65,7 @@ class Contents:
 
     @property
     def finished_rounds(self) -> list[Json]:
-        """Metrics of the rounds that are done, in order."""
+        """Metrics of the rounds that are done, undone attempts too, in order."""
         return [each.metrics for each in self.rounds if each.metrics is not None]
 
     @property
@@ -102,6 +106,7 @@ def read(run_dir: str | Path) -> Contents:
         scan=parsed("scan", "scan.json"),
         rounds=tuple(_rounds(storage.join(run_dir, "rounds"))),
         control=parsed("rounds", "control.json"),
+        start=parsed("start", "start.json"),
         histograms=parsed("final", "histograms.json"),
         activity=tuple(parsed("final", "activity.json") or ()),
         result=parsed("result.json"),
@@ -115,9 +120,11 @@ def mirrored_files(run_dir: str | Path) -> dict[str, Stat]:
     for folder in ("", "dense", "scan", "rounds"):
         there = storage.stats(storage.join(run_dir, folder))
         found |= {name: there[PurePosixPath(name).name] for name in _FILES if _is_in(name, folder, there)}
-    for folder in storage.list_folders(storage.join(run_dir, "rounds")):
+    for folder in _attempts(storage.join(run_dir, "rounds")):
         there = storage.stats(storage.join(run_dir, "rounds", folder))
         found |= {f"rounds/{folder}/{name}": there[name] for name in ("plan.json", "metrics.json") if name in there}
+    start = storage.stats(storage.join(run_dir, "start"))
+    found |= {f"start/{name}": start[name] for name in _START if name in start}
     scans = storage.stats(storage.join(run_dir, "scan"))
     found |= {f"scan/{name}": known for name, known in scans.items() if _AFTER.fullmatch(name)}
     final = storage.stats(storage.join(run_dir, "final"))
@@ -129,14 +136,26 @@ def _is_in(path: str, folder: str, there: dict[str, Stat]) -> bool:
     return str(place.parent) == (folder or ".") and place.name in there
 
 
-def _rounds(folder: str) -> Iterator[Round]:
+def _attempts(folder: str) -> Iterator[str]:
+    """The folders of rounds and, before each, of its attempts that were undone, relative to `folder`."""
     for part in sorted((name for name in storage.list_folders(folder) if name.isdigit()), key=int):
+        undone = [name for name in storage.list_folders(storage.join(folder, part)) if _ATTEMPT.fullmatch(name)]
+        yield from (f"{part}/{name}" for name in sorted(undone, key=lambda name: int(name.split("-")[1])))
+        yield part
+
+
+def _rounds(folder: str) -> Iterator[Round]:
+    seen: set[tuple[int, int]] = set()
+    for part in _attempts(folder):
         plan, metrics = (_json(storage.join(folder, part, name)) for name in ("plan.json", "metrics.json"))
         if plan is not None and metrics is not None and plan.get("attempt", 1) != metrics.get("attempt", 1):
             metrics = None  # left from the attempt before this one
         known = metrics or plan
         if known is not None:
-            yield Round(int(known["round"]), int(known.get("attempt") or 1), plan, metrics)
+            number, attempt = int(known["round"]), int(known.get("attempt") or 1)
+            if (number, attempt) not in seen:  # one that is being undone is in two places
+                yield Round(number, attempt, f"rounds/{part}", plan, metrics)
+            seen.add((number, attempt))
 
 
 def _json(url: str) -> Any:

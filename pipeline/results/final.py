@@ -13,11 +13,10 @@ import numpy as np
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from pipeline import cost, models, rounds, session
+from pipeline import attempts, cost, lineage, models, session
 from pipeline.config import Config
 from pipeline.data import shards, storage
 from pipeline.models import Prunable
-from pipeline.prune import round_plan
 from pipeline.results import packed, report, schema, stats
 from pipeline.state import Run
 from pipeline.train import checkpoint
@@ -29,8 +28,7 @@ STAGES = ("shards", "dense", "scan", "rounds")
 
 def finish(config: Config, here: Run, prunable: list[Prunable], started: float) -> dict[str, Any]:
     """Write final/, result.json and report.html; returns the result. `started` is of time.monotonic()."""
-    number = len(round_plan.densities(config))
-    kept = checkpoint.load(here, f"{rounds.round_folder(number)}/checkpoint")
+    kept = attempts.standing_checkpoint(here, prunable)
     dense = checkpoint.load(here, "dense/checkpoint")
     model_bytes = save_safetensors(kept.weights)
     here.commit_bytes(model_bytes, "final", "model.safetensors")
@@ -38,7 +36,7 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
     sizes = packed.write(here.path("final", "model.packed"), kept.weights)
     here.commit(histograms(prunable, dense.weights, kept), "final", "histograms.json")
     dense_bytes = sum(tensor.numel() * tensor.element_size() for tensor in dense.weights.values())
-    result = assemble(config, here, prunable, sizes, model_bytes, dense_bytes)
+    result = assemble(config, here, prunable, kept.masks, sizes, model_bytes, dense_bytes)
     result["seconds"]["final"] = round(time.monotonic() - started, 3)
     write_result(here, result)
     return result
@@ -62,29 +60,33 @@ def assemble(
     config: Config,
     here: Run,
     prunable: list[Prunable],
+    masks: dict[str, Tensor],
     sizes: packed.PackedSizes,
     model_bytes: bytes,
     dense_bytes: int,
 ) -> dict[str, Any]:
     """The content of result.json; what is not built or not measured is null."""
     test = here.read("final", "test.json")
-    all_rounds = [here.read(rounds.round_folder(n + 1), "metrics.json") for n in range(count_rounds(config))]
-    last = all_rounds[-1]
-    judged = mcnemar(here, "dense_control" if config.prune.dense_control else "dense")
-    layers = layer_rows(config, here, prunable, sizes)
+    trail, folder = attempts.trail(here), attempts.standing(here)
+    judged = mcnemar(here, "dense_control" if "dense_control" in test else "dense")
+    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    layers = layer_rows(config, here, prunable, kept, sizes)
     flops = sum(row["flops"] for row in layers)
+    total, left = sum(mask.numel() for mask in masks.values()), sum(kept.values())
+    # A network that is the dense one to the bit has lost nothing, however few images there are to show it.
+    same = folder == attempts.DENSE
     return {
         "name": config.name,
         "network": config.model.factory,
         "seed": config.seed,
-        "verdict": stats.verdict(*judged.drop_ci95, config.target.margin),
+        "verdict": "no loss" if same else stats.verdict(*judged.drop_ci95, config.target.margin),
         "test_looks": len(storage.read_bytes(here.path("test_looks.jsonl")).splitlines()),
-        "weights_total": last["weights"],
-        "weights_kept": last["kept"],
-        "compression": last["compression"],
-        "density": last["density"],
+        "weights_total": total,
+        "weights_kept": left,
+        "compression": total / left,
+        "density": left / total,
         "flops_density": sum(row["flops"] * row["flops_density"] for row in layers) / flops if flops else None,
-        "val": {"dense": here.read("dense", "metrics.json")["val"], "pruned": last["val"]},
+        "val": {"dense": here.read("dense", "metrics.json")["val"], "pruned": here.read(folder, "metrics.json")["val"]},
         "test": {
             "samples": test["samples"],
             "dense": test["dense"],
@@ -115,20 +117,21 @@ def assemble(
                 "val_top1": r["val"]["top1"],
                 "seconds": r["seconds"],
             }
-            for r in all_rounds
+            for r in trail
         ],
+        "lineage": lineage.described(here),
         "seconds": {stage: stage_seconds(here, stage) for stage in (*STAGES, "final")},
         "mlflow": None,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
 
-def layer_rows(config: Config, here: Run, prunable: list[Prunable], sizes: packed.PackedSizes) -> list[dict[str, Any]]:
+def layer_rows(
+    config: Config, here: Run, prunable: list[Prunable], kept: dict[str, int], sizes: packed.PackedSizes
+) -> list[dict[str, Any]]:
     """One row a prunable tensor, in the paper's columns. flops_density = density x input density (PAPER, tables)."""
-    number = count_rounds(config)
-    last = here.read(rounds.round_folder(number), "metrics.json")
-    plan = here.read(rounds.round_folder(number), "plan.json")
-    kept = {row["name"]: row for row in last["layers"]}
+    folder = attempts.standing(here)
+    plan = {"tensors": []} if folder == attempts.DENSE else here.read(folder, "plan.json")
     thresholds = {row["name"]: row["threshold"] for row in plan["tensors"]}
     activity = {row["name"]: row for row in here.read("final", "activity.json")}
     manifest = shards.load_manifest(session.data_root(config, here))
@@ -139,12 +142,12 @@ def layer_rows(config: Config, here: Run, prunable: list[Prunable], sizes: packe
             "name": tensor.name,
             "kind": tensor.kind,
             "weights": tensor.weights,
-            "kept": kept[tensor.name]["kept"],
-            "density": kept[tensor.name]["density"],
+            "kept": kept[tensor.name],
+            "density": kept[tensor.name] / tensor.weights,
             "flops": flops[tensor.name],
             "activation_density": activity[tensor.name]["output_density"],
-            "flops_density": kept[tensor.name]["density"] * activity[tensor.name]["input_density"],
-            "threshold": thresholds[tensor.name],
+            "flops_density": kept[tensor.name] / tensor.weights * activity[tensor.name]["input_density"],
+            "threshold": thresholds.get(tensor.name),
             "packed_bits_per_kept": sizes.bits_per_kept.get(tensor.name),
         }
         for tensor in prunable
@@ -175,11 +178,6 @@ def histograms(prunable: list[Prunable], dense: dict[str, Tensor], kept: checkpo
             }
         )
     return {"tensors": rows}
-
-
-def count_rounds(config: Config) -> int:
-    """Rounds of the run."""
-    return len(round_plan.densities(config))
 
 
 def stage_seconds(here: Run, stage: str) -> float | None:

@@ -205,8 +205,12 @@ def layers(result: Part) -> Figure:
 
 
 def training(dense: Part | None, metrics: Sequence[Part], control: Part | None = None) -> Figure:
-    """Loss and val accuracy by epoch: dense training, then each round's retraining, one after the other."""
-    segments = [("dense", dense), *((f"round {m['round']}", m) for m in metrics)]
+    """Loss and val accuracy by epoch: dense training, then each round's retraining, one after the other.
+
+    Attempts that were undone are no part of the network's training and are left out.
+    """
+    kept = [m for m in metrics if m.get("accepted", True)]
+    segments = [("dense", dense), *((f"round {m['round']}", m) for m in kept)]
     with styled():
         figure, axes = new(10.5, 4.6, 2, 1, sharex=True)
         start, ends = 0, []

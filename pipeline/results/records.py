@@ -20,6 +20,7 @@ MAX_PARAM, MAX_KEY = 6000, 250  # characters that MLflow takes
 # Raised when a figure or table is drawn differently, so that those already in MLflow are replaced.
 _DRAWN = b"1"
 UID, KIND, ROUND, ATTEMPT = "secateur.uid", "secateur.kind", "secateur.round", "secateur.attempt"
+PARENT = "secateur.parent_run"  # the MLflow run of the run that this one branched off from
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def parent(run: Contents, config: Config) -> Record:
     tags = {"secateur.network": config.model.factory}
     if result is not None:
         tags |= {"secateur.network": result["network"], "secateur.verdict": result["verdict"]}
+    if run.start is not None:
+        tags |= {f"secateur.source_{key}": str(run.start[key]) for key in ("run", "uid", "round")}
+        tags |= {PARENT: run.start["mlflow_run_id"]} if run.start["mlflow_run_id"] else {}
     drawn = [_table("layers.json", result["layers"])] if result is not None else []
     return Record(
         name=str(run.run["name"]),
@@ -90,7 +94,11 @@ def child(run: Contents, each: Round) -> Record:
         points = [*_numbers(_round_numbers(metrics), each.number, end), *_history("epoch", metrics)]
         tables = [_table("layers.json", metrics["layers"])]
         tags = {"secateur.accepted": str(bool(metrics["accepted"])).lower()}
-    folder = f"rounds/{each.number:02d}/"
+    folder = f"{each.folder}/"
+
+    def of_this_attempt(name: str) -> bool:
+        return name.startswith(folder) and "/" not in name.removeprefix(folder)
+
     return Record(
         name=f"round {each.number}{again}",
         identity={
@@ -102,7 +110,7 @@ def child(run: Contents, each: Round) -> Record:
         tags=tags,
         params={},
         points=tuple(points),
-        artifacts=(*_files(run, lambda name: name.startswith(folder), strip=folder), *tables),
+        artifacts=(*_files(run, of_this_attempt, strip=folder), *tables),
         start_ms=_began(run, each),
         end_ms=end,
         tables=tuple(table.path for table in tables),
@@ -115,7 +123,7 @@ def _of_the_run(name: str) -> bool:
 
 def _began(run: Contents, each: Round) -> int:
     """The end of what came before a round: the same while it runs and later, as MLflow keeps the first it is told."""
-    before = [m for m in run.finished_rounds if m["round"] < each.number]
+    before = [m for m in run.finished_rounds if (m["round"], m["attempt"]) < (each.number, each.attempt)]
     parts = [part for part in (run.dense, *before) if part is not None]
     return max([int(run.run["created_ms"]), *(int(part.get("finished_ms") or 0) for part in parts)])
 

@@ -60,11 +60,13 @@ def render(run_dir: str | Path) -> str:
     }
     return environment.get_template("report.html").render(
         run=run,
-        result=result,
+        result={"lineage": None, **result},
         verdict=verdict(result, margin(run)),
         reference=reference_name(result),
         rows=summary_rows(result),
         rounds=run.finished_rounds,
+        unpruned=unpruned(result),
+        undone=not all(metrics["accepted"] for metrics in run.finished_rounds),
         totals=totals(result),
         measured=measured_on(run.activity),
         cuts=scan_rows(run.scan),
@@ -81,7 +83,9 @@ def summary_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     test, mcnemar, stored = result["test"], result["test"]["mcnemar"], result["bytes"]
     low, high = mcnemar["drop_ci95"]
     control = test["dense_control"]
+    start = result.get("lineage")
     return [
+        *([("started from", f"round {start['round']} of {start['run']}")] if start else []),
         ("verdict", result["verdict"]),
         ("compression", f"{number(result['compression'])}×"),
         ("weights kept", f"{count(result['weights_kept'])} of {count(result['weights_total'])}"),
@@ -121,6 +125,12 @@ def verdict(result: Mapping[str, Any], allowed: float | None) -> dict[str, str]:
     low, high = result["test"]["mcnemar"]["drop_ci95"]
     limit = f"the margin of {points(allowed, sign='')}" if allowed is not None else "the margin asked for"
     interval = span(low, high)
+    if unpruned(result):
+        text = (
+            "No round was accepted: each one lost more on val than target.tolerance, down to the smallest step. The "
+            "network handed over is the dense one as it was."
+        )
+        return {"title": "Nothing was pruned", "text": text}
     if result["verdict"] == "no loss":
         text = f"Even the upper end of the drop's 95% interval ({interval}) is within {limit}."
         if low > 0:
@@ -134,6 +144,11 @@ def verdict(result: Mapping[str, Any], allowed: float | None) -> dict[str, str]:
         "nor rules one out that matters. A larger test set, or less pruning, would decide."
     )
     return {"title": "Undecided", "text": text}
+
+
+def unpruned(result: Mapping[str, Any]) -> bool:
+    """Whether a campaign ended with the dense network: nothing is pruned, and no round was accepted."""
+    return result["weights_kept"] == result["weights_total"] and not any(row["accepted"] for row in result["rounds"])
 
 
 def totals(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pipeline.data import storage
 from pipeline.errors import UserError
 from pipeline.results import records
 from pipeline.results.contents import read
-from pipeline.results.records import ATTEMPT, KIND, ROUND, UID, Artifact, Point, Record
+from pipeline.results.records import ATTEMPT, KIND, PARENT, ROUND, UID, Artifact, Point, Record
 
 _LEDGER, _LEDGER_PART = "secateur.artifacts", 4000  # characters in a tag; some stores take no more than 5000
 _LARGE = 2**20  # bytes
@@ -85,7 +85,7 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
         experiment = _experiment(client, config)
         known = _known(client, experiment, str(contents.run["uid"]))
         whole = records.parent(contents, config)
-        run_id = _store(client, experiment, whole, known, {})
+        run_id = _store(client, experiment, whole, known, _parent_run(client, experiment, contents.start))
         above = {"mlflow.parentRunId": run_id}
         children = [_store(client, experiment, records.child(contents, e), known, above) for e in contents.rounds]
         if {run_id, *children} != {run.info.run_id for run in known}:  # some were made, or are too many
@@ -143,6 +143,14 @@ def _known(client: Any, experiment: str, uid: str) -> list[Any]:
         raise UserError(f"run.json: uid={uid!r} is not made of letters and digits; restore the file from a copy")
     found = client.search_runs([experiment], filter_string=f"tags.`{UID}` = '{uid}'", max_results=1000)
     return sorted(found, key=lambda run: (_LEDGER not in run.data.tags, run.info.run_id))
+
+
+def _parent_run(client: Any, experiment: str, start: dict[str, Any] | None) -> dict[str, str]:
+    """The tag that leads to the run branched off from, where that was in MLflow only after the branch had begun."""
+    if start is None or start["mlflow_run_id"]:
+        return {}
+    found = [run for run in _known(client, experiment, str(start["uid"])) if run.data.tags.get(KIND) == "run"]
+    return {PARENT: str(found[0].info.run_id)} if found else {}
 
 
 def _store(client: Any, experiment: str, record: Record, known: Sequence[Any], tags: dict[str, str]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import yaml
 from faults.limits import command, main
+from pydantic.fields import FieldInfo
 from sklearn.datasets import load_digits
 
 from pipeline import commands, models
@@ -43,10 +44,10 @@ OTHERS = [
     "/dev/null", "pipe:touch MARKER", "file:///etc|touch MARKER", "http://127.0.0.1:9/x", "s3://", "os", "..x", "a:b",
     ":", "small:network", "math.sqrt", "torch.nn.Linear", "torchvision.models.squeezenet1_1", "lenet_5",
     "lenet_300_100", "digits", "idx", "shards", "cosine", "step", "inv", "one-shot", "cubic", "list", "pooled",
-    "uniform", "erk", "explicit", "random", "thresholds", "adaptive", "[shift, flip]", "[crop]", "[resized-crop]",
-    "[shift, crop, resized-crop, flip]", "[0.5, 0.2]", "[0.5, 0.5]", "[1.0]", "{fc1.weight: 0.5}", "{'*': 0.5}",
-    "{'[': 0.1}", "['*.weight']", "[fc1.weight]", "{inputs: -64}", "{inputs: 1000000000000}", "{dropout: .nan}",
-    "{dropout: 2}", "{inputs: '64'}", "{x: {y: [1, {z: 2}]}}", "{classes: 3}",
+    "uniform", "erk", "explicit", "random", "thresholds", "no-loss", "adaptive", "[shift, flip]", "[crop]",
+    "[resized-crop]", "[shift, crop, resized-crop, flip]", "[0.5, 0.2]", "[0.5, 0.5]", "[1.0]", "{fc1.weight: 0.5}",
+    "{'*': 0.5}", "{'[': 0.1}", "['*.weight']", "[fc1.weight]", "{inputs: -64}", "{inputs: 1000000000000}",
+    "{dropout: .nan}", "{dropout: 2}", "{inputs: '64'}", "{x: {y: [1, {z: 2}]}}", "{classes: 3}", "other:1",
 ]  # fmt: skip
 SNIPPETS = [
     BOMB, "<<: *nowhere", "<<: {seed: 5}", "base: &b {seed: 5}\n<<: *b", "? [a, b]\n: c", "---\nname: two",
@@ -91,10 +92,15 @@ def bases(data: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def fields(section: type[Section]) -> dict[str, FieldInfo]:
+    """The settings of a section as they are written."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
 def keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
     """Every setting by its dotted name."""
     found = []
-    for name, field in section.model_fields.items():
+    for name, field in fields(section).items():
         kind = field.annotation
         found.append(prefix + name)
         if isinstance(kind, type) and issubclass(kind, Section):
@@ -124,8 +130,8 @@ def plausible(chance: random.Random, key: str) -> str:
     section: type[Section] = Config
     *parents, leaf = key.split(".")
     for parent in parents:
-        section = section.model_fields[parent].annotation  # type: ignore[assignment]
-    text = str(section.model_fields[leaf].annotation)
+        section = fields(section)[parent].annotation  # type: ignore[assignment]
+    text = str(fields(section)[leaf].annotation)
     options = re.findall(r"'([^']+)'", text) if "Literal" in text else []
     for kind, values in PLAUSIBLE.items():
         options += values if kind in text else []
@@ -237,12 +243,18 @@ def check(config: Config, run: Path) -> None:
     for path in run.rglob("*.json"):
         json.loads(path.read_text(), parse_constant=no_number)
     result = json.loads((run / "result.json").read_text())
-    plan = round_plan.densities(config)
+    accepted = [row["density"] for row in result["rounds"] if row["accepted"]]
     assert (result["name"], result["seed"], result["network"]) == (config.name, config.seed, config.model.factory)
-    assert len(result["rounds"]) == len(plan)
-    assert (result["test"]["dense_control"] is None) == (not config.prune.dense_control)
+    assert (result["test"]["dense_control"] is None) == (not (config.prune.dense_control and accepted))
     total, kept = result["weights_total"], result["weights_kept"]
     assert kept == sum(layer["kept"] for layer in result["layers"]) > 0
+    assert settings.load(run / "config.yaml") == config
+    if config.target.mode == "no-loss":
+        assert accepted == sorted(accepted, reverse=True)
+        assert result["density"] == ([1.0, *accepted])[-1]
+        return
+    plan = round_plan.densities(config)
+    assert len(result["rounds"]) == len(plan)
     last = json.loads((run / f"rounds/{len(plan):02d}/plan.json").read_text())
     assert kept == sum(tensor["keep"] for tensor in last["tensors"])
     epochs = config.retrain.epochs
@@ -262,7 +274,6 @@ def check(config: Config, run: Path) -> None:
                 assert abs(layer["kept"] - expected[layer["name"]] * layer["weights"]) <= max(
                     1, config.prune.min_weights
                 )
-    assert settings.load(run / "config.yaml") == config
 
 
 if __name__ == "__main__":

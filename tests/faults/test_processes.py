@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from faults.runs import EVERY, Line, RayRun, copy_before_rounds, newest_step, resumed_at, same_weights
-from tiny_run import TINY
+from tiny_run import NO_SCAN, TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
@@ -83,6 +83,37 @@ def test_a_worker_killed_in_a_checkpoint(rank: int, undisturbed: Undisturbed, tm
     resumed = resumed_at(run.output)
     assert resumed < step if rank == 0 else resumed <= step, run.output
     line(f"SIGKILL of rank {rank} in a checkpoint", "identical", step - resumed, seconds - undisturbed.rounds_seconds)
+
+
+def test_the_driver_killed_in_an_attempt_that_is_undone(tmp_path: Path, line: Line) -> None:
+    """A campaign whose first step, to 0.1% of the weights, cannot be accepted."""
+    campaign = [
+        NO_SCAN, "prune.dense_control=false", "dense.epochs=5", "retrain.epochs=10", "target.mode=no-loss",
+        "target.compression=null", "target.step=0.001", "target.confidence=0.5", "target.tolerance=0.2",
+        "target.max_rounds=1",
+    ]  # fmt: skip
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    undisturbed = RayRun(config, tmp_path / "undisturbed", *campaign)
+    expected = undisturbed.finish()
+    runs = tmp_path / "killed"
+    first = RayRun(config, runs, *campaign)
+    first.wait(lambda: newest_step(first.folder / "rounds/01/steps"))
+    saved = newest_step(first.folder / "rounds/01/steps") or 0
+    assert not (first.folder / "rounds/01/attempt-1").exists()
+    first.kill()
+    spent = time.monotonic() - first.started
+    again = RayRun(config, runs, *campaign)
+    seconds = spent + again.finish()
+    assert "rounds/01 at density 0.10% is undone" in again.output
+    assert f"rounds/01: resumed at step {saved}" in again.output
+    assert same_weights(undisturbed.folder, again.folder)
+    records = [
+        [(row["round"], row["attempt"], row["density"], row["accepted"], row["val_top1"]) for row in result["rounds"]]
+        for result in (json.loads((run.folder / "result.json").read_text()) for run in (undisturbed, again))
+    ]
+    assert records[0] == records[1]
+    line("SIGKILL in an undone attempt", "identical", f"<={EVERY}", seconds - expected)
 
 
 def trial_measured(run: Path) -> bool:

@@ -19,7 +19,7 @@ from pipeline.data import shards
 from pipeline.distributed import configure_process
 from pipeline.errors import RunStopped, UserError
 from pipeline.local import LocalEngine
-from pipeline.prune import round_plan
+from pipeline.prune import campaign, round_plan
 from pipeline.results import packed
 from pipeline.state import run_root
 from pipeline.train import checkpoint
@@ -50,9 +50,10 @@ def test_each_rounds_thresholds_rest_on_the_dense_networks_deviations(tiny: Call
     here = stages.Run(run_root(config), 1)
     dense, first = (checkpoint.load(here, f"{part}/checkpoint") for part in ("dense", "rounds/01"))
     scan, plan = here.read("scan", "scan.json"), here.read("rounds/02", "plan.json")
+    total = sum(mask.numel() for mask in first.masks.values())
     expected = round_plan.make(
         config,
-        2,
+        campaign.outlook(config, campaign.Origin(total, total), 1)[1],
         {name: first.weights[name] for name in first.masks},
         {name: dense.weights[name] for name in first.masks},
         first.masks,
