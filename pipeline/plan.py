@@ -13,7 +13,8 @@ from pipeline.config import Config
 from pipeline.data import placement, shards, sources, storage
 from pipeline.errors import UserError
 from pipeline.models import LeftOut, Prunable
-from pipeline.prune import round_plan
+from pipeline.prune import allocation, round_plan
+from pipeline.prune.round_plan import RoundPlan, Scanned
 from pipeline.train import checkpoint, recipe
 
 
@@ -32,7 +33,10 @@ ILSVRC = Counts(1_281_167, 0, 50_000, 1000)  # ImageNet 2012, whose val is our t
 
 @dataclass(frozen=True)
 class RoundSize:
-    """One round: its density over all prunable weights, and what follows from it."""
+    """One round: its density over all prunable weights, and what follows from it.
+
+    `rise` is the rise of the loss (nats) before retraining that the scan predicts; None without a scan.
+    """
 
     round: int
     density: float
@@ -40,6 +44,7 @@ class RoundSize:
     flops: int
     bytes: int
     steps: int
+    rise: float | None
 
 
 @dataclass(frozen=True)
@@ -66,26 +71,29 @@ def make(config: Config) -> RunPlan:
     session.check_output(model, config, counts.classes)
     prunable, left_out = models.survey(model, config.prune.include, config.prune.exclude)
     flops = cost.flops(model, session.input_shape(config))
-    weights, qualities, notes = known_weights(config, rounds.prunable_weights(model, prunable))
-    total = sum(tensor.weights for tensor in prunable)
+    weights, scan, notes = known(config, rounds.prunable_weights(model, prunable), counts.classes, flops)
+    sizes = {tensor.name: tensor.weights for tensor in prunable}
+    total, prices = sum(sizes.values()), round_plan.costs(config, sizes, flops)
     other = 4 * sum(math.prod(tensor.shape) for tensor in left_out)
     steps = {
         name: recipe.total_steps(part, placement.steps_per_epoch(counts.train, config.data.lanes, part.batch_size))
         for name, part in (("dense", config.dense), ("retrain", config.retrain))
     }
-    rows, keep = [], {}
+    rows, keep, last = [], {}, None
     for number in range(1, len(round_plan.densities(config)) + 1):
-        budget = round_plan.budget(config, number, total)
-        keep = counts_at(config, number, weights, qualities)
-        spent = {t.name: keep[t.name] if keep else round(budget * t.weights / total) for t in prunable}
+        share = round_plan.budget(config, number, allocation.spent(sizes, prices)) / allocation.spent(sizes, prices)
+        last = plan_at(config, number, weights, scan)
+        keep = last.keep if last else {}
+        spent = keep or {name: round(share * size) for name, size in sizes.items()}
         rows.append(
             RoundSize(
                 round=number,
-                density=(sum(keep.values()) or budget) / total,
-                kept=sum(keep.values()) or budget,
+                density=(sum(keep.values()) or round(share * total)) / total,
+                kept=sum(keep.values()) or round(share * total),
                 flops=sum(round(flops[t.name] * spent[t.name] / t.weights) for t in prunable),
-                bytes=other + sum(packed_bytes(t.weights, spent[t.name]) for t in prunable),
+                bytes=other + sum(cost.packed_bytes(t.weights, spent[t.name]) for t in prunable),
                 steps=steps["retrain"],
+                rise=last.predicted["rise"] if last and last.predicted else None,
             )
         )
     densities = {t.name: keep[t.name] / t.weights for t in prunable} if keep else {}
@@ -119,50 +127,33 @@ def count_samples(config: Config) -> Counts:
     return Counts(train, val, len(source.test.labels), source.num_classes)
 
 
-def known_weights(
-    config: Config, fresh: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, float] | None, list[str]]:
-    """The weights and qualities that densities can be worked out from: those of the run, where it has got so far."""
+def known(
+    config: Config, fresh: dict[str, Tensor], classes: int, flops: dict[str, int]
+) -> tuple[dict[str, Tensor], Scanned | None, list[str]]:
+    """The weights and the scan that densities can be worked out from: those of the run, where it has got so far."""
     run = state.Run(state.run_root(config), 0)
-    qualities = None
+    scan = None
     if run.has("scan", "finished.json"):
-        qualities = {tensor["name"]: tensor["quality"] for tensor in run.read("scan", "scan.json")["tensors"]}
+        content = run.read("scan", "scan.json")
+        if fresh.keys() == {tensor["name"] for tensor in content["tensors"]}:
+            scan = round_plan.scanned(config, content, classes, flops)
     if run.has("dense", "finished.json"):
         trained = checkpoint.load(run, "dense/checkpoint").weights
         if all(name in trained for name in fresh):
-            return {name: trained[name] for name in fresh}, qualities, ["weights are those of the run's dense network"]
-    return fresh, qualities, []
+            return {name: trained[name] for name in fresh}, scan, ["weights are those of the run's dense network"]
+    return fresh, scan, []
 
 
-def counts_at(
-    config: Config, number: int, weights: dict[str, Tensor], qualities: dict[str, float] | None
-) -> dict[str, int]:
-    """Kept count of each tensor, or nothing where it follows from weights or a scan that do not exist yet."""
+def plan_at(config: Config, number: int, weights: dict[str, Tensor], scan: Scanned | None) -> RoundPlan | None:
+    """The plan of a round, or None where it follows from weights or a scan that do not exist yet."""
     needs_weights = config.prune.allocation in ("paper", "pooled")
     trained = storage.exists(storage.join(state.run_root(config), "dense", "finished.json"))
     if needs_weights and not trained and config.dense.epochs:
-        return {}
-    if round_plan.needs_scan(config) and qualities is None:
-        return {}
+        return None
+    if round_plan.needs_scan(config) and scan is None:
+        return None
     alive = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    return round_plan.make(config, number, weights, weights, alive, qualities).keep
-
-
-def packed_bytes(weights: int, kept: int) -> int:
-    """Predicted size of a packed tensor: fp32 values, and the smaller of a bitmask and Rice-coded gaps.
-
-    With random positions a gap is geometric with q = 1 - density; Rice's code of width w takes 1 + w bits and
-    one more for each 2^w that the gap holds, q^(2^w) / (1 - q^(2^w)) on average.
-    """
-    if kept == 0:
-        return 0
-
-    def bits(width: int) -> float:
-        beyond = (1.0 - kept / weights) ** (2**width)
-        return 1 + width + beyond / (1.0 - beyond)
-
-    gaps = min(kept * bits(width) for width in range(1, 21)) / 8
-    return math.ceil(min(4 * weights, 4 * kept + min(gaps, weights / 8)))
+    return round_plan.make(config, number, weights, weights, alive, scan)
 
 
 def require_plan_possible(plan: RunPlan) -> None:

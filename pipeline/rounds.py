@@ -23,7 +23,7 @@ from pipeline.errors import Agreed, UserError
 from pipeline.models import Prunable
 from pipeline.prune import criteria, masks, round_plan
 from pipeline.prune.round_plan import RoundPlan
-from pipeline.session import Session
+from pipeline.session import Session, input_shape
 from pipeline.state import now_ms
 from pipeline.train import checkpoint, dropout
 from pipeline.train.checkpoint import Checkpoint
@@ -130,11 +130,13 @@ def plan_round(
     number: int,
 ) -> RoundPlan:
     """The plan of a round, the same on every rank, since all hold the same weights."""
-    qualities = None
+    scan = None
     if round_plan.needs_scan(session.config):
-        qualities = {tensor["name"]: tensor["quality"] for tensor in session.run.read("scan", "scan.json")["tensors"]}
+        flops = cost.flops(model, input_shape(session.config))
+        content = session.run.read("scan", "scan.json")
+        scan = round_plan.scanned(session.config, content, session.manifest.num_classes, flops)
     weights = prunable_weights(model, prunable)
-    return round_plan.make(session.config, number, weights, dense_weights, alive, qualities)
+    return round_plan.make(session.config, number, weights, dense_weights, alive, scan)
 
 
 def shared_masks(

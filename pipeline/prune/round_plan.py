@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from pipeline import cost
 from pipeline.config import Config
 from pipeline.models import Prunable
-from pipeline.prune import allocation, criteria, schedules
+from pipeline.prune import allocation, criteria, damage, schedules
+from pipeline.prune import budget as budgeting
+from pipeline.prune.budget import Cost, Priced
 from pipeline.prune.one_tensor import sigma
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What a plan takes from the scan: the paper's qualities, and each tensor's predicted damage with its cost."""
+
+    qualities: dict[str, float]
+    priced: dict[str, Priced]
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,7 @@ class RoundPlan:
     """The counts of round `round` (from 1), and the score under which a tensor's weights go.
 
     `dead` counts what was taken off each tensor since it led to or from a dead unit; `keep` is what is left after it.
+    `predicted` is what the scan lets expect of the counts, before that and before retraining; None without a scan.
     """
 
     round: int
@@ -26,6 +39,7 @@ class RoundPlan:
     keep: dict[str, int]
     thresholds: dict[str, float]
     dead: dict[str, int] = field(default_factory=dict)
+    predicted: dict[str, Any] | None = None
 
     def as_json(self, prunable: list[Prunable]) -> dict[str, Any]:
         """The content of plan.json."""
@@ -34,6 +48,7 @@ class RoundPlan:
             "attempt": 1,
             "planned_density": self.density,
             "budget": sum(self.keep.values()),
+            "predicted": self.predicted,
             "tensors": [
                 {
                     "name": t.name,
@@ -53,14 +68,29 @@ def densities(config: Config) -> list[float]:
 
 
 def budget(config: Config, number: int, total: int) -> int:
-    """Weights to keep after round `number` (from 1), of `total` prunable ones."""
+    """What the tensors may cost after round `number` (from 1), of a `total` of what target.budget counts."""
     compression = None if config.prune.schedule == "list" else config.target.compression
     return schedules.budgets(densities(config), total, compression)[number - 1]
 
 
 def needs_scan(config: Config) -> bool:
     """Whether the densities of single tensors follow from the scan."""
-    return config.prune.allocation == "paper" or config.target.mode == "thresholds"
+    return config.prune.allocation in ("paper", "budget") or config.target.mode == "thresholds"
+
+
+def costs(config: Config, weights: Mapping[str, int], flops: Mapping[str, int]) -> dict[str, Cost]:
+    """What each tensor costs, in what target.budget counts, from its weights and its FLOPs when dense."""
+    return {name: cost.price(config.target.budget, count, flops[name]) for name, count in weights.items()}
+
+
+def scanned(config: Config, scan: Mapping[str, Any], classes: int, flops: Mapping[str, int]) -> Scanned:
+    """What plans take from the content of scan.json; `classes` tells chance, `flops` are the tensors' when dense."""
+    curves = damage.curves(scan, classes)
+    prices = costs(config, {name: curve.weights for name, curve in curves.items()}, flops)
+    return Scanned(
+        {tensor["name"]: tensor["quality"] for tensor in scan["tensors"]},
+        {name: Priced(curve, prices[name]) for name, curve in curves.items()},
+    )
 
 
 def make(
@@ -69,7 +99,7 @@ def make(
     weights: dict[str, Tensor],
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
-    qualities: dict[str, float] | None,
+    scan: Scanned | None,
 ) -> RoundPlan:
     """Plan round `number` from the weights as they are; equal inputs give equal plans on every rank.
 
@@ -80,27 +110,70 @@ def make(
     sigmas = {name: sigma(dense_weights[name]) for name in weights}
     if config.prune.sigma == "renewed":
         sigmas = {name: sigma(weight[alive[name]]) for name, weight in weights.items()}
+    prune, spend = config.prune, None
     if config.target.mode == "thresholds":
         # The paper gives no schedule of qualities over the rounds: round k of K uses k/K of each.
         share = number / len(densities(config))
-        scaled = {name: value * share for name, value in (qualities or {}).items()}
-        keep = allocation.threshold_counts(ranking, alive, sigmas, scaled, config.prune.min_weights)
+        scaled = {name: value * share for name, value in (scan.qualities if scan else {}).items()}
+        keep = allocation.threshold_counts(
+            ranking, alive, sigmas, scaled, prune.min_weights, prune.floors, prune.ceilings
+        )
     else:
-        wanted = budget(config, number, sum(weight.numel() for weight in weights.values()))
-        if config.prune.dead_neurons:  # dead units of the rounds before may have left fewer than this one's budget
-            wanted = min(wanted, sum(int(mask.sum()) for mask in alive.values()))
+        spend = spendable(config, number, alive, scan)
         keep = allocation.allocate(
             config.prune.allocation,
             ranking,
             alive,
-            wanted,
+            spend,
             sigmas=sigmas,
-            qualities=qualities,
+            qualities=scan.qualities if scan else None,
             densities=explicit_densities(config, density),
-            min_weights=config.prune.min_weights,
+            priced=scan.priced if scan else None,
+            unit=config.target.budget,
+            min_weights=prune.min_weights,
+            floors=prune.floors,
+            ceilings=prune.ceilings,
         )
     thresholds = {name: allocation.threshold(ranking[name], keep[name], alive[name]) for name in weights}
-    return RoundPlan(number, density, keep, thresholds)
+    return RoundPlan(number, density, keep, thresholds, predicted=prediction(config, keep, alive, spend, scan))
+
+
+def spendable(config: Config, number: int, alive: dict[str, Tensor], scan: Scanned | None) -> int:
+    """The budget of round `number`, or what is left to spend it on: dead units, and ceilings in the rounds before the
+    last, may leave less."""
+    sizes = {name: mask.numel() for name, mask in alive.items()}
+    solved = config.prune.allocation == "budget"
+    prices = {name: each.cost for name, each in scan.priced.items()} if scan and solved else {}
+    most = budget(config, number, allocation.spent(sizes, prices))
+    if config.prune.dead_neurons or number < len(densities(config)):
+        most = min(most, allocation.spent(limits(config, alive)[1], prices))
+    return most
+
+
+def limits(config: Config, alive: dict[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+    """The fewest and the most weights of each tensor, as the settings have them."""
+    sizes = {name: mask.numel() for name, mask in alive.items()}
+    living = {name: int(mask.sum()) for name, mask in alive.items()}
+    return allocation.bounds(sizes, living, config.prune.min_weights, config.prune.floors, config.prune.ceilings)
+
+
+def prediction(
+    config: Config, keep: dict[str, int], alive: dict[str, Tensor], spend: int | None, scan: Scanned | None
+) -> dict[str, Any] | None:
+    """The `predicted` of plan.json: the rise of the loss (nats) that the scan lets expect of the counts before
+    retraining, and the least that any allocation within the same limits could have for the same cost."""
+    if scan is None:
+        return None
+    prices = {name: each.cost for name, each in scan.priced.items()}
+    spent = allocation.spent(keep, prices)
+    money = spend if spend is not None and config.prune.allocation == "budget" else spent
+    return {
+        "unit": config.target.budget,
+        "budget": money,
+        "spent": spent,
+        "rise": budgeting.predicted(scan.priced, keep),
+        "least": budgeting.solve(scan.priced, *limits(config, alive), money).bound,
+    }
 
 
 def explicit_densities(config: Config, density: float) -> dict[str, float]:

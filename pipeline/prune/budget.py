@@ -1,0 +1,122 @@
+"""The allocation of least predicted damage under a budget of weights, FLOPs or packed bytes.
+
+Each tensor's damage against its cost is replaced by its lower convex hull; the pieces of all hulls are bought by what
+they save for what they cost, the best first (marginal greedy), until the budget is spent. On hulls this is the exact
+optimum of the Lagrangian relaxation, so it gives a bound that no allocation beats. The piece that no longer fits is cut
+to whole weights. Pieces are bought in one order whatever the budget: a smaller one keeps no more of any tensor.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.prune.damage import Curve
+
+Cost = Callable[[int], int]  # the cost of a tensor that keeps so many weights; it never falls as they grow
+FREE = 1e-9  # stands for no cost, where one is divided by
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A tensor as an allocation by damage sees it: its curve, and what it costs to keep weights of it."""
+
+    curve: Curve
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What each tensor keeps; its cost and predicted damage (nats) in all, and the bound no allocation gets below."""
+
+    keep: dict[str, int]
+    spent: int
+    damage: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        """How far above the optimum the damage may be, in nats."""
+        return max(0.0, self.damage - self.bound)
+
+
+class _Piece(NamedTuple):
+    """From the hull's corner `kept` to the next one: both ends as (cost, kept)."""
+
+    slope: float  # damage over cost, at most 0
+    order: tuple[int, int]
+    name: str
+    low: tuple[int, int]
+    high: tuple[int, int]
+    saved: float
+
+
+def solve(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping[str, int], budget: int) -> Solution:
+    """Spend `budget` on weights within floors and caps, with the least predicted damage; ties go to the first tensor.
+
+    A budget of weights is met exactly, where the caps allow it; of FLOPs or bytes less than what one more weight of
+    one tensor costs is left over. Needs the floors' cost to be within the budget.
+    """
+    keep = dict(floors)
+    left = budget - sum(each.cost(floors[name]) for name, each in priced.items())
+    assert left >= 0
+    bound = float(sum(each.curve.at(floors[name]) for name, each in priced.items()))
+    pieces = [
+        piece
+        for number, (name, each) in enumerate(priced.items())
+        for piece in _hull(name, number, each, floors[name], caps[name])
+    ]
+    for piece in sorted(pieces):
+        price = piece.high[0] - piece.low[0]
+        if price > left:
+            bound -= piece.saved * left / price
+            keep[piece.name] = _most(priced[piece.name].cost, piece.low, piece.high[1], left)
+            break
+        left -= price
+        bound -= piece.saved
+        keep[piece.name] = piece.high[1]
+    spent = sum(each.cost(keep[name]) for name, each in priced.items())
+    return Solution(keep, spent, predicted(priced, keep), bound)
+
+
+def predicted(priced: Mapping[str, Priced], keep: Mapping[str, int]) -> float:
+    """The predicted rise of the loss, in nats: the sum over the tensors."""
+    return float(sum(each.curve.at(keep[name]) for name, each in priced.items()))
+
+
+def _hull(name: str, number: int, priced: Priced, floor: int, cap: int) -> list[_Piece]:
+    """The pieces of the lower convex hull of damage over cost between floor and cap, the steepest first."""
+    inner = priced.curve.kept[(priced.curve.kept > floor) & (priced.curve.kept < cap)]
+    kept = sorted({floor, *inner.tolist(), cap})
+    corners: list[tuple[int, int, float]] = []  # (cost, kept, damage)
+    for count, damage in zip(kept, priced.curve.at(np.array(kept)).tolist(), strict=True):
+        cost = priced.cost(count)
+        while corners and corners[-1][0] >= cost and len(corners) > 1:
+            corners.pop()  # as dear, and keeps less
+        while len(corners) > 1 and _above(corners[-2], corners[-1], (cost, count, damage)):
+            corners.pop()
+        corners.append((cost, count, damage))
+    pieces: list[_Piece] = []
+    for low, high in itertools.pairwise(corners):
+        slope = (high[2] - low[2]) / max(high[0] - low[0], FREE)
+        slope = max(slope, pieces[-1].slope) if pieces else slope  # rounding must not turn their order round
+        pieces.append(_Piece(slope, (number, len(pieces)), name, low[:2], high[:2], low[2] - high[2]))
+    return pieces
+
+
+def _above(first: tuple[int, int, float], middle: tuple[int, int, float], last: tuple[int, int, float]) -> bool:
+    """Whether the middle point lies on or above the line between the others, and so is no corner of the hull."""
+    return (middle[2] - first[2]) * (last[0] - first[0]) >= (last[2] - first[2]) * (middle[0] - first[0])
+
+
+def _most(cost: Cost, low: tuple[int, int], most: int, money: int) -> int:
+    """The largest count from low's up to `most` whose cost is at most `money` above low's; by bisection."""
+    limit, below, above = low[0] + money, low[1], most
+    while below < above:
+        middle = (below + above + 1) // 2
+        below, above = (middle, above) if cost(middle) <= limit else (below, middle - 1)
+    return below
