@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from pipeline import config as settings
+from pipeline.budgets import Options
 from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.errors import RunStopped, UserError
@@ -190,11 +191,15 @@ def show_plan(plan: RunPlan, config: Config, console: Console | None = None) -> 
         console.print(table)
     total = sum(tensor.weights for tensor in plan.prunable)
     table = Table(title=f"rounds (dense training before them: {plan.dense_steps:,} steps)")
+    predicted = any(row.rise is not None for row in plan.rounds)
     for title in ("round", "density", "weights kept", "compression", "FLOPs", "bytes", "steps"):
         table.add_column(title, justify="right")
+    if predicted:
+        table.add_column("predicted rise of the loss", justify="right")
     for row in plan.rounds:
         cells = (f"{row.density:.3%}", f"{row.kept:,}", f"{total / row.kept:.2f}x", f"{row.flops:,}", f"{row.bytes:,}")
-        table.add_row(str(row.round), *cells, f"{row.steps:,}")
+        rise = [] if not predicted else ["-" if row.rise is None else f"{row.rise:.4f}"]
+        table.add_row(str(row.round), *cells, f"{row.steps:,}", *rise)
     console.print(table)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
@@ -220,6 +225,40 @@ def _tensor_table(plan: RunPlan) -> Table:
     total = sum(tensor.weights for tensor in plan.prunable)
     table.add_row("total", "", "", f"{total:,}", f"{sum(plan.flops.values()):,}", "", "", style="bold")
     return table
+
+
+def show_budgets(options: Options, console: Console | None = None) -> None:
+    """Print several budgets: what each tensor keeps, and the predicted damage, also as a curve of bars."""
+    console = console or make_console()
+    table = Table(title=f"least predicted damage, by compression in {options.unit}")
+    table.add_column("")
+    for each in options.asked:
+        table.add_column(f"{each.compression:g}x", justify="right")
+    rows = {
+        "weights kept": [f"{each.kept:,}" for each in options.asked],
+        "compression in weights": [f"{sum(options.weights.values()) / each.kept:.2f}x" for each in options.asked],
+        "FLOPs": [f"{each.flops:,}" for each in options.asked],
+        "bytes, packed": [f"{each.bytes:,}" for each in options.asked],
+        "predicted rise of the loss": [_rise(each.solution.damage, options.chance) for each in options.asked],
+        "at most above the optimum": [f"{each.solution.gap:.2g}" for each in options.asked],
+        "solved in": [f"{1000 * each.seconds:.0f} ms" for each in options.asked],
+    }
+    for title, cells in rows.items():
+        table.add_row(title, *cells)
+    table.add_section()
+    for name, size in options.weights.items():
+        table.add_row(name, *(f"{each.solution.keep[name] / size:.2%}" for each in options.asked))
+    console.print(table)
+    console.print(f"predicted rise of the loss (nats) before retraining; a full bar is chance ({options.chance:.2f})")
+    for each in options.curve:
+        share = min(1.0, each.solution.damage / options.chance)
+        line = f"{each.compression:8.2f}x {_rise(each.solution.damage, options.chance):>8} {'#' * round(60 * share)}"
+        console.print(line, markup=False)
+
+
+def _rise(nats: float, chance: float) -> str:
+    """A predicted rise; beyond chance its size says nothing more."""
+    return f"{nats:.4f}" if nats < chance else "chance"
 
 
 def show_result(result: dict[str, Any], report_path: str, console: Console | None = None) -> None:

@@ -88,7 +88,7 @@ def test_each_rounds_thresholds_rest_on_the_dense_networks_deviations(tiny: Call
         {name: first.weights[name] for name in first.masks},
         {name: dense.weights[name] for name in first.masks},
         first.masks,
-        {tensor["name"]: tensor["quality"] for tensor in scan["tensors"]},
+        round_plan.scanned(config, scan, 10, dict.fromkeys(first.masks, 0)),
     )
     assert {row["name"]: row["keep"] for row in plan["tensors"]} == expected.keep
 

@@ -1,0 +1,103 @@
+"""Several budgets from one scan: what each tensor would keep, and what it would cost. Nothing is scanned again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import cost, models, plan, session, state
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.prune import allocation, budget, damage, round_plan, schedules
+from pipeline.prune.budget import Solution
+
+CURVE = 25  # compressions of the curve
+
+
+@dataclass(frozen=True)
+class Option:
+    """One budget, solved. `flops` and `bytes` are of the prunable tensors; `seconds` are those of solving alone."""
+
+    compression: float
+    budget: int
+    solution: Solution
+    kept: int
+    flops: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """Budgets asked for, and a curve of others between none and the largest of them.
+
+    `weights` are each tensor's; `chance` is the rise of the loss (nats) at which the network guesses.
+    """
+
+    unit: cost.Quantity
+    weights: dict[str, int]
+    flops: dict[str, int]
+    asked: list[Option]
+    curve: list[Option]
+    chance: float
+
+
+def parse(text: str) -> list[float]:
+    """The compressions in "2,4,8". Raises UserError for anything else."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [0.0]
+    if not all(1.0 <= each < float("inf") for each in found):
+        raise UserError(f"--budgets {text}: takes compressions of 1 or more, as in --budgets 2,4,8,16")
+    return found
+
+
+def solve(config: Config, compressions: Sequence[float]) -> Options:
+    """Solve `prune.allocation=budget` from the scan of the config's run for several compressions.
+
+    Raises UserError where there is no scan, or limits rule a budget out.
+    """
+    run = state.Run(state.run_root(config), 0)
+    if not run.has("scan", "scan.json"):
+        raise UserError(f"--budgets needs a scan, and '{run.root}' has none yet: `secateur scan CONFIG` makes it")
+    scan, classes = run.read("scan", "scan.json"), plan.count_samples(config).classes
+    model = models.build(config.model, classes, config.seed)
+    flops = cost.flops(model, session.input_shape(config))
+    weights = {tensor["name"]: int(tensor["weights"]) for tensor in scan["tensors"]}
+    if missing := weights.keys() - flops.keys():
+        raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")
+    prices = {name: each.cost for name, each in round_plan.scanned(config, scan, classes, flops).priced.items()}
+    floors, caps = allocation.bounds(
+        weights, weights, config.prune.min_weights, config.prune.floors, config.prune.ceilings
+    )
+    total, least = allocation.spent(weights, prices), allocation.spent(floors, prices)
+
+    def option(compression: float) -> Option:
+        started = time.perf_counter()
+        priced = round_plan.scanned(config, scan, classes, flops).priced
+        money = schedules.budgets([1 / compression], total, compression)[0]
+        most = allocation.spent(caps, prices)
+        allocation.require_possible(
+            money, least, max(most, money), config.prune.min_weights, len(weights), config.target.budget
+        )
+        found = budget.solve(priced, floors, caps, min(money, most))
+        seconds = time.perf_counter() - started
+        kept, spent = found.keep, sum(flops[name] // weights[name] * count for name, count in found.keep.items())
+        stored = sum(cost.packed_bytes(weights[name], count) for name, count in kept.items())
+        return Option(compression, money, found, sum(kept.values()), spent, stored, seconds)
+
+    asked = [option(each) for each in compressions]
+    between = np.geomspace(1.0, max(*compressions, 1.01), CURVE)
+    dense = {name: flops[name] for name in weights}
+    return Options(
+        config.target.budget,
+        weights,
+        dense,
+        asked,
+        [option(float(each)) for each in between],
+        damage.chance_rise(scan, classes),
+    )
