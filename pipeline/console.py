@@ -239,7 +239,7 @@ def show_budgets(options: Options, console: Console | None = None) -> None:
         "compression in weights": [f"{sum(options.weights.values()) / each.kept:.2f}x" for each in options.asked],
         "FLOPs": [f"{each.flops:,}" for each in options.asked],
         "bytes, packed": [f"{each.bytes:,}" for each in options.asked],
-        "predicted rise of the loss": [_rise(each.solution.damage, options.chance) for each in options.asked],
+        "predicted rise of the loss": [_rise(each.solution.rise, options.chance) for each in options.asked],
         "at most above the optimum": [f"{each.solution.gap:.2g}" for each in options.asked],
         "solved in": [f"{1000 * each.seconds:.0f} ms" for each in options.asked],
     }
@@ -251,8 +251,8 @@ def show_budgets(options: Options, console: Console | None = None) -> None:
     console.print(table)
     console.print(f"predicted rise of the loss (nats) before retraining; a full bar is chance ({options.chance:.2f})")
     for each in options.curve:
-        share = min(1.0, each.solution.damage / options.chance)
-        line = f"{each.compression:8.2f}x {_rise(each.solution.damage, options.chance):>8} {'#' * round(60 * share)}"
+        share = min(1.0, each.solution.rise / options.chance)
+        line = f"{each.compression:8.2f}x {_rise(each.solution.rise, options.chance):>8} {'#' * round(60 * share)}"
         console.print(line, markup=False)
 
 

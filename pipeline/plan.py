@@ -101,7 +101,11 @@ def make(config: Config) -> RunPlan:
         notes.append(
             f"prune.allocation={config.prune.allocation}: densities of single tensors follow from trained weights"
             + (" and the scan" if round_plan.needs_scan(config) else "")
-            + "; totals are exact, FLOPs and bytes assume equal densities until then"
+            + (
+                "; totals are exact, FLOPs and bytes assume equal densities until then"
+                if config.target.budget == "weights"
+                else "; totals assume equal densities until then"
+            )
         )
     if config.prune.allocation == "explicit":
         notes.append("target.compression is not used: prune.densities decides the size")

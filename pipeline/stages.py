@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import models, scans, session
+from pipeline import cost, models, scans, session
 from pipeline.config import Config
 from pipeline.data import shards
 from pipeline.engine import Engine
@@ -72,9 +72,8 @@ def check_network(config: Config, here: Run) -> None:
     model = models.build(config.model, classes, config.seed)
     session.check_output(model, config, classes)
     prunable, _ = models.survey(model, config.prune.include, config.prune.exclude)
-    total = sum(tensor.weights for tensor in prunable)
-    for number in range(1, len(round_plan.densities(config)) + 1):
-        round_plan.budget(config, number, total)
+    flops = cost.flops(model, session.input_shape(config))
+    round_plan.require_possible(config, {tensor.name: tensor.weights for tensor in prunable}, flops)
     phases.require_layers(model, config.retrain.phases)
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
         if samples and not batch_norm.norms(model):

@@ -9,13 +9,14 @@ to whole weights. Pieces are bought in one order whatever the budget: a smaller 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.prune.damage import Curve
+from pipeline.prune.damage import Curve, total_rise
 
 Cost = Callable[[int], int]  # the cost of a tensor that keeps so many weights; it never falls as they grow
 FREE = 1e-9  # stands for no cost, where one is divided by
@@ -31,7 +32,7 @@ class Priced:
 
 @dataclass(frozen=True)
 class Solution:
-    """What each tensor keeps; its cost and predicted damage (nats) in all, and the bound no allocation gets below."""
+    """What each tensor keeps; the cost and predicted damage in all, and the bound no allocation's damage gets below."""
 
     keep: dict[str, int]
     spent: int
@@ -39,20 +40,30 @@ class Solution:
     bound: float
 
     @property
+    def rise(self) -> float:
+        """The predicted rise of the loss, in nats."""
+        return total_rise(self.damage)
+
+    @property
+    def least(self) -> float:
+        """The rise that no allocation is predicted to get below."""
+        return total_rise(self.bound)
+
+    @property
     def gap(self) -> float:
-        """How far above the optimum the damage may be, in nats."""
-        return max(0.0, self.damage - self.bound)
+        """How far above the optimum the predicted rise may be, in nats."""
+        return self.rise - self.least
 
 
 class _Piece(NamedTuple):
-    """From the hull's corner `kept` to the next one: both ends as (cost, kept)."""
+    """From one corner of a tensor's hull to the next: both as (cost, kept), and the damage at the second."""
 
     slope: float  # damage over cost, at most 0
     order: tuple[int, int]
     name: str
     low: tuple[int, int]
     high: tuple[int, int]
-    saved: float
+    damage: float
 
 
 def solve(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping[str, int], budget: int) -> Solution:
@@ -64,7 +75,7 @@ def solve(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping
     keep = dict(floors)
     left = budget - sum(each.cost(floors[name]) for name, each in priced.items())
     assert left >= 0
-    bound = float(sum(each.curve.at(floors[name]) for name, each in priced.items()))
+    hull = {name: float(each.curve.at(floors[name])) for name, each in priced.items()}  # where each stands on its own
     pieces = [
         piece
         for number, (name, each) in enumerate(priced.items())
@@ -73,19 +84,19 @@ def solve(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping
     for piece in sorted(pieces):
         price = piece.high[0] - piece.low[0]
         if price > left:
-            bound -= piece.saved * left / price
+            hull[piece.name] += (piece.damage - hull[piece.name]) * left / price
             keep[piece.name] = _most(priced[piece.name].cost, piece.low, piece.high[1], left)
             break
         left -= price
-        bound -= piece.saved
-        keep[piece.name] = piece.high[1]
+        hull[piece.name], keep[piece.name] = piece.damage, piece.high[1]
     spent = sum(each.cost(keep[name]) for name, each in priced.items())
-    return Solution(keep, spent, predicted(priced, keep), bound)
+    damage = predicted(priced, keep)
+    return Solution(keep, spent, damage, min(damage, math.fsum(hull.values())))
 
 
 def predicted(priced: Mapping[str, Priced], keep: Mapping[str, int]) -> float:
-    """The predicted rise of the loss, in nats: the sum over the tensors."""
-    return float(sum(each.curve.at(keep[name]) for name, each in priced.items()))
+    """The predicted damage: the sum over the tensors."""
+    return math.fsum(float(each.curve.at(keep[name])) for name, each in priced.items())
 
 
 def _hull(name: str, number: int, priced: Priced, floor: int, cap: int) -> list[_Piece]:
@@ -104,7 +115,7 @@ def _hull(name: str, number: int, priced: Priced, floor: int, cap: int) -> list[
     for low, high in itertools.pairwise(corners):
         slope = (high[2] - low[2]) / max(high[0] - low[0], FREE)
         slope = max(slope, pieces[-1].slope) if pieces else slope  # rounding must not turn their order round
-        pieces.append(_Piece(slope, (number, len(pieces)), name, low[:2], high[:2], low[2] - high[2]))
+        pieces.append(_Piece(slope, (number, len(pieces)), name, low[:2], high[:2], high[2]))
     return pieces
 
 

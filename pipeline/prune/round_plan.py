@@ -83,6 +83,18 @@ def costs(config: Config, weights: Mapping[str, int], flops: Mapping[str, int]) 
     return {name: cost.price(config.target.budget, count, flops[name]) for name, count in weights.items()}
 
 
+def require_possible(config: Config, weights: Mapping[str, int], flops: Mapping[str, int]) -> None:
+    """Raise UserError, before any training, if a round's budget is below a weight or limits rule the last one out."""
+    prune, prices = config.prune, costs(config, weights, flops)
+    least, most = allocation.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
+    total = allocation.spent(weights, prices)
+    last = [budget(config, number, total) for number in range(1, len(densities(config)) + 1)][-1]
+    if config.target.mode == "compression" and prune.allocation != "explicit":
+        cheapest, dearest = allocation.spent(least, prices), allocation.spent(most, prices)
+        unit = config.target.budget
+        allocation.require_possible(last, cheapest, dearest, prune.min_weights, len(weights), unit)
+
+
 def scanned(config: Config, scan: Mapping[str, Any], classes: int, flops: Mapping[str, int]) -> Scanned:
     """What plans take from the content of scan.json; `classes` tells chance, `flops` are the tensors' when dense."""
     curves = damage.curves(scan, classes)
@@ -171,8 +183,8 @@ def prediction(
         "unit": config.target.budget,
         "budget": money,
         "spent": spent,
-        "rise": budgeting.predicted(scan.priced, keep),
-        "least": budgeting.solve(scan.priced, *limits(config, alive), money).bound,
+        "rise": damage.total_rise(budgeting.predicted(scan.priced, keep)),
+        "least": budgeting.solve(scan.priced, *limits(config, alive), money).least,
     }
 
 

@@ -163,7 +163,7 @@ def budgets(options: Options) -> Figure:
         figure, (axis,) = new(6.2, 3.4)
         for points, look, label in ((options.curve, "-", "least predicted"), (options.asked, "o", "asked for")):
             x = [each.compression for each in points]
-            axis.plot(x, [each.solution.damage for each in points], look, color=PALETTE[0], label=label)
+            axis.plot(x, [each.solution.rise for each in points], look, color=PALETTE[0], label=label)
         axis.axhline(options.chance, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="chance")
         _compression_axis(axis, [each.compression for each in options.curve])
         axis.set_yscale("log")

@@ -65,6 +65,7 @@ def render(run_dir: str | Path) -> str:
         reference=reference_name(result),
         rows=summary_rows(result),
         rounds=run.finished_rounds,
+        predictions=predictions(run),
         totals=totals(result),
         measured=measured_on(run.activity),
         cuts=scan_rows(run.scan),
@@ -134,6 +135,18 @@ def verdict(result: Mapping[str, Any], allowed: float | None) -> dict[str, str]:
         "nor rules one out that matters. A larger test set, or less pruning, would decide."
     )
     return {"title": "Undecided", "text": text}
+
+
+def predictions(run: Contents) -> dict[int, dict[str, float]]:
+    """By round, the rise of the loss before retraining: as the scan predicted it, the least that it thought possible,
+    and as it was measured on val against the dense network (nats)."""
+    found = {}
+    for each in run.rounds:
+        said = (each.plan or {}).get("predicted")
+        if said is not None and each.metrics is not None and run.dense is not None:
+            measured = each.metrics["val_before_retrain"]["loss"] - run.dense["val"]["loss"]
+            found[each.number] = {"rise": said["rise"], "least": said["least"], "measured": measured}
+    return found
 
 
 def totals(result: Mapping[str, Any]) -> dict[str, Any]:
