@@ -34,15 +34,16 @@ class Option:
 class Options:
     """Budgets asked for, and a curve of others between none and the largest of them.
 
-    `weights` are each tensor's; `chance` is the rise of the loss (nats) at which the network guesses.
+    `weights` are each tensor's; `chance` is the rise of the loss (nats) at which the network guesses; `seconds` those
+    of making the curves and their hulls, once for all budgets.
     """
 
     unit: cost.Quantity
     weights: dict[str, int]
-    flops: dict[str, int]
     asked: list[Option]
     curve: list[Option]
     chance: float
+    seconds: float
 
 
 def parse(text: str) -> list[float]:
@@ -70,34 +71,26 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     weights = {tensor["name"]: int(tensor["weights"]) for tensor in scan["tensors"]}
     if missing := weights.keys() - flops.keys():
         raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")
-    prices = {name: each.cost for name, each in round_plan.scanned(config, scan, classes, flops).priced.items()}
-    floors, caps = allocation.bounds(
-        weights, weights, config.prune.min_weights, config.prune.floors, config.prune.ceilings
-    )
-    total, least = allocation.spent(weights, prices), allocation.spent(floors, prices)
+    prune, unit, started = config.prune, config.target.budget, time.perf_counter()
+    priced = round_plan.scanned(config, scan, classes, flops).priced
+    prices = {name: each.cost for name, each in priced.items()}
+    floors, caps = allocation.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
+    total, least, most = (allocation.spent(counts, prices) for counts in (weights, floors, caps))
+    bought = budget.frontier(priced, floors, caps)
+    ready = time.perf_counter() - started
 
     def option(compression: float) -> Option:
-        started = time.perf_counter()
-        priced = round_plan.scanned(config, scan, classes, flops).priced
         money = schedules.budgets([1 / compression], total, compression)[0]
-        most = allocation.spent(caps, prices)
-        allocation.require_possible(
-            money, least, max(most, money), config.prune.min_weights, len(weights), config.target.budget
-        )
-        found = budget.solve(priced, floors, caps, min(money, most))
-        seconds = time.perf_counter() - started
-        kept, spent = found.keep, sum(flops[name] // weights[name] * count for name, count in found.keep.items())
+        allocation.require_possible(money, least, max(most, money), prune.min_weights, len(weights), unit)
+        clock = time.perf_counter()
+        found = bought.spend(min(money, most))
+        seconds = time.perf_counter() - clock
+        kept = found.keep
+        spent = sum(flops[name] // weights[name] * count for name, count in kept.items())
         stored = sum(cost.packed_bytes(weights[name], count) for name, count in kept.items())
         return Option(compression, money, found, sum(kept.values()), spent, stored, seconds)
 
     asked = [option(each) for each in compressions]
     between = np.geomspace(1.0, max(*compressions, 1.01), CURVE)
-    dense = {name: flops[name] for name in weights}
-    return Options(
-        config.target.budget,
-        weights,
-        dense,
-        asked,
-        [option(float(each)) for each in between],
-        damage.chance_rise(scan, classes),
-    )
+    curve = [option(float(each)) for each in between]
+    return Options(unit, weights, asked, curve, damage.chance_rise(scan, classes), ready)

@@ -241,7 +241,7 @@ def show_budgets(options: Options, console: Console | None = None) -> None:
         "bytes, packed": [f"{each.bytes:,}" for each in options.asked],
         "predicted rise of the loss": [_rise(each.solution.rise, options.chance) for each in options.asked],
         "at most above the optimum": [f"{each.solution.gap:.2g}" for each in options.asked],
-        "solved in": [f"{1000 * each.seconds:.0f} ms" for each in options.asked],
+        "solved in": [f"{1000 * (options.seconds + each.seconds):.0f} ms" for each in options.asked],
     }
     for title, cells in rows.items():
         table.add_row(title, *cells)

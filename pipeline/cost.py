@@ -103,7 +103,9 @@ def packed_bytes(weights: int, kept: int) -> int:
         beyond = (1.0 - kept / weights) ** (2**width)
         return 1 + width + beyond / (1.0 - beyond)
 
-    gaps = min(kept * bits(width) for width in range(1, 21)) / 8
+    # bits() falls and then rises: its least lies where about half of the gaps need a further bit.
+    near = min(18, max(3, round(math.log2(math.log(2) * weights / kept))))
+    gaps = min(kept * bits(width) for width in range(near - 2, near + 3)) / 8
     return math.ceil(min(4 * weights, 4 * kept + min(gaps, weights / 8)))
 
 

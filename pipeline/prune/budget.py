@@ -66,32 +66,50 @@ class _Piece(NamedTuple):
     damage: float
 
 
-def solve(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping[str, int], budget: int) -> Solution:
-    """Spend `budget` on weights within floors and caps, with the least predicted damage; ties go to the first tensor.
+@dataclass(frozen=True)
+class Frontier:
+    """The pieces of all hulls within floors and caps in the order in which they are bought, for any budget."""
 
-    A budget of weights is met exactly, where the caps allow it; of FLOPs or bytes less than what one more weight of
-    one tensor costs is left over. Needs the floors' cost to be within the budget.
-    """
-    keep = dict(floors)
-    left = budget - sum(each.cost(floors[name]) for name, each in priced.items())
-    assert left >= 0
-    hull = {name: float(each.curve.at(floors[name])) for name, each in priced.items()}  # where each stands on its own
+    priced: Mapping[str, Priced]
+    floors: Mapping[str, int]
+    pieces: list[_Piece]
+
+    def spend(self, budget: int) -> Solution:
+        """The least predicted damage within the budget, which must cover the floors.
+
+        A budget of weights is met exactly, where the caps allow it; of FLOPs or bytes less than what one more weight
+        of one tensor costs is left over.
+        """
+        keep = dict(self.floors)
+        left = budget - sum(each.cost(keep[name]) for name, each in self.priced.items())
+        assert left >= 0
+        hull = {name: float(each.curve.at(keep[name])) for name, each in self.priced.items()}  # where each stands on it
+        for piece in self.pieces:
+            price = piece.high[0] - piece.low[0]
+            if price > left:
+                hull[piece.name] += (piece.damage - hull[piece.name]) * left / price
+                keep[piece.name] = _most(self.priced[piece.name].cost, piece.low, piece.high[1], left)
+                break
+            left -= price
+            hull[piece.name], keep[piece.name] = piece.damage, piece.high[1]
+        spent = sum(each.cost(keep[name]) for name, each in self.priced.items())
+        damage = predicted(self.priced, keep)
+        return Solution(keep, spent, damage, min(damage, math.fsum(hull.values())))
+
+
+def frontier(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping[str, int]) -> Frontier:
+    """What can be bought within floors and caps, the best first; ties go to the first tensor."""
     pieces = [
         piece
         for number, (name, each) in enumerate(priced.items())
         for piece in _hull(name, number, each, floors[name], caps[name])
     ]
-    for piece in sorted(pieces):
-        price = piece.high[0] - piece.low[0]
-        if price > left:
-            hull[piece.name] += (piece.damage - hull[piece.name]) * left / price
-            keep[piece.name] = _most(priced[piece.name].cost, piece.low, piece.high[1], left)
-            break
-        left -= price
-        hull[piece.name], keep[piece.name] = piece.damage, piece.high[1]
-    spent = sum(each.cost(keep[name]) for name, each in priced.items())
-    damage = predicted(priced, keep)
-    return Solution(keep, spent, damage, min(damage, math.fsum(hull.values())))
+    return Frontier(priced, floors, sorted(pieces))
+
+
+def solve(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping[str, int], budget: int) -> Solution:
+    """The least predicted damage within floors, caps and budget: see Frontier.spend."""
+    return frontier(priced, floors, caps).spend(budget)
 
 
 def predicted(priced: Mapping[str, Priced], keep: Mapping[str, int]) -> float:

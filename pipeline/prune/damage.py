@@ -23,6 +23,7 @@ TRUSTED = 0.5  # share of the rise that leads to chance, up to which a level say
 STEEPEST, FLATTEST, USUAL = 6.0, 1.0, 2.0  # bounds of the power by which damage grows below the trusted levels
 CLEAR = 3  # the last trusted levels that the power is fitted to
 POINTS = 400  # of a curve
+WORST = 1e6  # nats; stands for a loss that is not finite
 FINEST = 1e-4  # nats; an interval narrower than this is of a level that changes no answer
 SPREAD = 1e-5  # of damage; spreads a budget over tensors that the scan finds no damage in
 
@@ -93,10 +94,10 @@ def curve(levels: Sequence[Mapping[str, Any]], weights: int, room: float) -> Cur
 
 def measured(levels: Sequence[Mapping[str, Any]]) -> tuple[Floats, Floats]:
     """The rises of levels of falling density, made monotone and at least 0, and the half-widths of their intervals."""
-    rises = np.array([float(level["rise"]) for level in levels])
+    rises = np.nan_to_num([float(level["rise"]) for level in levels], nan=WORST, posinf=WORST)
     ends = [(level["rise_low"], level["rise_high"]) for level in levels]
     reach = np.array([math.inf if low is None or high is None else (high - low) / 2 for low, high in ends])
-    reach = np.maximum(np.where(np.isfinite(reach), reach, max(1.0, np.abs(rises).max(initial=0.0))), FINEST)
+    reach = np.maximum(np.where(np.isfinite(reach), reach, np.maximum(1.0, rises)), FINEST)
     if len(rises):
         rises = np.maximum(isotonic_regression(rises, weights=reach**-2.0).x, 0.0)
     return rises, reach

@@ -162,6 +162,14 @@ def test_rises_are_made_monotone_by_their_intervals() -> None:
     assert damage.measured([level(0.5, -0.02)])[0] == pytest.approx([0])
 
 
+def test_a_loss_that_is_not_finite_is_only_beyond_trust() -> None:
+    lost = {"density": 0.01, "rise": math.nan, "rise_low": math.nan, "rise_high": math.nan}
+    found = damage.curve(
+        [level(0.5, 0.1), level(0.1, 0.4), lost | {"rise": math.inf, "density": 0.05}, lost], 1000, 2.0
+    )
+    assert found.at(50) == damage.curve([level(0.5, 0.1), level(0.1, 0.4)], 1000, 2.0).at(50)
+
+
 def test_a_level_of_one_sample_has_no_interval_and_counts_little() -> None:
     rises, reach = damage.measured([{"density": 0.5, "rise": 0.3, "rise_low": None, "rise_high": None}, level(0.1, 0)])
     assert reach == pytest.approx([1, 0.01])
