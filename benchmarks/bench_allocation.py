@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 
 from pipeline import config as settings
 from pipeline import models, rounds, stages, state
 from pipeline.config import Config
-from pipeline.console import Display, make_console
+from pipeline.console import Display, make_console, show_tables
 from pipeline.data import storage
 from pipeline.distributed import World, configure_process
 from pipeline.local import LocalEngine
@@ -80,7 +79,6 @@ def main() -> None:
     given = parser.parse_args()
     if "SECATEUR_DATA" not in os.environ:
         sys.exit("set SECATEUR_DATA to the folder that holds mnist/ and imagenette-224-subset.tar")
-    console = make_console()
     for network in given.networks.split(","):
         seeds = [int(seed) for seed in given.seeds.split(",")][: NETWORKS[network][2]]
         found: dict[str, list[Measured]] = {}
@@ -92,8 +90,11 @@ def main() -> None:
                 for allocation in given.allocations.split(","):
                     display.line(f"{network}, seed {seed}, {allocation}")
                     found.setdefault(allocation, []).append(measure(base, allocation, given.set, display))
-        for table in tables(network, seeds, found):
-            show(table, console, given.markdown)
+        made = tables(network, seeds, found)
+        if given.markdown:
+            print(*(table.markdown() for table in made), sep="\n\n", end="\n\n")
+        else:
+            show_tables(made, [])
 
 
 def make_config(network: str, seed: int, runs: Path, more: list[str]) -> Config:
@@ -199,15 +200,6 @@ def against_best(right: dict[str, NDArray[np.bool_]]) -> list[str]:
     verdict = "best" if low > 0 else "worse" if high < 0 else "not distinguishable"
     gain = (int(won) - int(lost)) / len(right[SOLVED])
     return [f"{signed(gain, 2)} ({signed(low, 2)} to {signed(high, 2)}) on {best}", verdict]
-
-
-def show(table: TextTable, console: Console, markdown: bool) -> None:
-    if markdown:
-        print(table.markdown(), end="\n\n")
-        return
-    console.print(table.title, markup=False)
-    for line in (table.columns, *table.rows):
-        console.print("  ".join(f"{cell:>12}" for cell in line), markup=False)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import typer
 from pipeline import budgets, lease, plan, stages
 from pipeline import config as settings
 from pipeline.config import Config
-from pipeline.console import Display, show_budgets, show_plan, show_result
+from pipeline.console import Display, show_plan, show_result, show_tables
 from pipeline.data import storage
 from pipeline.distributed import configure_process
 from pipeline.engine import Engine
@@ -99,7 +99,7 @@ def show_options(config: Config, compressions: str, figure: str | None) -> None:
     if figure is not None and not figure.endswith((".svg", ".png")):
         raise UserError(f"--figure {figure}: is written as SVG or PNG; end the name in .svg or .png")
     options = budgets.solve(config, budgets.parse(compressions))
-    show_budgets(options)
+    show_tables([budgets.table(options)], budgets.bars(options))
     if figure is not None:
         drawn = plots.budgets(options)
         label = "Predicted rise of the loss against compression"

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from pipeline import config as settings
-from pipeline.budgets import Options
 from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.errors import RunStopped, UserError
@@ -227,40 +226,6 @@ def _tensor_table(plan: RunPlan) -> Table:
     return table
 
 
-def show_budgets(options: Options, console: Console | None = None) -> None:
-    """Print several budgets: what each tensor keeps, and the predicted damage, also as a curve of bars."""
-    console = console or make_console()
-    table = Table(title=f"least predicted damage, by compression in {options.unit}")
-    table.add_column("")
-    for each in options.asked:
-        table.add_column(f"{each.compression:g}x", justify="right")
-    rows = {
-        "weights kept": [f"{each.kept:,}" for each in options.asked],
-        "compression in weights": [f"{sum(options.weights.values()) / each.kept:.2f}x" for each in options.asked],
-        "FLOPs": [f"{each.flops:,}" for each in options.asked],
-        "bytes, packed": [f"{each.bytes:,}" for each in options.asked],
-        "predicted rise of the loss": [_rise(each.solution.rise, options.chance) for each in options.asked],
-        "at most above the optimum": [f"{each.solution.gap:.2g}" for each in options.asked],
-        "solved in": [f"{1000 * (options.seconds + each.seconds):.0f} ms" for each in options.asked],
-    }
-    for title, cells in rows.items():
-        table.add_row(title, *cells)
-    table.add_section()
-    for name, size in options.weights.items():
-        table.add_row(name, *(f"{each.solution.keep[name] / size:.2%}" for each in options.asked))
-    console.print(table)
-    console.print(f"predicted rise of the loss (nats) before retraining; a full bar is chance ({options.chance:.2f})")
-    for each in options.curve:
-        share = min(1.0, each.solution.rise / options.chance)
-        line = f"{each.compression:8.2f}x {_rise(each.solution.rise, options.chance):>8} {'#' * round(60 * share)}"
-        console.print(line, markup=False)
-
-
-def _rise(nats: float, chance: float) -> str:
-    """A predicted rise; beyond chance its size says nothing more."""
-    return f"{nats:.4f}" if nats < chance else "chance"
-
-
 def show_result(result: dict[str, Any], report_path: str, console: Console | None = None) -> None:
     """Print the result of a run as a table."""
     console = console or make_console()
@@ -316,8 +281,10 @@ def show_bench(found: dict[str, Any], console: Console | None = None) -> None:
     console.print(found["verdict"], markup=False)
 
 
-def show_tables(tables: Sequence[TextTable], said: Sequence[str], page: str, console: Console | None = None) -> None:
-    """Print tables, what they come to, and where the page with the figures is."""
+def show_tables(
+    tables: Sequence[TextTable], said: Sequence[str], page: str | None = None, console: Console | None = None
+) -> None:
+    """Print tables, what they come to, and where the page with the figures is, if there is one."""
     console = console or make_console()
     for each in tables:
         table = Table(title=each.title, title_justify="left")
@@ -328,4 +295,5 @@ def show_tables(tables: Sequence[TextTable], said: Sequence[str], page: str, con
         console.print(table)
     for line in said:
         console.print(line, markup=False)
-    console.print(f"page: {page}", markup=False)
+    if page is not None:
+        console.print(f"page: {page}", markup=False)

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.data import placement, shards, sources, storage
 from pipeline.errors import UserError
 from pipeline.models import LeftOut, Prunable
-from pipeline.prune import allocation, round_plan
+from pipeline.prune import limits, round_plan
 from pipeline.prune.round_plan import RoundPlan, Scanned
 from pipeline.train import checkpoint, recipe
 
@@ -81,7 +81,7 @@ def make(config: Config) -> RunPlan:
     }
     rows, keep, last = [], {}, None
     for number in range(1, len(round_plan.densities(config)) + 1):
-        share = round_plan.budget(config, number, allocation.spent(sizes, prices)) / allocation.spent(sizes, prices)
+        share = round_plan.budget(config, number, limits.spent(sizes, prices)) / limits.spent(sizes, prices)
         last = plan_at(config, number, weights, scan)
         keep = last.keep if last else {}
         spent = keep or {name: round(share * size) for name, size in sizes.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline import cost
 from pipeline.config import Config
 from pipeline.models import Prunable
-from pipeline.prune import allocation, criteria, damage, schedules
+from pipeline.prune import allocation, criteria, damage, limits, schedules
 from pipeline.prune import budget as budgeting
 from pipeline.prune.budget import Cost, Priced
 from pipeline.prune.one_tensor import sigma
@@ -86,13 +86,13 @@ def costs(config: Config, weights: Mapping[str, int], flops: Mapping[str, int]) 
 def require_possible(config: Config, weights: Mapping[str, int], flops: Mapping[str, int]) -> None:
     """Raise UserError, before any training, if a round's budget is below a weight or limits rule the last one out."""
     prune, prices = config.prune, costs(config, weights, flops)
-    least, most = allocation.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
-    total = allocation.spent(weights, prices)
+    least, most = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
+    total = limits.spent(weights, prices)
     last = [budget(config, number, total) for number in range(1, len(densities(config)) + 1)][-1]
     if config.target.mode == "compression" and prune.allocation != "explicit":
-        cheapest, dearest = allocation.spent(least, prices), allocation.spent(most, prices)
+        cheapest, dearest = limits.spent(least, prices), limits.spent(most, prices)
         unit = config.target.budget
-        allocation.require_possible(last, cheapest, dearest, prune.min_weights, len(weights), unit)
+        limits.require_possible(last, cheapest, dearest, prune.min_weights, len(weights), unit)
 
 
 def scanned(config: Config, scan: Mapping[str, Any], classes: int, flops: Mapping[str, int]) -> Scanned:
@@ -156,17 +156,17 @@ def spendable(config: Config, number: int, alive: dict[str, Tensor], scan: Scann
     sizes = {name: mask.numel() for name, mask in alive.items()}
     solved = config.prune.allocation == "budget"
     prices = {name: each.cost for name, each in scan.priced.items()} if scan and solved else {}
-    most = budget(config, number, allocation.spent(sizes, prices))
+    most = budget(config, number, limits.spent(sizes, prices))
     if config.prune.dead_neurons or number < len(densities(config)):
-        most = min(most, allocation.spent(limits(config, alive)[1], prices))
+        most = min(most, limits.spent(bounds(config, alive)[1], prices))
     return most
 
 
-def limits(config: Config, alive: dict[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+def bounds(config: Config, alive: dict[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
     """The fewest and the most weights of each tensor, as the settings have them."""
     sizes = {name: mask.numel() for name, mask in alive.items()}
     living = {name: int(mask.sum()) for name, mask in alive.items()}
-    return allocation.bounds(sizes, living, config.prune.min_weights, config.prune.floors, config.prune.ceilings)
+    return limits.bounds(sizes, living, config.prune.min_weights, config.prune.floors, config.prune.ceilings)
 
 
 def prediction(
@@ -177,14 +177,14 @@ def prediction(
     if scan is None:
         return None
     prices = {name: each.cost for name, each in scan.priced.items()}
-    spent = allocation.spent(keep, prices)
+    spent = limits.spent(keep, prices)
     money = spend if spend is not None and config.prune.allocation == "budget" else spent
     return {
         "unit": config.target.budget,
         "budget": money,
         "spent": spent,
         "rise": damage.total_rise(budgeting.predicted(scan.priced, keep)),
-        "least": budgeting.solve(scan.priced, *limits(config, alive), money).least,
+        "least": budgeting.solve(scan.priced, *bounds(config, alive), money).least,
     }
 
 

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.prune.allocation import ALLOCATIONS, allocate, bounds, proportional, threshold, threshold_counts
+from pipeline.prune.allocation import ALLOCATIONS, allocate, proportional, threshold, threshold_counts
 from pipeline.prune.budget import Priced
 from pipeline.prune.damage import Curve
+from pipeline.prune.limits import bounds
 from pipeline.prune.masks import top_mask
 
 
