@@ -233,6 +233,14 @@ class Retrain(Train):
         description="The paper's section 3.2: a dropout rate D becomes D*sqrt(kept / all connections) of the layer "
         "whose outputs it drops: 0.5 becomes 0.15 at 9% density. The dense control keeps the dense rates.",
     )
+    distill: Fraction = Field(
+        0.0,
+        description="Share of the loss that compares the outputs with the dense network's on the same images (Hinton "
+        "et al. 2015) instead of with the labels. The dense control learns from the dense network too.",
+    )
+    temperature: Annotated[float, Field(gt=0.0, le=1000.0)] = Field(
+        4.0, description="distill: both networks' logits are divided by this before the softmax."
+    )
     phases: Annotated[tuple[Literal["fc", "conv", "all"], ...], Field(min_length=1)] = Field(
         ("all",),
         description="Which layers are updated while the others are held fixed, one kind after the other; a round's "
@@ -344,6 +352,12 @@ class Prune(Section):
         description="Also remove, in each round, the connections of units that have no input or no output left "
         "(section 3.5); what such a unit adds goes into the next bias. The size may fall below the target.",
     )
+    gradual: Fraction = Field(
+        0.0,
+        description="Share of a round's updates over which its weights go little by little, most of them early (Zhu "
+        "and Gupta 2017); the others train what is left. 0 prunes all of them before the first update.",
+    )
+    gradual_every: Positive = Field(100, description="gradual: updates from one prune to the next.")
     dense_control: bool = Field(
         True, description="Also train the dense network on for the same steps: the reference of the verdict."
     )
@@ -357,6 +371,11 @@ class Prune(Section):
                 raise ValueError(f"prune.list={[*self.list]} must fall from round to round")
         if self.allocation == "explicit" and not self.densities:
             raise ValueError("allocation=explicit needs prune.densities: {fc1.weight: 0.08, ...}")
+        if self.gradual and self.dead_neurons:
+            raise ValueError(
+                f"gradual={self.gradual:g} prunes during the retraining, but dead_neurons=true looks for dead units "
+                "before it: leave one of the two out"
+            )
         return self
 
 
@@ -501,6 +520,16 @@ class Config(Section):
                     f"{part}.batch_size={train.batch_size} must be a multiple of data.lanes={self.data.lanes}: each "
                     "step takes equally many samples from every lane"
                 )
+        if self.prune.gradual and self.target.mode == "thresholds":
+            raise ValueError(
+                f"prune.gradual={self.prune.gradual:g} needs a budget to come down to, and target.mode=thresholds has "
+                "none: leave one of the two out"
+            )
+        if self.prune.gradual and not self.retrain.epochs:
+            raise ValueError(
+                f"prune.gradual={self.prune.gradual:g} prunes between the updates of the retraining, and "
+                "retrain.epochs=0 makes none: set one of the two"
+            )
         if self.tracking.enabled and self.tracking.uri is None and not storage.is_local(self.runs_dir):
             raise ValueError(
                 f"runs_dir={self.runs_dir} cannot hold MLflow's sqlite file, the default of tracking.uri: set "

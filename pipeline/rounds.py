@@ -20,6 +20,7 @@ from pipeline import cost, models, prepare
 from pipeline.data import storage
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import Agreed, UserError
+from pipeline.gradual import Gradual
 from pipeline.models import Prunable
 from pipeline.prune import criteria, masks, round_plan
 from pipeline.prune.round_plan import RoundPlan
@@ -92,21 +93,27 @@ def one_round(
     plan = plan_round(session, model, prunable, dense_weights, alive, number)
     kept = shared_masks(session, plan, prunable_weights(model, prunable), alive)
     plan, kept = prepare.remove_dead(session, model, plan, kept)
-    if session.world.first:
+    gradual = gradually(session, model, prunable, dense_weights, alive, number, folder)
+    if session.world.first and not (gradual and run.has(folder, "plan.json")):  # the last prune has replaced it
         run.commit(plan.as_json(prunable), folder, "plan.json")
     prepare.reinitialise(session, model, number)
+    rates = prepare.dropout_rates(session, model, kept)
+    kept = alive if gradual else kept
     apply_masks(model, kept)
     prepare.recalibrate(session, model)
     before = session.evaluate(model, "val").metrics()
-    rates = prepare.dropout_rates(session, model, kept)
     count, dead = sum(plan.keep.values()), sum(plan.dead.values())
     density = count / sum(mask.numel() for mask in kept.values())
     event = {"phase": folder, "density": density, "kept": count, "dead": dead, "before": before["top1"]}
     session.progress(event | {"dropout": rates})
-    training = Training(session, model, session.config.retrain, folder, folder, list(kept), kept)
+    training = Training(
+        session, model, session.config.retrain, folder, folder, list(kept), kept, gradual, teacher(session)
+    )
     with dropout.use(model, rates):
         position = training.fit()
     training.applier.clean()
+    if gradual:
+        plan, kept = RoundPlan.from_json(run.read(folder, "plan.json")), training.masks
     guard(session, prunable_weights(model, prunable), kept, plan)
     val = session.evaluate(model, "val").metrics()
     if session.world.first:
@@ -128,15 +135,50 @@ def plan_round(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     number: int,
+    density: float | None = None,
 ) -> RoundPlan:
-    """The plan of a round, the same on every rank, since all hold the same weights."""
+    """The plan of a round, the same on every rank, since all hold the same weights; of its own density by default."""
     scan = None
     if round_plan.needs_scan(session.config):
         flops = cost.flops(model, input_shape(session.config))
         content = session.run.read("scan", "scan.json")
         scan = round_plan.scanned(session.config, content, session.manifest.num_classes, flops)
     weights = prunable_weights(model, prunable)
-    return round_plan.make(session.config, number, weights, dense_weights, alive, scan)
+    return round_plan.make(session.config, number, weights, dense_weights, alive, scan, density)
+
+
+def teacher(session: Session) -> nn.Module | None:
+    """With retrain.distill, the dense network as it was trained, in evaluation mode."""
+    if not session.config.retrain.distill:
+        return None
+    model = session.new_model().eval()
+    model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
+    return model
+
+
+def gradually(
+    session: Session,
+    model: nn.Module,
+    prunable: list[Prunable],
+    dense_weights: dict[str, Tensor],
+    alive: dict[str, Tensor],
+    number: int,
+    folder: str,
+) -> Gradual | None:
+    """With prune.gradual, how the round's weights go during its retraining; the last prune rewrites plan.json."""
+    config = session.config.prune
+    if not config.gradual:
+        return None
+
+    def prune(density: float, masks: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
+        plan = plan_round(session, model, prunable, dense_weights, masks, number, density)
+        if last and session.world.first:
+            session.run.commit(plan.as_json(prunable), folder, "plan.json")
+        return shared_masks(session, plan, prunable_weights(model, prunable), masks)
+
+    before = sum(int(mask.sum()) for mask in alive.values()) / sum(mask.numel() for mask in alive.values())
+    after = round_plan.densities(session.config)[number - 1]
+    return Gradual(prune, before, after, config.gradual, config.gradual_every)
 
 
 def shared_masks(
@@ -182,7 +224,10 @@ def control(session: Session) -> None:
             history += saved.state["history"]
             continue
         names = [tensor.name for tensor in prunable]
-        position = Training(session, model, session.config.retrain, folder, round_folder(number), names).fit()
+        training = Training(
+            session, model, session.config.retrain, folder, round_folder(number), names, teacher=teacher(session)
+        )
+        position = training.fit()
         history += position.history
         if session.world.first:
             state = {"history": position.history}

@@ -28,6 +28,7 @@ from pipeline.data.storage import s3 as boto
 from pipeline.distributed import World
 from pipeline.session import Session, open_session
 from pipeline.state import open_run
+from pipeline.train.loop import Training
 
 
 @pytest.fixture
@@ -47,6 +48,23 @@ def small_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]
     with open_run(config) as here:
         stages.shards_stage(config, here, lambda event: None)
         yield open_session(config, World(0, 1, torch.device("cpu")), here, lambda event: None)
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], None]]:
+    """Makes a phase stop, as if killed, after some updates; nothing of ours runs afterwards."""
+    original = Training._update
+
+    def arm(phase: str, step: int) -> None:
+        def update(self: Training, *args: Any) -> None:
+            if self.phase == phase and self.position.step == step:
+                raise KeyboardInterrupt
+            original(self, *args)
+
+        monkeypatch.setattr(Training, "_update", update)
+
+    yield arm
+    monkeypatch.undo()
 
 
 @pytest.fixture

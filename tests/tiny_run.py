@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import load_file
+
+from pipeline import stages
+from pipeline.config import Config
+from pipeline.distributed import World, configure_process
+from pipeline.local import LocalEngine
+from pipeline.state import run_root
 
 # A whole run in a few seconds: real digits, two rounds, every stage.
 TINY: dict[str, Any] = {
@@ -36,3 +45,20 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return dict(tree)
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def carry_out(config: Config, events: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """A whole run in this process; returns its result.json."""
+    configure_process(config)
+    return stages.run(config, LocalEngine(ALONE), (events if events is not None else []).append)
+
+
+def final_weights(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(Path(run_root(config)) / "final/model.safetensors")
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

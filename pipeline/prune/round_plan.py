@@ -61,6 +61,15 @@ class RoundPlan:
             ],
         }
 
+    @classmethod
+    def from_json(cls, plan: dict[str, Any]) -> RoundPlan:
+        """The plan whose plan.json this is."""
+        rows = {row["name"]: row for row in plan["tensors"]}
+        keep, thresholds, dead = (
+            {name: row[key] for name, row in rows.items()} for key in ("keep", "threshold", "dead")
+        )
+        return cls(plan["round"], plan["planned_density"], keep, thresholds, dead, plan.get("predicted"))
+
 
 def densities(config: Config) -> list[float]:
     """The density after each round."""
@@ -112,12 +121,15 @@ def make(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     scan: Scanned | None,
+    density: float | None = None,
 ) -> RoundPlan:
     """Plan round `number` from the weights as they are; equal inputs give equal plans on every rank.
 
-    `alive` is True where a weight has survived the rounds before. Raises UserError for a budget that cannot be met.
+    `alive` is True where a weight has survived the rounds before. `density` is one on the way to the round's own,
+    which is the default. Raises UserError for a budget that cannot be met.
     """
-    density = densities(config)[number - 1]
+    final = densities(config)[number - 1]
+    density = final if density is None else density
     ranking = criteria.scores(config.prune.criterion, weights, config.seed)
     sigmas = {name: sigma(dense_weights[name]) for name in weights}
     if config.prune.sigma == "renewed":
@@ -131,7 +143,7 @@ def make(
             ranking, alive, sigmas, scaled, prune.min_weights, prune.floors, prune.ceilings
         )
     else:
-        spend = spendable(config, number, alive, scan)
+        spend = spendable(config, number, alive, scan, density)
         keep = allocation.allocate(
             config.prune.allocation,
             ranking,
@@ -150,14 +162,19 @@ def make(
     return RoundPlan(number, density, keep, thresholds, predicted=prediction(config, keep, alive, spend, scan))
 
 
-def spendable(config: Config, number: int, alive: dict[str, Tensor], scan: Scanned | None) -> int:
-    """The budget of round `number`, or what is left to spend it on: dead units, and ceilings in the rounds before the
-    last, may leave less."""
+def spendable(config: Config, number: int, alive: dict[str, Tensor], scan: Scanned | None, density: float) -> int:
+    """The budget of round `number`, or of a density on the way to its own; or what is left to spend it on.
+
+    Dead units may leave less, and on the way to the last density so may ceilings.
+    """
     sizes = {name: mask.numel() for name, mask in alive.items()}
     solved = config.prune.allocation == "budget"
     prices = {name: each.cost for name, each in scan.priced.items()} if scan and solved else {}
-    most = budget(config, number, limits.spent(sizes, prices))
-    if config.prune.dead_neurons or number < len(densities(config)):
+    total = limits.spent(sizes, prices)
+    most = budget(config, number, total)
+    if density != densities(config)[number - 1]:
+        most = max(most, schedules.at_most(density, total))
+    if config.prune.dead_neurons or density != densities(config)[-1]:
         most = min(most, limits.spent(bounds(config, alive)[1], prices))
     return most
 

@@ -19,9 +19,7 @@ def _geometric(prune: Prune, final: float) -> list[float]:
 
 
 def _cubic(prune: Prune, final: float) -> list[float]:
-    """Zhu and Gupta 2017, equation 1, from sparsity 0: fast while there is much to remove, slow at the end."""
-    sparsity = 1.0 - final
-    return [1.0 - sparsity * (1.0 - (1.0 - k / prune.rounds) ** 3) for k in range(1, prune.rounds)] + [final]
+    return [cubic_density(1.0, final, k / prune.rounds) for k in range(1, prune.rounds)] + [final]
 
 
 def _listed(prune: Prune, final: float) -> list[float]:
@@ -48,6 +46,14 @@ def densities(prune: Prune, final_density: float) -> list[float]:
     return lookup(SCHEDULES, prune.schedule, "prune.schedule")(prune, final_density)
 
 
+def cubic_density(before: float, after: float, share: float) -> float:
+    """Zhu and Gupta 2017, equation 1: from `before` to `after`, fast while there is much to remove, slow at the end.
+
+    `share` (0..1) is how much of the way is done.
+    """
+    return after + (before - after) * (1.0 - share) ** 3
+
+
 def budgets(densities: list[float], total: int, compression: float | None) -> list[int]:
     """Weights kept after each round, of `total` prunable ones: exact integers that never rise.
 
@@ -57,7 +63,7 @@ def budgets(densities: list[float], total: int, compression: float | None) -> li
     assert densities
     assert total > 0
     if compression is None:
-        last = _at_most(densities[-1], total)
+        last = at_most(densities[-1], total)
     else:
         last = _compressed(total, compression)
     if last < 1:
@@ -69,11 +75,11 @@ def budgets(densities: list[float], total: int, compression: float | None) -> li
     kept: list[int] = []
     for density in densities[:-1]:
         ceiling = kept[-1] if kept else total
-        kept.append(min(ceiling, max(last, _at_most(density, total))))
+        kept.append(min(ceiling, max(last, at_most(density, total))))
     return [*kept, last]
 
 
-def _at_most(density: float, total: int) -> int:
+def at_most(density: float, total: int) -> int:
     """The largest count with count / total <= density, as floats compare (0.1 of 10 is 1)."""
     count = min(total, int(density * total) + 1)
     while count > 0 and count / total > density:

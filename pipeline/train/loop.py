@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import time
 from dataclasses import dataclass, field
@@ -10,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import seeding
 from pipeline.config import Retrain, Train
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.errors import Agreed, Leaving
+from pipeline.gradual import Gradual
 from pipeline.prune import masks as masking
 from pipeline.session import Session
 from pipeline.train import allreduce, checkpoint, phases, recipe
@@ -44,7 +45,8 @@ class Training:
     """One training of one model: dense, or the retraining of a round.
 
     `phase` names its folder in the run; `order` names its stream of batches and of random numbers, so that
-    the dense control can be given exactly what the pruned network got.
+    the dense control can be given exactly what the pruned network got. `masks` are held throughout, or are those that
+    `gradual` pruning starts from. The network also learns from the `teacher`'s answers, if there is one.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Training:
         order: str,
         prunable: list[str],
         masks: dict[str, Tensor] | None = None,
+        gradual: Gradual | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.session, self.model, self.phase, self.order = session, model, phase, order
         self.world, self.config = session.world, session.config
@@ -72,11 +76,8 @@ class Training:
         )
         self.parameters = dict(model.named_parameters())
         self.weights = [self.parameters[name] for name in prunable]
-        self.masks = masks or {}
-        self.applier = masking.Applier(
-            [self.parameters[name].data for name in self.masks],
-            [mask.to(session.world.device) for mask in self.masks.values()],
-        )
+        self.gradual, self.teacher = gradual, teacher
+        self._use(masks or {})
         self.trainable = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.optimizer = recipe.make_optimizer(self.settings, list(self.parameters.values()))
         self.total = recipe.total_steps(settings, self.loader.steps_per_epoch)
@@ -102,6 +103,9 @@ class Training:
         while self.position.step < self.total:
             epoch, first = divmod(self.position.step, self.loader.steps_per_epoch)
             for batch in self.loader.epoch(epoch, first):
+                if self.gradual and self.gradual.due(self.position.step, self.total):
+                    self._prune(self.gradual.masks(self.position.step, self.total, self.masks))
+                    wrapped = None  # other gradients travel
                 phase = phases.at(self.position.step, self.total, len(self.phases))
                 if wrapped is None or phase != entered:
                     wrapped = None  # the DDP of the phase before goes first
@@ -128,6 +132,20 @@ class Training:
         phases.hold(self.model, "all", self.trainable)
         return self.position
 
+    def _use(self, masks: dict[str, Tensor]) -> None:
+        """Hold these masks from now on."""
+        self.masks = {name: mask.to(self.world.device) for name, mask in masks.items()}
+        weights = [self.parameters[name].data for name in masks]
+        self.applier = masking.Applier(weights, list(self.masks.values()))
+
+    def _prune(self, masks: dict[str, Tensor]) -> None:
+        """Go on with these masks: what they prune is 0, and its momentum is gone."""
+        self._use(masks)
+        self.applier.apply()
+        slots = recipe.momentum_buffers(self.optimizer, [self.parameters[name] for name in masks])
+        for tensors in itertools.zip_longest(*slots):  # the first of each weight, the second of each
+            self.applier.zero(tensors)
+
     def _enter(self, phase: int) -> nn.Module:
         """Begin a phase, or go on within it: hold the other layers fixed, and wrap what is updated for DDP."""
         if self.position.step == phases.first_step(phase, self.total, len(self.phases)):
@@ -151,8 +169,7 @@ class Training:
             group["lr"] = rate
         labels, valid = batch.labels.to(device), batch.weights.to(device)
         logits = forward(wrapped, batch.images.to(device, non_blocking=True), self.config, self.settings.precision)
-        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.settings.label_smoothing)
-        total = (losses * valid).sum()
+        total = (recipe.losses(self.settings, logits, labels, self._taught(batch)) * valid).sum()
         # DDP averages gradients over ranks, which may hold unequal shares of the batch; a bad image counts as a
         # sample with loss 0, so the divisor is the same on every rank without another all-reduce.
         self.optimizer.zero_grad(set_to_none=True)
@@ -170,6 +187,13 @@ class Training:
         self.order_here += seeding.order_digest(step, batch.indices.numpy())
         bad = (valid == 0).sum()
         self.running += torch.stack([total.detach().double(), len(valid) - bad.double(), bad.double()])
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Tensor | None:
+        """The teacher's logits of a batch, (n, classes)."""
+        if self.teacher is None:
+            return None
+        return forward(self.teacher, batch.images.to(self.world.device), self.config, self.settings.precision)
 
     def _rate(self) -> float:
         """The learning rate of this step. Raises Agreed where the schedule leads out of floating point."""
@@ -256,7 +280,9 @@ class Training:
             raise Agreed(f"the ranks see different checkpoints of {self.phase}: runs_dir must be a shared folder")
         if saved is None:
             return
-        if masking.digest(saved.masks) != masking.digest(self.masks):
+        if self.gradual:
+            self._use(saved.masks)
+        elif masking.digest(saved.masks) != masking.digest(self.masks):
             raise Agreed(f"{self.phase}: the masks of its step checkpoint are not those of its plan")
         self.model.load_state_dict(saved.weights)
         recipe.load_optimizer_tensors(self.optimizer, list(self.parameters), saved.optimizer)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small import SMALL
 from support import ROOT, program
+from tiny_run import ALONE, carry_out, equal, final_weights
 
 from pipeline import cost, models, seeding, stages
 from pipeline.config import Config
 from pipeline.data import shards
-from pipeline.distributed import World, configure_process
+from pipeline.distributed import configure_process
 from pipeline.errors import RunStopped, UserError
 from pipeline.local import LocalEngine
 from pipeline.prune import round_plan
@@ -24,38 +24,6 @@ from pipeline.results import packed
 from pipeline.state import run_root
 from pipeline.train import checkpoint
 from pipeline.train.loop import Training
-
-ALONE = World(0, 1, torch.device("cpu"))
-
-
-def carry_out(config: Config, events: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    configure_process(config)
-    return stages.run(config, LocalEngine(ALONE), (events if events is not None else []).append)
-
-
-def final_weights(config: Config) -> dict[str, torch.Tensor]:
-    return load_file(Path(run_root(config)) / "final/model.safetensors")
-
-
-def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], None]]:
-    """Makes a phase stop, as if killed, after some updates; nothing of ours runs afterwards."""
-    original = Training._update
-
-    def arm(phase: str, step: int) -> None:
-        def update(self: Training, *args: Any) -> None:
-            if self.phase == phase and self.position.step == step:
-                raise KeyboardInterrupt
-            original(self, *args)
-
-        monkeypatch.setattr(Training, "_update", update)
-
-    yield arm
-    monkeypatch.undo()
 
 
 def test_a_run_reaches_its_target_and_says_what_it_did(tiny: Callable[..., Config]) -> None:

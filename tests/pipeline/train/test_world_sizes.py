@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline import config as settings
 from pipeline.config import Config
 from pipeline.distributed import World, configure_process
+from pipeline.gradual import Gradual
 from pipeline.session import Session, open_session
 from pipeline.state import Run
 from pipeline.train.loop import Training
@@ -53,14 +54,21 @@ class Recorded(Training):
 
 
 def exact(session: Session) -> dict[str, Any]:
-    """50 updates without dropout and batch norm, in float64, with masks: each update's loss, each epoch's order."""
+    """50 updates without dropout and batch norm, in float64, with weights that go gradually, and a teacher.
+
+    Returns each update's loss, and each epoch's order.
+    """
     torch.manual_seed(0)
     model = Precise(small.network(norm=False, dropout=0.0))
     weight = model.network.get_parameter("fc1.weight")
-    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    ranking = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
     name = "network.fc1.weight"
     phase = f"exact-{session.world.size}"
-    training = Recorded(session, model, session.config.dense, phase, "order", [name], {name: mask})
+    everything = {name: torch.ones_like(ranking, dtype=torch.bool)}
+    gradual = Gradual(lambda density, alive, last: {name: ranking < density}, 0.6, 0.3, share=0.8, every=10)
+    teacher = Precise(small.network(norm=False, dropout=0.0)).eval()
+    settings = session.config.retrain
+    training = Recorded(session, model, settings, phase, "order", [name], everything, gradual, teacher)
     training.losses, training.total = [], STEPS
     position = training.fit()
     orders = [epoch["order"] for epoch in position.history]
@@ -109,7 +117,7 @@ def test_every_world_size_takes_the_same_updates(small_session: Session, tmp_pat
     dense = small_session.config.dense.model_dump() | {
         "batch_size": BATCH, "checkpoint_steps": 1, "epochs": 4, "lr": 0.2,
     }  # fmt: skip
-    [found] = train(small_session, tmp_path, "exact", {"dense": dense})
+    [found] = train(small_session, tmp_path, "exact", {"retrain": {**dense, "distill": 0.3}})
     curves = {size: np.array(found[size]["losses"]) for size in SIZES}
     assert len(curves[1]) == STEPS
     assert curves[1][-5:].mean() < 0.8 * curves[1][:5].mean()  # there is something to agree on

@@ -1,0 +1,46 @@
+"""Gradual pruning: within a round's retraining its weights go little by little instead of all at once.
+
+Zhu and Gupta 2017, "To prune, or not to prune": between prunes the survivors learn to do without what went, so a small
+network learns more. Every prune is planned as a round is (criterion, allocation, exact counts) from the weights as they
+then are; masks lie inside each other, and none comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipeline.prune.schedules import cubic_density
+
+Masks = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Gradual:
+    """How the weights of a round go, from density `before` to `after`.
+
+    `prune(density, alive, last)` makes the masks of a density, equal on all ranks, which call it together. `share` is
+    the part of the updates that prunes fall into, one every `every` updates.
+    """
+
+    prune: Callable[[float, Masks, bool], Masks]
+    before: float
+    after: float
+    share: float
+    every: int
+
+    def end(self, total: int) -> int:
+        """The update (from 0, of `total`) before which the last prune is made."""
+        return min(int(self.share * total), total - 1)
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether weights go before update `step`."""
+        return step == self.end(total) or (step < self.end(total) and step % self.every == 0)
+
+    def masks(self, step: int, total: int, alive: Masks) -> Masks:
+        """The masks from update `step` on, of those that are alive; at the end exactly those of density `after`."""
+        last = step == self.end(total)
+        density = self.after if last else cubic_density(self.before, self.after, step / self.end(total))
+        return self.prune(density, alive, last)
