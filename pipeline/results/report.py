@@ -139,8 +139,10 @@ def verdict(result: Mapping[str, Any], allowed: float | None) -> dict[str, str]:
 
 def predictions(run: Contents) -> dict[int, dict[str, float]]:
     """By round, the rise of the loss before retraining: as the scan predicted it, the least that it thought possible,
-    and as it was measured on val against the dense network (nats)."""
-    found = {}
+    and as it was measured on val against the dense network (nats). Gradual pruning has no such moment."""
+    found: dict[int, dict[str, float]] = {}
+    if (run.config.get("prune") or {}).get("gradual"):
+        return found
     for each in run.rounds:
         said = (each.plan or {}).get("predicted")
         if said is not None and each.metrics is not None and run.dense is not None:

@@ -61,11 +61,15 @@ def test_each_rounds_thresholds_rest_on_the_dense_networks_deviations(tiny: Call
     assert {row["name"]: row["keep"] for row in plan["tensors"]} == expected.keep
 
 
-@pytest.mark.parametrize("unit", ["weights", "flops", "bytes"])
-def test_a_budget_is_solved_from_the_scan_and_says_what_it_expects(tiny: Callable[..., Config], unit: str) -> None:
+@pytest.mark.parametrize(
+    ("unit", "more"), [("weights", {}), ("flops", {}), ("bytes", {"prune.gradual": 0.5, "prune.gradual_every": 5})]
+)
+def test_a_budget_is_solved_from_the_scan_and_says_what_it_expects(
+    tiny: Callable[..., Config], unit: str, more: dict[str, Any]
+) -> None:
     limits = {"prune.floors": {"fc3.*": 0.3}, "prune.ceilings": {"fc2.weight": 0.2}}
     quick = {"dense.epochs": 1, "retrain.epochs": 1, "prune.dense_control": False, "target.compression": 8}
-    config = tiny(**quick, **limits, **{"prune.allocation": "budget", "target.budget": unit})
+    config = tiny(**quick, **limits, **more, **{"prune.allocation": "budget", "target.budget": unit})
     result = carry_out(config)
     root = Path(run_root(config))
     kept = {row["name"]: row["kept"] for row in result["layers"]}
@@ -77,7 +81,7 @@ def test_a_budget_is_solved_from_the_scan_and_says_what_it_expects(tiny: Callabl
     assert kept["fc3.weight"] >= 300
     assert kept["fc2.weight"] <= 6000
     assert last["least"] <= last["rise"] < last["least"] + 0.01
-    assert "predicted by" in (root / "report.html").read_text()
+    assert ("predicted by" in (root / "report.html").read_text()) == (not more)
 
 
 def test_a_finished_run_is_not_run_again(tiny: Callable[..., Config]) -> None:
