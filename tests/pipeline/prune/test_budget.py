@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import cost
@@ -94,6 +94,7 @@ def instances(most: int = 5) -> Any:
     return st.tuples(st.lists(one, min_size=1, max_size=3), st.floats(0, 1), st.floats(0, 1))
 
 
+@settings(deadline=None)
 @given(instances())
 def test_the_budget_the_limits_and_the_bound_hold_and_smaller_budgets_keep_less(given: Any) -> None:
     tensors, *shares = given
@@ -121,6 +122,7 @@ def test_the_budget_the_limits_and_the_bound_hold_and_smaller_budgets_keep_less(
     assert all(found[0].keep[name] <= found[1].keep[name] for name in priced)
 
 
+@settings(deadline=None)
 @given(instances(most=8))
 def test_a_budget_of_weights_is_met_exactly_and_convex_curves_are_solved_to_the_optimum(given: Any) -> None:
     tensors, share, _ = given
@@ -189,6 +191,7 @@ def test_a_saturated_curve_goes_on_growing_and_its_tensor_is_not_killed() -> Non
     assert solve(weights(a=measured, b=sturdy), floors, caps, 60).keep["a"] == 1  # as far as the losses go
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.floats(0.001, 0.99), st.floats(-1, 30), st.floats(0, 1)), max_size=8, unique_by=lambda x: x[0]
