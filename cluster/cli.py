@@ -43,9 +43,14 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    budgets: commands.Budgets = None,
+    figure: commands.FigureFile = None,
+) -> None:
     """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
-    commands.show(commands.load(config, overrides, needs_data=False))
+    commands.show(commands.load(config, overrides, needs_data=False), budgets, figure)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
 from typing import Any
@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline import cost
 from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.models import Prunable
-from pipeline.prune import campaign
+from pipeline.prune import campaign, limits, round_plan
 from pipeline.prune.campaign import Origin, Tried
 from pipeline.prune.round_plan import Goal
-from pipeline.session import Session
+from pipeline.session import Session, input_shape
 from pipeline.state import Run
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
@@ -97,6 +98,24 @@ def origin(run: Run, prunable: Sequence[Prunable]) -> Origin:
     return Origin(start["kept"], total, start["generation"])
 
 
+def priced(config: Config, begin: Origin, sizes: Mapping[str, int], flops: Mapping[str, int]) -> Origin:
+    """Where the first round begins, in what target.budget counts; the config allows others than weights for whole runs.
+
+    `sizes` and `flops` are those of the prunable tensors when dense.
+    """
+    if config.target.budget == "weights":
+        return begin
+    total = limits.spent(sizes, round_plan.costs(config, sizes, flops))
+    return Origin(total, total, begin.generation)
+
+
+def beginning(session: Session, prunable: Sequence[Prunable]) -> Origin:
+    """Where the first round of the session's run begins, in what target.budget counts."""
+    flops = cost.flops(session.new_model(), input_shape(session.config))
+    sizes = {tensor.name: tensor.weights for tensor in prunable}
+    return priced(session.config, origin(session.run, prunable), sizes, flops)
+
+
 def floor(config: Config, prunable: Sequence[Prunable]) -> int:
     """The fewest weights that prune.min_weights allows."""
     return sum(min(config.prune.min_weights, tensor.weights) for tensor in prunable)
@@ -108,7 +127,7 @@ def following(session: Session, prunable: Sequence[Prunable]) -> Goal | None:
     if session.world.first:
         run, config = session.run, session.config
         tried = [Tried(m["planned_density"], m["kept"], m["accepted"]) for m in trail(run)]
-        goal = campaign.following(config, origin(run, prunable), floor(config, prunable), tried)
+        goal = campaign.following(config, beginning(session, prunable), floor(config, prunable), tried)
         text = json.dumps(None if goal is None else asdict(goal)).encode()
         if goal is None and not any(each.accepted for each in tried):
             session.progress({"note": "no round was accepted: the network stays as it was before the first one"})

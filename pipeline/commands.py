@@ -8,19 +8,26 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
+import typer
+
+from pipeline import budgets, lease, plan, stages
 from pipeline import config as settings
-from pipeline import lease, plan, stages
 from pipeline.config import Config
-from pipeline.console import Display, show_plan, show_result
+from pipeline.console import Display, show_plan, show_result, show_tables
 from pipeline.data import storage
 from pipeline.distributed import configure_process
 from pipeline.engine import Engine
 from pipeline.errors import UserError
-from pipeline.results import final, mirror, tracking
+from pipeline.results import figures, final, mirror, plots, tracking
 from pipeline.results.tracking import Synced
 from pipeline.state import Run, run_root
+
+Budgets = Annotated[
+    str | None, typer.Option(metavar="2,4,8", help="Show what several compressions would keep, solved from the scan.")
+]
+FigureFile = Annotated[str | None, typer.Option(metavar="FILE", help="Draw their curve, as .svg or .png.")]
 
 
 def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
@@ -76,11 +83,35 @@ def run(config: Config, engine: Engine) -> dict[str, Any]:
     return result
 
 
-def show(config: Config) -> None:
-    """Print what a run would do."""
+def show(config: Config, compressions: str | None = None, figure: str | None = None) -> None:
+    """Print what a run would do; or, of several compressions, what `prune.allocation=budget` would keep.
+
+    `figure` is a file (.svg or .png) that their curve is drawn into.
+    """
+    if compressions is not None:
+        show_options(config, compressions, figure)
+        return
+    if figure is not None:
+        raise UserError(f"--figure {figure} draws the curve of several budgets: give --budgets 2,4,8 too")
     made = plan.make(config)
     plan.require_plan_possible(made)
     show_plan(made, config)
+
+
+def show_options(config: Config, compressions: str, figure: str | None) -> None:
+    """Print several budgets solved from the run's scan, and draw their curve into a file. Raises UserError."""
+    if figure is not None and not figure.endswith((".svg", ".png")):
+        raise UserError(f"--figure {figure}: is written as SVG or PNG; end the name in .svg or .png")
+    options = budgets.solve(config, budgets.parse(compressions))
+    show_tables([budgets.table(options)], budgets.bars(options))
+    if figure is not None:
+        drawn = plots.budgets(options)
+        label = "Predicted rise of the loss against compression"
+        made = figures.to_png(drawn) if figure.endswith(".png") else figures.to_svg(drawn, label).encode()
+        try:
+            storage.write_bytes(figure, made)
+        except OSError as error:
+            raise UserError(f"--figure {figure}: cannot be written: {error.strerror}") from error
 
 
 def sync(run_dir: str | Path, uri: str | None = None) -> Synced:

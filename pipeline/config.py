@@ -307,7 +307,7 @@ class Prune(Section):
     allocation: Text = Field(
         "paper",
         description="A budget to a density for each tensor: paper (|w| / (quality x std), one threshold), "
-        "pooled, uniform, erk, explicit.",
+        "pooled, uniform, erk, explicit, budget (the least rise of the loss that the scan predicts).",
     )
     densities: dict[Text, Density] = Field(
         default_factory=dict, description="explicit: density for each tensor, by name or pattern (fc*.weight)."
@@ -329,6 +329,14 @@ class Prune(Section):
     )
     exclude: tuple[Text, ...] = Field((), description="Patterns of whole tensor names (*.fc.weight) that stay dense.")
     min_weights: Count = Field(1, description="Weights that every tensor keeps at the least.")
+    floors: dict[Text, Fraction] = Field(
+        default_factory=dict, description="The least density of a tensor, in every round, by name or pattern."
+    )
+    ceilings: dict[Text, Density] = Field(
+        default_factory=dict,
+        description="The largest density of a tensor, from round 1 on, by name or pattern; one that is equal to its "
+        "floor fixes it. Rounds before the last keep less in all than they would, where ceilings ask for it.",
+    )
     survivors: Literal["keep", "reinitialise"] = Field(
         "keep",
         description="keep: retrain the survivors from the values that they have; reinitialise: from a network made "
@@ -381,8 +389,8 @@ class Target(Section):
     )
     compression: Annotated[float, Field(ge=1.0)] | None = Field(
         12.0,
-        description="Prunable weights over kept weights. no-loss: where to stop even if more could go; null, its "
-        "default there, is no such end.",
+        description="Prunable weights over kept weights; or FLOPs or bytes, see `budget`. no-loss: where to stop even "
+        "if more could go; null, its default there, is no such end.",
     )
     step: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.5,
@@ -403,6 +411,11 @@ class Target(Section):
         "end of its one-sided interval); 0.5 takes the measured drop as it is.",
     )
     max_rounds: Annotated[int, Field(ge=1, le=1000)] = Field(16, description="no-loss: accepted rounds, at the most.")
+    budget: Literal["weights", "flops", "bytes"] = Field(
+        "weights",
+        description="What target.compression, and the density of each round, count in the prunable tensors: weights; "
+        "with allocation=budget also flops (of one sample) or bytes (predicted, packed).",
+    )
     margin: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.003,
         description="The verdict is `no loss` if the upper 95% bound of the drop is within this (0.003 = 0.3 points).",
@@ -606,6 +619,16 @@ class Config(Section):
             raise ValueError(
                 f"runs_dir={self.runs_dir} cannot hold MLflow's sqlite file, the default of tracking.uri: set "
                 "tracking.uri to a server's URL, or tracking.enabled=false"
+            )
+        if self.target.budget != "weights" and (self.prune.allocation, self.target.mode) != ("budget", "compression"):
+            raise ValueError(
+                f"target.budget={self.target.budget} needs prune.allocation=budget and target.mode=compression: others "
+                "count weights"
+            )
+        if self.target.budget != "weights" and self.start.source is not None:
+            raise ValueError(
+                f"target.budget={self.target.budget} counts from the dense network, and start.from="
+                f"{self.start.source} is another beginning: leave one of the two out"
             )
         if self.cluster.max_workers > self.data.lanes:
             raise ValueError(

@@ -190,11 +190,15 @@ def show_plan(plan: RunPlan, config: Config, console: Console | None = None) -> 
         console.print(table)
     total = sum(tensor.weights for tensor in plan.prunable)
     table = Table(title=f"rounds (dense training before them: {plan.dense_steps:,} steps)")
+    predicted = any(row.rise is not None for row in plan.rounds)
     for title in ("round", "density", "weights kept", "compression", "FLOPs", "bytes", "steps"):
         table.add_column(title, justify="right")
+    if predicted:
+        table.add_column("predicted rise of the loss", justify="right")
     for row in plan.rounds:
         cells = (f"{row.density:.3%}", f"{row.kept:,}", f"{total / row.kept:.2f}x", f"{row.flops:,}", f"{row.bytes:,}")
-        table.add_row(str(row.round), *cells, f"{row.steps:,}")
+        rise = [] if not predicted else ["-" if row.rise is None else f"{row.rise:.4f}"]
+        table.add_row(str(row.round), *cells, f"{row.steps:,}", *rise)
     console.print(table)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
@@ -277,8 +281,10 @@ def show_bench(found: dict[str, Any], console: Console | None = None) -> None:
     console.print(found["verdict"], markup=False)
 
 
-def show_tables(tables: Sequence[TextTable], said: Sequence[str], page: str, console: Console | None = None) -> None:
-    """Print tables, what they come to, and where the page with the figures is."""
+def show_tables(
+    tables: Sequence[TextTable], said: Sequence[str], page: str | None = None, console: Console | None = None
+) -> None:
+    """Print tables, what they come to, and where the page with the figures is, if there is one."""
     console = console or make_console()
     for each in tables:
         table = Table(title=each.title, title_justify="left")
@@ -289,4 +295,5 @@ def show_tables(tables: Sequence[TextTable], said: Sequence[str], page: str, con
         console.print(table)
     for line in said:
         console.print(line, markup=False)
-    console.print(f"page: {page}", markup=False)
+    if page is not None:
+        console.print(f"page: {page}", markup=False)

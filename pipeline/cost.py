@@ -1,11 +1,13 @@
-"""What a network's layers cost on data: multiplications, and the share of activations that are not zero."""
+"""What a network's layers cost: multiplications on data, the share of activations that are not zero, packed bytes."""
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ ACTIVATIONS = (
     nn.Hardswish, nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Threshold,
     nn.Softshrink, nn.Hardshrink, nn.Tanhshrink,
 )  # fmt: skip
+
+Quantity = Literal["weights", "flops", "bytes"]  # what a budget is of
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,35 @@ def flops(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
         for part, mode in modes.items():
             part.training = mode
     return counts
+
+
+def packed_bytes(weights: int, kept: int) -> int:
+    """Predicted size of a packed tensor: fp32 values, and the smaller of a bitmask and Rice-coded gaps.
+
+    With random positions a gap is geometric with q = 1 - density; Rice's code of width w takes 1 + w bits and
+    one more for each 2^w that the gap holds, q^(2^w) / (1 - q^(2^w)) on average.
+    """
+    if kept == 0:
+        return 0
+
+    def bits(width: int) -> float:
+        beyond = (1.0 - kept / weights) ** (2**width)
+        return 1 + width + beyond / (1.0 - beyond)
+
+    # bits() falls and then rises: its least lies where about half of the gaps need a further bit.
+    near = min(18, max(3, round(math.log2(math.log(2) * weights / kept))))
+    gaps = min(kept * bits(width) for width in range(near - 2, near + 3)) / 8
+    return math.ceil(min(4 * weights, 4 * kept + min(gaps, weights / 8)))
+
+
+def price(quantity: Quantity, weights: int, flops: int) -> Callable[[int], int]:
+    """What a tensor of so many weights, and FLOPs when dense, costs when it keeps some: weights, FLOPs or bytes."""
+    if quantity == "flops":
+        each = flops // weights
+        return lambda kept: each * kept
+    if quantity == "bytes":
+        return lambda kept: packed_bytes(weights, kept)
+    return lambda kept: kept
 
 
 @dataclass

@@ -51,7 +51,7 @@ def measure(session: Session) -> None:
     model.load_state_dict(dense)
     dense_weights = {name: weight.clone() for name, weight in rounds.prunable_weights(model, prunable).items()}
     everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense_weights.items()}
-    begin = attempts.origin(session.run, prunable)
+    begin = attempts.beginning(session, prunable)
     goals = campaign.outlook(session.config, begin, attempts.floor(session.config, prunable))
     for goal in goals:
         model.load_state_dict(dense)

@@ -15,6 +15,7 @@ from pipeline.data import placement, shards, sources
 from pipeline.errors import UserError
 from pipeline.models import LeftOut, Prunable
 from pipeline.prune import campaign, round_plan
+from pipeline.prune.round_plan import Goal, RoundPlan, Scanned
 from pipeline.train import checkpoint, recipe
 
 
@@ -33,7 +34,10 @@ ILSVRC = Counts(1_281_167, 0, 50_000, 1000)  # ImageNet 2012, whose val is our t
 
 @dataclass(frozen=True)
 class RoundSize:
-    """One round: its density over all prunable weights, and what follows from it."""
+    """One round: its density over all prunable weights, and what follows from it.
+
+    `rise` is the rise of the loss (nats) before retraining that the scan predicts; None without a scan.
+    """
 
     round: int
     density: float
@@ -41,6 +45,7 @@ class RoundSize:
     flops: int
     bytes: int
     steps: int
+    rise: float | None
 
 
 @dataclass(frozen=True)
@@ -68,30 +73,34 @@ def make(config: Config) -> RunPlan:
     prunable, left_out = models.survey(model, config.prune.include, config.prune.exclude)
     flops = cost.flops(model, session.input_shape(config))
     source = lineage.find(config, prunable) if config.start.source is not None else None
-    known = known_weights(config, rounds.prunable_weights(model, prunable), source)
+    known = look_up(config, rounds.prunable_weights(model, prunable), source, counts.classes, flops)
     notes = [*known.notes, *target_notes(config)]
-    total = sum(tensor.weights for tensor in prunable)
+    sizes = {tensor.name: tensor.weights for tensor in prunable}
+    total = sum(sizes.values())
     other = 4 * sum(math.prod(tensor.shape) for tensor in left_out)
     steps = {
         name: recipe.total_steps(part, placement.steps_per_epoch(counts.train, config.data.lanes, part.batch_size))
         for name, part in (("dense", config.dense), ("retrain", config.retrain))
     }
-    begin = campaign.Origin(total, total) if source is None else source.origin
+    begin = attempts.priced(config, campaign.Origin(total, total) if source is None else source.origin, sizes, flops)
     fewest = attempts.floor(config, prunable)
+    round_plan.require_possible(config, sizes, flops)
     campaign.require_room(config, begin, fewest)
-    rows, keep = [], {}
+    rows, keep, last = [], {}, None
     for goal in campaign.outlook(config, begin, fewest):
-        budget = goal.budget
-        keep = counts_at(config, goal, known)
-        spent = {t.name: keep[t.name] if keep else round(budget * t.weights / total) for t in prunable}
+        share = goal.budget / begin.total
+        last = plan_at(config, goal, known)
+        keep = last.keep if last else {}
+        spent = keep or {name: round(share * size) for name, size in sizes.items()}
         rows.append(
             RoundSize(
                 round=goal.round,
-                density=(sum(keep.values()) or budget) / total,
-                kept=sum(keep.values()) or budget,
+                density=(sum(keep.values()) or round(share * total)) / total,
+                kept=sum(keep.values()) or round(share * total),
                 flops=sum(round(flops[t.name] * spent[t.name] / t.weights) for t in prunable),
-                bytes=other + sum(packed_bytes(t.weights, spent[t.name]) for t in prunable),
+                bytes=other + sum(cost.packed_bytes(t.weights, spent[t.name]) for t in prunable),
                 steps=steps["retrain"],
+                rise=last.predicted["rise"] if last and last.predicted else None,
             )
         )
     densities = {t.name: keep[t.name] / t.weights for t in prunable} if keep else {}
@@ -99,7 +108,11 @@ def make(config: Config) -> RunPlan:
         notes.append(
             f"prune.allocation={config.prune.allocation}: densities of single tensors follow from trained weights"
             + (" and the scan" if round_plan.needs_scan(config) else "")
-            + "; totals are exact, FLOPs and bytes assume equal densities until then"
+            + (
+                "; totals are exact, FLOPs and bytes assume equal densities until then"
+                if config.target.budget == "weights"
+                else "; totals assume equal densities until then"
+            )
         )
     if config.prune.allocation == "explicit":
         notes.append("target.compression is not used: prune.densities decides the size")
@@ -146,56 +159,43 @@ class Known(NamedTuple):
     weights: dict[str, Tensor]
     dense: dict[str, Tensor]
     alive: dict[str, Tensor]
-    qualities: dict[str, float] | None
+    scan: Scanned | None
     trained: bool
     notes: list[str]
 
 
-def known_weights(config: Config, fresh: dict[str, Tensor], source: lineage.Source | None) -> Known:
-    """The weights and qualities of the run, where it has got so far, or of the run that it branches off from."""
+def look_up(
+    config: Config, fresh: dict[str, Tensor], source: lineage.Source | None, classes: int, flops: dict[str, int]
+) -> Known:
+    """The weights and the scan of the run, where it has got so far, or of the run that it branches off from."""
     run = state.Run(state.run_root(config), 0)
-    qualities = None
+    scan = None
     if run.has("scan", "finished.json"):
-        qualities = {tensor["name"]: tensor["quality"] for tensor in run.read("scan", "scan.json")["tensors"]}
+        content = run.read("scan", "scan.json")
+        if fresh.keys() == {tensor["name"] for tensor in content["tensors"]}:
+            scan = round_plan.scanned(config, content, classes, flops)
     everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in fresh.items()}
     if source is not None:
         saved = checkpoint.load(source.run, source.checkpoint)
         dense = checkpoint.load(source.run, "dense/checkpoint").weights
         weights, shared = ({name: part[name] for name in fresh} for part in (saved.weights, dense))
         note = f"starts from round {source.round} of '{source.run.root}', whose dense network it shares"
-        return Known(weights, shared, everything | saved.masks, qualities, True, [note])
+        return Known(weights, shared, everything | saved.masks, scan, True, [note])
     if run.has("dense", "finished.json"):
         trained = checkpoint.load(run, "dense/checkpoint").weights
         if all(name in trained for name in fresh):
             first = {name: trained[name] for name in fresh}
-            return Known(first, first, everything, qualities, True, ["weights are those of the run's dense network"])
-    return Known(fresh, fresh, everything, qualities, not config.dense.epochs, [])
+            return Known(first, first, everything, scan, True, ["weights are those of the run's dense network"])
+    return Known(fresh, fresh, everything, scan, not config.dense.epochs, [])
 
 
-def counts_at(config: Config, goal: round_plan.Goal, known: Known) -> dict[str, int]:
-    """Kept count of each tensor, or nothing where it follows from weights or a scan that do not exist yet."""
+def plan_at(config: Config, goal: Goal, known: Known) -> RoundPlan | None:
+    """The plan of a round, or None where it follows from weights or a scan that do not exist yet."""
     if config.prune.allocation in ("paper", "pooled") and not known.trained:
-        return {}
-    if round_plan.needs_scan(config) and known.qualities is None:
-        return {}
-    return round_plan.make(config, goal, known.weights, known.dense, known.alive, known.qualities).keep
-
-
-def packed_bytes(weights: int, kept: int) -> int:
-    """Predicted size of a packed tensor: fp32 values, and the smaller of a bitmask and Rice-coded gaps.
-
-    With random positions a gap is geometric with q = 1 - density; Rice's code of width w takes 1 + w bits and
-    one more for each 2^w that the gap holds, q^(2^w) / (1 - q^(2^w)) on average.
-    """
-    if kept == 0:
-        return 0
-
-    def bits(width: int) -> float:
-        beyond = (1.0 - kept / weights) ** (2**width)
-        return 1 + width + beyond / (1.0 - beyond)
-
-    gaps = min(kept * bits(width) for width in range(1, 21)) / 8
-    return math.ceil(min(4 * weights, 4 * kept + min(gaps, weights / 8)))
+        return None
+    if round_plan.needs_scan(config) and known.scan is None:
+        return None
+    return round_plan.make(config, goal, known.weights, known.dense, known.alive, known.scan)
 
 
 def require_plan_possible(plan: RunPlan) -> None:

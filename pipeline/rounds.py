@@ -7,7 +7,6 @@ dense control gets the same training, and the test set is looked at, once.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
@@ -20,9 +19,9 @@ from pipeline.data.loader import EvalLoader
 from pipeline.errors import Agreed, UserError
 from pipeline.gradual import Gradual
 from pipeline.models import Prunable
-from pipeline.prune import criteria, masks, round_plan, schedules
+from pipeline.prune import criteria, masks, round_plan
 from pipeline.prune.round_plan import Goal, RoundPlan
-from pipeline.session import Session
+from pipeline.session import Session, input_shape
 from pipeline.state import now_ms
 from pipeline.train import checkpoint, dropout
 from pipeline.train.checkpoint import Checkpoint
@@ -149,11 +148,13 @@ def plan_round(
     goal: Goal,
 ) -> RoundPlan:
     """The plan of a round, the same on every rank, since all hold the same weights."""
-    qualities = None
+    scan = None
     if round_plan.needs_scan(session.config):
-        qualities = {tensor["name"]: tensor["quality"] for tensor in session.run.read("scan", "scan.json")["tensors"]}
+        flops = cost.flops(model, input_shape(session.config))
+        content = session.run.read("scan", "scan.json")
+        scan = round_plan.scanned(session.config, content, session.manifest.num_classes, flops)
     weights = prunable_weights(model, prunable)
-    return round_plan.make(session.config, goal, weights, dense_weights, alive, qualities)
+    return round_plan.make(session.config, goal, weights, dense_weights, alive, scan)
 
 
 def gradually(
@@ -172,8 +173,7 @@ def gradually(
     total = sum(mask.numel() for mask in alive.values())
 
     def prune(density: float, masks: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
-        budget = goal.budget if last else max(goal.budget, schedules.at_most(density, total))
-        on_the_way = dataclasses.replace(goal, density=density, budget=budget)
+        on_the_way = goal if last else goal.at(density)
         plan = plan_round(session, model, prunable, dense_weights, masks, on_the_way)
         if last and session.world.first:
             session.run.commit(plan.as_json(prunable), folder, "plan.json")

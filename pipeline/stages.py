@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import attempts, lineage, models, scans, session
+from pipeline import attempts, cost, lineage, models, scans, session
 from pipeline.config import Config
 from pipeline.data import shards
 from pipeline.engine import Engine
@@ -72,7 +72,10 @@ def check_network(config: Config, here: Run) -> None:
     model = models.build(config.model, classes, config.seed)
     session.check_output(model, config, classes)
     prunable, _ = models.survey(model, config.prune.include, config.prune.exclude)
-    campaign.require_room(config, lineage.origin(config, here, prunable), attempts.floor(config, prunable))
+    sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, session.input_shape(config))
+    round_plan.require_possible(config, sizes, flops)
+    begin = attempts.priced(config, lineage.origin(config, here, prunable), sizes, flops)
+    campaign.require_room(config, begin, attempts.floor(config, prunable))
     if config.target.mode == "no-loss":
         campaign.require_enough(here.read("data.json")["val"], config.target)
     phases.require_layers(model, config.retrain.phases)

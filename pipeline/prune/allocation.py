@@ -7,9 +7,8 @@ definition order, which also breaks ties: of equal scores the tensor named first
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from fractions import Fraction
 
 import numpy as np
@@ -17,8 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.cost import Quantity
 from pipeline.errors import UserError
-from pipeline.names import hint, lookup
+from pipeline.names import lookup
+from pipeline.prune import budget as budgeting
+from pipeline.prune.budget import Priced
+from pipeline.prune.limits import bounds, by_name, nearest, require_possible, spent
 from pipeline.prune.masks import as_array, as_bool, kth_largest
 
 
@@ -27,7 +30,8 @@ class Request:
     """What an allocation is given. Every dictionary has the tensors' names for keys.
 
     scores: higher keeps; alive: bool, False was pruned before and stays pruned; floors and caps: the fewest and most
-    weights of each tensor; sigmas, qualities: the paper's, or None; densities: explicit, by name or pattern.
+    weights of each tensor; sigmas, qualities: the paper's, or None; densities: explicit, by name or pattern; priced:
+    predicted damage and cost of each tensor, or None.
     """
 
     scores: dict[str, Tensor]
@@ -38,6 +42,7 @@ class Request:
     sigmas: dict[str, float] | None
     qualities: dict[str, float] | None
     densities: dict[str, float] | None
+    priced: dict[str, Priced] | None = None
 
 
 def paper(request: Request) -> dict[str, int]:
@@ -78,16 +83,17 @@ def explicit(request: Request) -> dict[str, int]:
     matches no tensor.
     """
     assert request.densities is not None, "allocation 'explicit' needs densities"
-    for pattern in request.densities:
-        if not any(fnmatchcase(name, pattern) for name in request.scores):
-            raise UserError(f"prune.densities: '{pattern}' matches no prunable tensor; {hint(pattern, request.scores)}")
-    counts = {}
-    for name, score in request.scores.items():
-        named = [density for pattern, density in request.densities.items() if fnmatchcase(name, pattern)]
-        density = request.densities.get(name, named[0] if named else 1.0)
-        wanted = math.floor(density * score.numel() + 0.5)
-        counts[name] = min(max(wanted, request.floors[name]), request.caps[name])
-    return counts
+    named = by_name(request.densities, request.scores, "prune.densities")
+    return {
+        name: min(max(nearest(named.get(name, 1.0), score.numel()), request.floors[name]), request.caps[name])
+        for name, score in request.scores.items()
+    }
+
+
+def budgeted(request: Request) -> dict[str, int]:
+    """The least predicted damage under the budget, which is of what `priced` counts: see pipeline.prune.budget."""
+    assert request.priced is not None, "allocation 'budget' needs the damage that the scan predicts"
+    return budgeting.solve(request.priced, request.floors, request.caps, request.budget).keep
 
 
 ALLOCATIONS: dict[str, Callable[[Request], dict[str, int]]] = {
@@ -96,6 +102,7 @@ ALLOCATIONS: dict[str, Callable[[Request], dict[str, int]]] = {
     "uniform": uniform,
     "erk": erk,
     "explicit": explicit,
+    "budget": budgeted,
 }
 
 
@@ -108,12 +115,17 @@ def allocate(
     sigmas: dict[str, float] | None = None,
     qualities: dict[str, float] | None = None,
     densities: dict[str, float] | None = None,
+    priced: dict[str, Priced] | None = None,
+    unit: Quantity = "weights",
     min_weights: int = 1,
+    floors: Mapping[str, float] | None = None,
+    ceilings: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
-    """The number of weights each tensor keeps; they add up to `budget` exactly (but for `explicit`).
+    """The number of weights each tensor keeps; they add up to `budget` exactly.
 
-    No tensor keeps more than it has alive, nor fewer than min(min_weights, alive). Raises UserError for an unknown
-    allocation, a budget that these bounds rule out, or a score that is NaN.
+    But for `explicit`, which has none, and for a `budget` of FLOPs or bytes, which is not exceeded. Each tensor keeps
+    to its `bounds`. Raises UserError for an unknown allocation, a budget that the bounds rule out, or a score that is
+    NaN.
     """
     function = lookup(ALLOCATIONS, name, "prune.allocation")
     assert scores
@@ -122,13 +134,15 @@ def allocate(
         # A sum is NaN if one term is, or if +inf meets -inf; it needs no second tensor of the same size.
         if torch.isnan(score.sum()) and bool(torch.isnan(score).any()):
             raise UserError(f"{tensor}: its scores are not numbers (NaN); the weights of the checkpoint are not finite")
-    caps = {tensor: int(torch.count_nonzero(mask)) for tensor, mask in alive.items()}
-    floors = {tensor: min(min_weights, cap) for tensor, cap in caps.items()}
+    sizes = {tensor: score.numel() for tensor, score in scores.items()}
+    living = {tensor: int(torch.count_nonzero(mask)) for tensor, mask in alive.items()}
+    least, most = bounds(sizes, living, min_weights, floors or {}, ceilings or {})
     if name != "explicit":
-        _require_possible(budget, floors, caps, min_weights)
-    counts = function(Request(scores, alive, budget, floors, caps, sigmas, qualities, densities))
-    assert all(floors[tensor] <= counts[tensor] <= caps[tensor] for tensor in scores)
-    assert name == "explicit" or sum(counts.values()) == budget
+        costs = {tensor: each.cost for tensor, each in priced.items()} if name == "budget" and priced else {}
+        require_possible(budget, spent(least, costs), spent(most, costs), min_weights, len(sizes), unit)
+    counts = function(Request(scores, alive, budget, least, most, sigmas, qualities, densities, priced))
+    assert all(least[tensor] <= counts[tensor] <= most[tensor] for tensor in scores)
+    assert name in ("explicit", "budget") or sum(counts.values()) == budget
     return {tensor: counts[tensor] for tensor in scores}
 
 
@@ -138,16 +152,20 @@ def threshold_counts(
     sigmas: dict[str, float],
     qualities: dict[str, float],
     min_weights: int = 1,
+    floors: Mapping[str, float] | None = None,
+    ceilings: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """The paper's thresholds as they are (section 3): each tensor keeps its alive scores >= q_i * sigma_i.
 
-    A tensor keeps at least min(min_weights, alive).
+    Each tensor keeps to its `bounds`.
     """
+    sizes = {name: score.numel() for name, score in scores.items()}
+    living = {name: int(torch.count_nonzero(mask)) for name, mask in alive.items()}
+    least, most = bounds(sizes, living, min_weights, floors or {}, ceilings or {})
     counts = {}
     for name, score in scores.items():
-        cap = int(torch.count_nonzero(alive[name]))
         above = int(torch.count_nonzero((score >= qualities[name] * sigmas[name]) & alive[name]))
-        counts[name] = max(above, min(min_weights, cap))
+        counts[name] = min(max(above, least[name]), most[name])
     return counts
 
 
@@ -199,7 +217,11 @@ def proportional(shares: dict[str, int], floors: dict[str, int], caps: dict[str,
 
 
 def _pool(request: Request, scales: dict[str, float]) -> dict[str, int]:
-    """The counts above one threshold for score / scale; tensors that fall below their floor are fixed at it."""
+    """The counts above one threshold for score / scale, within floors and caps.
+
+    Tensors that a threshold leaves below their floor are fixed at it, or those that it leaves above their cap: those
+    who miss by more in all, since the others may come out right when the rest is solved again without these.
+    """
     values = {name: _scaled(request.scores[name], request.alive[name], scales[name]) for name in request.scores}
     wide = np.result_type(*values.values())  # one dtype, so that the threshold compares exactly everywhere
     values = {name: array.astype(wide, copy=False) for name, array in values.items()}
@@ -208,9 +230,12 @@ def _pool(request: Request, scales: dict[str, float]) -> dict[str, int]:
         free = {name: array for name, array in values.items() if name not in fixed}
         counts = _above(free, request.budget - sum(fixed.values()))
         short = {name: request.floors[name] for name in free if counts[name] < request.floors[name]}
-        if not short:
+        long = {name: request.caps[name] for name in free if counts[name] > request.caps[name]}
+        if not short and not long:
             return fixed | counts
-        fixed |= short  # their floors cost the others part of the budget, so these are solved again
+        missing = sum(floor - counts[name] for name, floor in short.items())
+        over = sum(counts[name] - cap for name, cap in long.items())
+        fixed |= (short if missing >= over else {}) | (long if over >= missing else {})
 
 
 def _above(values: dict[str, NDArray[np.floating]], budget: int) -> dict[str, int]:
@@ -245,18 +270,3 @@ def _scales(
     scales = {name: sigmas[name] * (1.0 if qualities is None else qualities[name]) for name in scores}
     assert all(scale >= 0 and math.isfinite(scale) for scale in scales.values()), scales
     return scales
-
-
-def _require_possible(budget: int, floors: dict[str, int], caps: dict[str, int], min_weights: int) -> None:
-    floor, cap = sum(floors.values()), sum(caps.values())
-    if budget < floor:
-        raise UserError(
-            f"the budget of {budget:,} weights (target.compression or prune.list) is below the {floor:,} that "
-            f"prune.min_weights={min_weights} keeps in {len(floors)} tensors; lower target.compression or "
-            "prune.min_weights"
-        )
-    if budget > cap:
-        raise UserError(
-            f"the budget of {budget:,} weights (target.compression or prune.list) is above the {cap:,} that are not "
-            "pruned yet, and a round brings none back; raise target.compression or start from an earlier round"
-        )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from pipeline import cost
 from pipeline.config import Config
 from pipeline.models import Prunable
-from pipeline.prune import allocation, criteria, schedules
+from pipeline.prune import allocation, criteria, damage, limits, schedules
+from pipeline.prune import budget as budgeting
+from pipeline.prune.budget import Cost, Priced
 from pipeline.prune.one_tensor import sigma
 
 
@@ -27,12 +32,27 @@ class Goal:
     budget: int
     generation: int
 
+    def at(self, density: float) -> Goal:
+        """The goal of a prune on the way to this one, at a larger density."""
+        return dataclasses.replace(
+            self, density=density, budget=max(self.budget, int(self.budget / self.density * density))
+        )
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What a plan takes from the scan: the paper's qualities, and each tensor's predicted damage with its cost."""
+
+    qualities: dict[str, float]
+    priced: dict[str, Priced]
+
 
 @dataclass(frozen=True)
 class RoundPlan:
     """The counts of round `round` (from 1), and the score under which a tensor's weights go.
 
     `dead` counts what was taken off each tensor since it led to or from a dead unit; `keep` is what is left after it.
+    `predicted` is what the scan lets expect of the counts, before that and before retraining; None without a scan.
     """
 
     round: int
@@ -40,6 +60,7 @@ class RoundPlan:
     keep: dict[str, int]
     thresholds: dict[str, float]
     dead: dict[str, int] = field(default_factory=dict)
+    predicted: dict[str, Any] | None = None
     attempt: int = 1
 
     def as_json(self, prunable: list[Prunable]) -> dict[str, Any]:
@@ -49,6 +70,7 @@ class RoundPlan:
             "attempt": self.attempt,
             "planned_density": self.density,
             "budget": sum(self.keep.values()),
+            "predicted": self.predicted,
             "tensors": [
                 {
                     "name": t.name,
@@ -68,7 +90,7 @@ class RoundPlan:
         keep, thresholds, dead = (
             {name: row[key] for name, row in rows.items()} for key in ("keep", "threshold", "dead")
         )
-        return cls(plan["round"], plan["planned_density"], keep, thresholds, dead, plan["attempt"])
+        return cls(plan["round"], plan["planned_density"], keep, thresholds, dead, plan["predicted"], plan["attempt"])
 
 
 def densities(config: Config, start: float = 1.0) -> list[float]:
@@ -77,14 +99,43 @@ def densities(config: Config, start: float = 1.0) -> list[float]:
 
 
 def budget(config: Config, number: int, total: int, start: float = 1.0) -> int:
-    """Weights to keep after round `number` (from 1), of `total` prunable ones."""
+    """What the tensors may cost after round `number` (from 1), of a `total` of what target.budget counts."""
     compression = None if config.prune.schedule == "list" else config.target.compression
     return schedules.budgets(densities(config, start), total, compression)[number - 1]
 
 
 def needs_scan(config: Config) -> bool:
     """Whether the densities of single tensors follow from the scan."""
-    return config.prune.allocation == "paper" or config.target.mode == "thresholds"
+    return config.prune.allocation in ("paper", "budget") or config.target.mode == "thresholds"
+
+
+def costs(config: Config, weights: Mapping[str, int], flops: Mapping[str, int]) -> dict[str, Cost]:
+    """What each tensor costs, in what target.budget counts, from its weights and its FLOPs when dense."""
+    return {name: cost.price(config.target.budget, count, flops[name]) for name, count in weights.items()}
+
+
+def require_possible(config: Config, weights: Mapping[str, int], flops: Mapping[str, int]) -> None:
+    """Raise UserError, before any training, if a round's budget is below a weight or limits rule the last one out."""
+    if config.target.mode == "no-loss":  # it stops where no more can go
+        return
+    prune, prices = config.prune, costs(config, weights, flops)
+    least, most = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
+    total = limits.spent(weights, prices)
+    last = [budget(config, number, total) for number in range(1, len(densities(config)) + 1)][-1]
+    if config.target.mode == "compression" and prune.allocation != "explicit":
+        cheapest, dearest = limits.spent(least, prices), limits.spent(most, prices)
+        unit = config.target.budget
+        limits.require_possible(last, cheapest, dearest, prune.min_weights, len(weights), unit)
+
+
+def scanned(config: Config, scan: Mapping[str, Any], classes: int, flops: Mapping[str, int]) -> Scanned:
+    """What plans take from the content of scan.json; `classes` tells chance, `flops` are the tensors' when dense."""
+    curves = damage.curves(scan, classes)
+    prices = costs(config, {name: curve.weights for name, curve in curves.items()}, flops)
+    return Scanned(
+        {tensor["name"]: tensor["quality"] for tensor in scan["tensors"]},
+        {name: Priced(curve, prices[name]) for name, curve in curves.items()},
+    )
 
 
 def make(
@@ -93,7 +144,7 @@ def make(
     weights: dict[str, Tensor],
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
-    qualities: dict[str, float] | None,
+    scan: Scanned | None,
 ) -> RoundPlan:
     """Plan an attempt at a round from the weights as they are; equal inputs give equal plans on every rank.
 
@@ -103,27 +154,72 @@ def make(
     sigmas = {name: sigma(dense_weights[name]) for name in weights}
     if config.prune.sigma == "renewed":
         sigmas = {name: sigma(weight[alive[name]]) for name, weight in weights.items()}
+    prune, spend = config.prune, None
     if config.target.mode == "thresholds":
         # The paper gives no schedule of qualities over the rounds: round k of K uses k/K of each.
         share = goal.round / len(densities(config))
-        scaled = {name: value * share for name, value in (qualities or {}).items()}
-        keep = allocation.threshold_counts(ranking, alive, sigmas, scaled, config.prune.min_weights)
+        scaled = {name: value * share for name, value in (scan.qualities if scan else {}).items()}
+        keep = allocation.threshold_counts(
+            ranking, alive, sigmas, scaled, prune.min_weights, prune.floors, prune.ceilings
+        )
     else:
-        wanted = goal.budget
-        if config.prune.dead_neurons:  # dead units of the rounds before may have left fewer than this one's budget
-            wanted = min(wanted, sum(int(mask.sum()) for mask in alive.values()))
+        spend = spendable(config, goal, alive, scan)
         keep = allocation.allocate(
             config.prune.allocation,
             ranking,
             alive,
-            wanted,
+            spend,
             sigmas=sigmas,
-            qualities=qualities,
-            densities=explicit_densities(config, goal.density) if config.prune.allocation == "explicit" else None,
-            min_weights=config.prune.min_weights,
+            qualities=scan.qualities if scan else None,
+            densities=explicit_densities(config, goal.density) if prune.allocation == "explicit" else None,
+            priced=scan.priced if scan else None,
+            unit=config.target.budget,
+            min_weights=prune.min_weights,
+            floors=prune.floors,
+            ceilings=prune.ceilings,
         )
     thresholds = {name: allocation.threshold(ranking[name], keep[name], alive[name]) for name in weights}
-    return RoundPlan(goal.round, goal.density, keep, thresholds, attempt=goal.attempt)
+    predicted = prediction(config, keep, alive, spend, scan)
+    return RoundPlan(goal.round, goal.density, keep, thresholds, predicted=predicted, attempt=goal.attempt)
+
+
+def spendable(config: Config, goal: Goal, alive: dict[str, Tensor], scan: Scanned | None) -> int:
+    """The budget of an attempt, or what is left to spend it on.
+
+    Dead units may leave less, and on the way to the last density so may ceilings.
+    """
+    solved = config.prune.allocation == "budget"
+    prices = {name: each.cost for name, each in scan.priced.items()} if scan and solved else {}
+    last = config.target.mode == "compression" and goal.density == densities(config)[-1]
+    if config.prune.dead_neurons or not last:
+        return min(goal.budget, limits.spent(bounds(config, alive)[1], prices))
+    return goal.budget
+
+
+def bounds(config: Config, alive: dict[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+    """The fewest and the most weights of each tensor, as the settings have them."""
+    sizes = {name: mask.numel() for name, mask in alive.items()}
+    living = {name: int(mask.sum()) for name, mask in alive.items()}
+    return limits.bounds(sizes, living, config.prune.min_weights, config.prune.floors, config.prune.ceilings)
+
+
+def prediction(
+    config: Config, keep: dict[str, int], alive: dict[str, Tensor], spend: int | None, scan: Scanned | None
+) -> dict[str, Any] | None:
+    """The `predicted` of plan.json: the rise of the loss (nats) that the scan lets expect of the counts before
+    retraining, and the least that any allocation within the same limits could have for the same cost."""
+    if scan is None:
+        return None
+    prices = {name: each.cost for name, each in scan.priced.items()}
+    spent = limits.spent(keep, prices)
+    money = spend if spend is not None and config.prune.allocation == "budget" else spent
+    return {
+        "unit": config.target.budget,
+        "budget": money,
+        "spent": spent,
+        "rise": damage.total_rise(budgeting.predicted(scan.priced, keep)),
+        "least": budgeting.solve(scan.priced, *bounds(config, alive), money).least,
+    }
 
 
 def explicit_densities(config: Config, density: float) -> dict[str, float]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from pipeline.budgets import Options
 from pipeline.results.figures import GRID, INK, MUTED, PALETTE, new, styled
 
 Part = Mapping[str, Any]
@@ -154,6 +155,25 @@ def _compression_axis(axis: Axes, values: Sequence[float]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axis.set_xlim(0.93, largest * 1.12)
+
+
+def budgets(options: Options) -> Figure:
+    """Predicted rise of the loss before retraining against compression: the curve, and the budgets asked for."""
+    with styled():
+        figure, (axis,) = new(6.2, 3.4)
+        for points, look, label in ((options.curve, "-", "least predicted"), (options.asked, "o", "asked for")):
+            x = [each.compression for each in points]
+            axis.plot(x, [each.solution.rise for each in points], look, color=PALETTE[0], label=label)
+        axis.axhline(options.chance, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="chance")
+        _compression_axis(axis, [each.compression for each in options.curve])
+        axis.set_yscale("log")
+        axis.set_ylim(1e-4, 3 * options.chance)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel(f"compression in {options.unit}")
+        axis.set_ylabel("rise of the loss on val (nats)")
+        axis.legend(loc="lower right")
+    return figure
 
 
 def histograms(data: Part) -> dict[str, Figure]:

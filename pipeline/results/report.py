@@ -67,6 +67,7 @@ def render(run_dir: str | Path) -> str:
         rounds=run.finished_rounds,
         unpruned=unpruned(result),
         undone=not all(metrics["accepted"] for metrics in run.finished_rounds),
+        predictions=predictions(run),
         totals=totals(result),
         measured=measured_on(run.activity),
         cuts=scan_rows(run.scan),
@@ -149,6 +150,20 @@ def verdict(result: Mapping[str, Any], allowed: float | None) -> dict[str, str]:
 def unpruned(result: Mapping[str, Any]) -> bool:
     """Whether a campaign ended with the dense network: nothing is pruned, and no round was accepted."""
     return result["weights_kept"] == result["weights_total"] and not any(row["accepted"] for row in result["rounds"])
+
+
+def predictions(run: Contents) -> dict[int, dict[str, float]]:
+    """By round, the rise of the loss before retraining: as the scan predicted it, the least that it thought possible,
+    and as it was measured on val against the dense network (nats). Gradual pruning has no such moment."""
+    found: dict[int, dict[str, float]] = {}
+    if (run.config.get("prune") or {}).get("gradual"):
+        return found
+    for each in run.rounds:
+        said = (each.plan or {}).get("predicted")
+        if said is not None and each.metrics is not None and run.dense is not None:
+            measured = each.metrics["val_before_retrain"]["loss"] - run.dense["val"]["loss"]
+            found[each.number] = {"rise": said["rise"], "least": said["least"], "measured": measured}
+    return found
 
 
 def totals(result: Mapping[str, Any]) -> dict[str, Any]:

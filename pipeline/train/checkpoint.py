@@ -77,9 +77,9 @@ def load(run: Run, folder: str) -> Checkpoint:
         shapes = {name: tuple(shape) for name, shape in manifest["masked"].items()}
         state = json.loads(files["state.json"])
         return Checkpoint(
-            weights=load_safetensors(files["weights.safetensors"]),
+            weights=_by_name(load_safetensors(files["weights.safetensors"])),
             masks=masking.unpack_bits(files["masks.bin"], shapes),
-            optimizer=load_safetensors(files["optimizer.safetensors"]),
+            optimizer=_by_name(load_safetensors(files["optimizer.safetensors"])),
             state=dict(state),
         )
     except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
@@ -126,3 +126,8 @@ def keep_last(run: Run, phase: str, count: int) -> None:
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU that share no memory, which safetensors asks for (tied weights are stored twice)."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _by_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In one order: safetensors hands them out in another one each time, and files made from them would differ."""
+    return {name: tensors[name] for name in sorted(tensors)}

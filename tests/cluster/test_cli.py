@@ -8,13 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from support import ROOT, alone_on_the_network, environment, hearing_ctrl_c, program
 
 from cluster.cli import command_line as cluster_main
+from pipeline import stages
 from pipeline.__main__ import command_line as pipeline_main
+from pipeline.config import Config
+from pipeline.distributed import World
+from pipeline.errors import UserError
+from pipeline.local import LocalEngine
+from pipeline.state import open_run
 
 
 @pytest.mark.parametrize("module", ["cluster", "pipeline"])
@@ -24,6 +32,30 @@ def test_plan_prints_config_tensors_and_rounds_and_runs_nothing(tiny_yaml: Path,
     for words in ("allocation: erk", "fc1.weight", "19,200", "fc1.bias", "8,366", "1,293 train"):
         assert words in done.stdout
     assert not (tiny_yaml.parent / "runs").exists()
+
+
+def test_plan_shows_several_budgets_of_a_scan_without_scanning_again(
+    tiny: Callable[..., Config], tmp_path: Path, secateur: Callable[..., str]
+) -> None:
+    config = tiny(**{"dense.epochs": 1, "prune.allocation": "budget"})
+    with open_run(config) as here:
+        stages.scan(config, LocalEngine(World(0, 1, torch.device("cpu"))), here, lambda event: None)
+    path, figure = tmp_path / "runs/tiny/config.yaml", tmp_path / "curve.svg"
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    shown = secateur("plan", str(path))
+    assert "predicted rise of the loss" in shown
+    shown = secateur("plan", str(path), "--budgets", "2,4,16", "--figure", str(figure))
+    for words in ("2x", "4x", "16x", "25,100", "12,550", "3,137", "fc3.weight", "at most above", "full bar is chance"):
+        assert words in shown
+    shown = secateur("plan", str(path), "target.budget=flops", "--budgets", "4")
+    assert "25,100" in shown  # of 100,400 FLOPs
+    assert figure.read_text().startswith("<svg")
+    figure.unlink()
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"--figure .*give --budgets"):
+        secateur("plan", str(path), "--figure", "x.svg")
+    with pytest.raises(UserError, match=r"x\.pdf: .*\.svg or \.png"):
+        secateur("plan", str(path), "--budgets", "2", "--figure", "x.pdf")
 
 
 @pytest.mark.parametrize(
@@ -38,6 +70,11 @@ def test_plan_prints_config_tensors_and_rounds_and_runs_nothing(tiny_yaml: Path,
         (["run", "CONFIG", "target.compression=1000000"], ["target.compression"]),
         (["run", "CONFIG", "data.source=idx", "data.root=/nowhere"], ["/nowhere"]),
         (["run", "CONFIG", "device=cuda"], ["device=cuda", "no GPU"]),
+        (["run", "CONFIG", "target.budget=flops"], ["target.budget=flops", "prune.allocation=budget"]),
+        (["run", "CONFIG", "prune.floors={fc9.weight: 0.5}"], ["prune.floors", "fc9.weight", "did you mean"]),
+        (["run", "CONFIG", "prune.ceilings={'*': 0.01}"], ["above the 502", "prune.ceilings"]),
+        (["plan", "CONFIG", "--budgets", "2,x"], ["--budgets 2,x", "2,4,8"]),
+        (["plan", "CONFIG", "--budgets", "2"], ["has none yet", "secateur scan"]),
         (["run", "missing.yaml"], ["missing.yaml", "does not exist"]),
         (["report", "nowhere"], ["nowhere", "is not a run"]),
         (["sync", "nowhere"], ["nowhere", "is not a run"]),

@@ -44,8 +44,9 @@ OTHERS = [
     "/dev/null", "pipe:touch MARKER", "file:///etc|touch MARKER", "http://127.0.0.1:9/x", "s3://", "os", "..x", "a:b",
     ":", "small:network", "math.sqrt", "torch.nn.Linear", "torchvision.models.squeezenet1_1", "lenet_5",
     "lenet_300_100", "digits", "idx", "shards", "cosine", "step", "inv", "one-shot", "cubic", "list", "pooled",
-    "uniform", "erk", "explicit", "random", "thresholds", "no-loss", "adaptive", "[shift, flip]", "[crop]",
-    "[resized-crop]", "[shift, crop, resized-crop, flip]", "[0.5, 0.2]", "[0.5, 0.5]", "[1.0]", "{fc1.weight: 0.5}",
+    "uniform", "erk", "explicit", "budget", "flops", "random", "thresholds", "no-loss", "adaptive", "[shift, flip]",
+    "[crop]", "[resized-crop]", "[shift, crop, resized-crop, flip]", "[0.5, 0.2]", "[0.5, 0.5]", "[1.0]",
+    "{fc1.weight: 0.5}",
     "{'*': 0.5}", "{'[': 0.1}", "['*.weight']", "[fc1.weight]", "{inputs: -64}", "{inputs: 1000000000000}",
     "{dropout: .nan}", "{dropout: 2}", "{inputs: '64'}", "{x: {y: [1, {z: 2}]}}", "{classes: 3}", "other:1",
 ]  # fmt: skip
@@ -261,7 +262,8 @@ def check(config: Config, run: Path) -> None:
     steps = json.loads((run / f"rounds/{len(plan):02d}/metrics.json").read_text())["steps"]
     assert steps <= STEPS
     assert (steps == 0) == (epochs == 0)
-    if config.target.mode == "compression" and config.prune.allocation != "explicit":
+    counted = (config.target.mode, config.target.budget) == ("compression", "weights")
+    if counted and config.prune.allocation != "explicit":
         budget = round_plan.budget(config, len(plan), total)
         assert kept <= budget if config.prune.dead_neurons else kept == budget
         wanted = plan[-1] if config.prune.schedule == "list" else 1 / config.target.compression

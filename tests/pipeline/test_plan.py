@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import commands, plan
+from pipeline import commands, cost, plan
 from pipeline.config import Config
 from pipeline.errors import UserError
 
@@ -53,12 +53,12 @@ def test_imagenet_is_planned_without_its_files_and_not_run_without_them() -> Non
     ],
 )
 def test_predicted_bytes(weights: int, kept: int, expected: int) -> None:
-    assert plan.packed_bytes(weights, kept) == expected
+    assert cost.packed_bytes(weights, kept) == expected
 
 
 def test_predicted_bytes_of_a_sparse_tensor_are_near_the_entropy() -> None:
     """At 5% density an i.i.d. mask holds 5.73 bits a kept weight; Rice's code comes within 2%."""
-    index_bits = (plan.packed_bytes(10**6, 50_000) - 4 * 50_000) * 8 / 50_000
+    index_bits = (cost.packed_bytes(10**6, 50_000) - 4 * 50_000) * 8 / 50_000
     assert 5.73 <= index_bits <= 5.73 * 1.02
 
 

@@ -13,7 +13,7 @@ from small import SMALL
 from support import ROOT, program
 from tiny_run import ALONE, carry_out, equal, final_weights
 
-from pipeline import models, seeding, stages
+from pipeline import cost, models, seeding, stages
 from pipeline.config import Config
 from pipeline.data import shards
 from pipeline.distributed import configure_process
@@ -57,9 +57,32 @@ def test_each_rounds_thresholds_rest_on_the_dense_networks_deviations(tiny: Call
         {name: first.weights[name] for name in first.masks},
         {name: dense.weights[name] for name in first.masks},
         first.masks,
-        {tensor["name"]: tensor["quality"] for tensor in scan["tensors"]},
+        round_plan.scanned(config, scan, 10, dict.fromkeys(first.masks, 0)),
     )
     assert {row["name"]: row["keep"] for row in plan["tensors"]} == expected.keep
+
+
+@pytest.mark.parametrize(
+    ("unit", "more"), [("weights", {}), ("flops", {}), ("bytes", {"prune.gradual": 0.5, "prune.gradual_every": 5})]
+)
+def test_a_budget_is_solved_from_the_scan_and_says_what_it_expects(
+    tiny: Callable[..., Config], unit: str, more: dict[str, Any]
+) -> None:
+    limits = {"prune.floors": {"fc3.*": 0.3}, "prune.ceilings": {"fc2.weight": 0.2}}
+    quick = {"dense.epochs": 1, "retrain.epochs": 1, "prune.dense_control": False, "target.compression": 8}
+    config = tiny(**quick, **limits, **more, **{"prune.allocation": "budget", "target.budget": unit})
+    result = carry_out(config)
+    root = Path(run_root(config))
+    kept = {row["name"]: row["kept"] for row in result["layers"]}
+    total = {"weights": 50200, "flops": 2 * 50200, "bytes": 4 * 50200}[unit]
+    last = json.loads((root / "rounds/02/plan.json").read_text())["predicted"]
+    assert (last["unit"], last["budget"]) == (unit, total // 8)
+    assert 0 <= last["budget"] - last["spent"] < {"weights": 1, "flops": 2, "bytes": 50}[unit]
+    assert last["spent"] == sum(cost.price(unit, row["weights"], row["flops"])(row["kept"]) for row in result["layers"])
+    assert kept["fc3.weight"] >= 300
+    assert kept["fc2.weight"] <= 6000
+    assert last["least"] <= last["rise"] < last["least"] + 0.01
+    assert ("predicted by" in (root / "report.html").read_text()) == (not more)
 
 
 def test_a_finished_run_is_not_run_again(tiny: Callable[..., Config]) -> None:

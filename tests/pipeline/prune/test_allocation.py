@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.prune.allocation import ALLOCATIONS, allocate, proportional, threshold, threshold_counts
+from pipeline.prune.budget import Priced
+from pipeline.prune.damage import Curve
+from pipeline.prune.limits import bounds
 from pipeline.prune.masks import top_mask
 
 
@@ -102,6 +106,28 @@ def test_explicit_pattern_that_matches_nothing() -> None:
         allocate("explicit", scores, all_alive(scores), 0, densities={"fc2.weight": 0.5})
 
 
+def test_floors_and_ceilings_are_densities_by_name_or_pattern() -> None:
+    sizes = {"fc1": 10, "fc2": 10, "conv": 7}
+    found = bounds(sizes, sizes | {"fc2": 3}, 2, {"fc*": 0.5}, {"fc1": 0.5, "conv": 0.2})
+    # fc1 is fixed; fc2 has only 3 left; conv's min_weights goes before its ceiling of 1
+    assert found == ({"fc1": 5, "fc2": 3, "conv": 2}, {"fc1": 5, "fc2": 3, "conv": 2})
+    scores = {name: torch.rand(size) for name, size in sizes.items()}
+    kept = allocate("uniform", scores, all_alive(scores), 14, floors={"fc1": 0.9}, ceilings={"conv": 0.3})
+    assert kept == {"fc1": 9, "fc2": 3, "conv": 2}
+
+
+def test_limits_that_cannot_be_are_named() -> None:
+    for setting in ("floors", "ceilings"):
+        with pytest.raises(UserError, match=rf"prune.{setting}: 'c' matches no prunable tensor; known: a, b"):
+            allocate("pooled", FOUR, all_alive(FOUR), 2, **{setting: {"c": 0.5}})
+    with pytest.raises(UserError, match=r"prune.floors gives a at least 0.6 .*prune.ceilings at most 0.5"):
+        allocate("pooled", FOUR, all_alive(FOUR), 2, floors={"a": 0.6}, ceilings={"*": 0.5})
+    with pytest.raises(UserError, match=r"budget of 2 .*below the 3 .*prune.floors"):
+        allocate("pooled", FOUR, all_alive(FOUR), 2, floors={"a": 1.0})
+    with pytest.raises(UserError, match=r"budget of 4 .*above the 3 .*prune.ceilings"):
+        allocate("pooled", FOUR, all_alive(FOUR), 4, ceilings={"a": 0.5})
+
+
 def test_impossible_budgets_name_the_setting() -> None:
     with pytest.raises(UserError, match=r"budget of 1 .*target.compression.*prune.min_weights=1"):
         allocate("uniform", FOUR, all_alive(FOUR), 1)
@@ -130,17 +156,26 @@ small_tensors = st.dictionaries(
 )
 
 
+DENSITIES = st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])
+
+
 @given(small_tensors, st.sampled_from(sorted(ALLOCATIONS)), st.integers(0, 3), st.data())
 def test_every_allocation_keeps_to_budget_and_bounds(
     tensors: dict[str, list[tuple[float, bool]]], name: str, min_weights: int, data: st.DataObject
 ) -> None:
     scores = {key: torch.tensor([score for score, _ in pairs]) for key, pairs in tensors.items()}
     alive = {key: torch.tensor([living for _, living in pairs]) for key, pairs in tensors.items()}
-    caps = {key: int(mask.sum()) for key, mask in alive.items()}
-    floors = {key: min(min_weights, cap) for key, cap in caps.items()}
+    limits = {key: sorted(data.draw(st.tuples(DENSITIES, DENSITIES))) for key in scores}
+    least, most = {key: low for key, (low, _) in limits.items()}, {key: high for key, (_, high) in limits.items()}
+    sizes, living = {key: len(pairs) for key, pairs in tensors.items()}, {k: int(m.sum()) for k, m in alive.items()}
+    floors, caps = bounds(sizes, living, min_weights, least, most)
     budget = data.draw(st.integers(sum(floors.values()), sum(caps.values())))
     sigmas = {key: data.draw(st.sampled_from([0.0, 0.5, 3.0])) for key in scores}
-    found = allocate(name, scores, alive, budget, sigmas=sigmas, densities={"*": 0.5}, min_weights=min_weights)
+    priced = {key: Priced(Curve(np.array([0, n]), np.array([1.0, 0.0])), int) for key, n in sizes.items()}
+    found = allocate(
+        name, scores, alive, budget,
+        sigmas=sigmas, densities={"*": 0.5}, priced=priced, min_weights=min_weights, floors=least, ceilings=most,
+    )  # fmt: skip
     assert list(found) == list(scores)
     assert all(floors[key] <= found[key] <= caps[key] for key in scores)
     if name != "explicit":
@@ -157,15 +192,19 @@ def test_pooled_against_a_plain_sort(
         key: sorted((-score, index) for index, (score, living) in enumerate(pairs) if living)
         for key, pairs in tensors.items()
     }
-    forced = {key: len(rank[:min_weights]) for key, rank in ranked.items()}
-    budget = data.draw(st.integers(sum(forced.values()), sum(len(rank) for rank in ranked.values())))
+    sizes, living = {key: len(pairs) for key, pairs in tensors.items()}, {k: len(r) for k, r in ranked.items()}
+    ceilings = {key: data.draw(st.sampled_from([0.1, 0.5, 1.0])) for key in scores}
+    forced, caps = bounds(sizes, living, min_weights, {}, ceilings)
+    budget = data.draw(st.integers(sum(forced.values()), sum(caps.values())))
     rest = sorted(
-        (score, place, index) for place, key in enumerate(scores) for score, index in ranked[key][forced[key] :]
+        (score, place, index)
+        for place, key in enumerate(scores)
+        for score, index in ranked[key][forced[key] : caps[key]]
     )
     wanted = dict(forced)
     for _, place, _ in rest[: budget - sum(forced.values())]:
         wanted[list(scores)[place]] += 1
-    assert allocate("pooled", scores, alive, budget, min_weights=min_weights) == wanted
+    assert allocate("pooled", scores, alive, budget, min_weights=min_weights, ceilings=ceilings) == wanted
 
 
 @given(

@@ -1,0 +1,209 @@
+"""The allocation solved from the scan against uniform, pooled, ERK and the paper's: same dense network, same recipe.
+
+    SECATEUR_DATA=... python benchmarks/bench_allocation.py --runs FOLDER [--networks lenet-300-100,lenet-5,squeezenet]
+        [--seeds 0,1,2] [--allocations budget,uniform,pooled,erk,paper] [--set KEY=VALUE ...] [--markdown]
+
+For each seed one dense network is trained and scanned. Each allocation then prunes it at once to each density, without
+retraining ("before"), and in rounds with a few epochs of retraining in each ("after"), with the same batches for all.
+On val alone; test is not looked at. The difference of `budget` to the best of the others is paired by image and pooled
+over the seeds, with Tango's 95% interval: what it does not hold is that another retraining would come out a little
+different. What lies in FOLDER is not measured again, so a command that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline import attempts, models, rounds, stages, state
+from pipeline import config as settings
+from pipeline.config import Config
+from pipeline.console import Display, make_console, show_tables
+from pipeline.data import storage
+from pipeline.distributed import World, configure_process
+from pipeline.local import LocalEngine
+from pipeline.prune import campaign
+from pipeline.results import stats
+from pipeline.results.tables import TextTable, percent, signed
+from pipeline.session import Session, open_session
+from pipeline.state import Run
+from pipeline.train import checkpoint
+
+ALONE = World(0, 1, torch.device("cpu"))
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SOLVED, OTHERS = "budget", ("uniform", "pooled", "erk", "paper")
+COMMON = ["threads=1", "device=cpu", "tracking.enabled=false", "prune.dense_control=false", "prune.schedule=list"]
+DENSITIES = "prune.list=[0.2, 0.1, 0.05, 0.03, 0.02]"
+LEVELS = "scan.levels=[.8, .6, .5, .4, .3, .2, .15, .1, .07, .05, .03, .02, .01, .007, .005, .003, .002]"
+# Of each network: its config, what it is given besides, and the seeds at most.
+NETWORKS: dict[str, tuple[str, list[str], int]] = {
+    "lenet-300-100": ("lenet-300-100.yaml", ["data.root={data}/mnist", DENSITIES, LEVELS, "retrain.epochs=6"], 3),
+    "lenet-5": ("paper/lenet-5.yaml", ["data.root={data}/mnist", DENSITIES, LEVELS, "retrain.epochs=2"], 3),
+    "squeezenet": (
+        "squeezenet-imagenette.yaml",
+        [
+            "data.root={data}/imagenette-224-subset.tar", "data.class_index={data}/imagenet_class_index.json",
+            "model.checkpoint={data}/weights/squeezenet1_1_imagenet.pth", "prune.list=[0.5, 0.33]",
+            "scan.levels=[0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]",
+        ],
+        1,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Whether each val image was answered right, shape (images,), by density: pruned at once, and in rounds."""
+
+    before: dict[float, NDArray[np.bool_]]
+    after: dict[float, NDArray[np.bool_]]
+    densities: dict[float, dict[str, float]]  # of each tensor, in rounds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs, which a second call goes on with")
+    parser.add_argument("--networks", default="lenet-300-100")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--allocations", default=",".join((SOLVED, *OTHERS)))
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, as of retraining")
+    parser.add_argument("--markdown", action="store_true")
+    given = parser.parse_args()
+    if "SECATEUR_DATA" not in os.environ:
+        sys.exit("set SECATEUR_DATA to the folder that holds mnist/ and imagenette-224-subset.tar")
+    for network in given.networks.split(","):
+        seeds = [int(seed) for seed in given.seeds.split(",")][: NETWORKS[network][2]]
+        found: dict[str, list[Measured]] = {}
+        with Display(make_console(stderr=True)) as display:
+            for seed in seeds:
+                base = make_config(network, seed, given.runs.resolve(), [f"name=seed-{seed}", "prune.allocation=paper"])
+                configure_process(base)
+                prepare(base, display)
+                for allocation in given.allocations.split(","):
+                    display.line(f"{network}, seed {seed}, {allocation}")
+                    found.setdefault(allocation, []).append(measure(base, allocation, given.set, display))
+        made = tables(network, seeds, found)
+        if given.markdown:
+            print(*(table.markdown() for table in made), sep="\n\n", end="\n\n")
+        else:
+            show_tables(made, [])
+
+
+def make_config(network: str, seed: int, runs: Path, more: list[str]) -> Config:
+    """The config of a network's run, given the data's place."""
+    path, overrides, _ = NETWORKS[network]
+    here = [text.replace("{data}", os.environ["SECATEUR_DATA"]) for text in overrides]
+    return settings.load(CONFIGS / path, [*COMMON, *here, f"seed={seed}", f"runs_dir={runs / network}", *more])
+
+
+def prepare(config: Config, progress: Any) -> None:
+    """Shards, the dense network and its scan, shared by all allocations."""
+    engine = LocalEngine(ALONE)
+    with state.open_run(config) as here:
+        made_from = stages.shards_stage(config, here, progress)
+        made_from = stages.train_stage("dense", made_from, config, engine, here, progress)
+        stages.scan_stage(made_from, config, engine, here, progress)
+
+
+def measure(base: Config, allocation: str, more: list[str], progress: Any) -> Measured:
+    """One allocation of one seed, in a run of its own beside the base's."""
+    shared = Run(state.run_root(base), 0)
+    tree = base.model_dump(mode="json")
+    tree["name"] = f"{base.name}-{allocation}"
+    tree["data"] |= {"source": "shards", "root": shared.path("shards")}
+    tree["prune"]["allocation"] = allocation
+    for text in more:
+        section, _, key = text.partition("=")[0].partition(".")
+        tree[section][key] = settings.load(CONFIGS / "demo.yaml", [text]).model_dump(mode="json")[section][key]
+    config = settings.parse(tree)
+    with state.open_run(config) as here:
+        here.commit(shared.read("scan", "scan.json"), "scan", "scan.json")
+        session = open_session(config, ALONE, here, progress)
+        return prune(session, checkpoint.load(shared, "dense/checkpoint").weights)
+
+
+def prune(session: Session, dense: dict[str, Any]) -> Measured:
+    """Every density at once from the dense network, then all in rounds."""
+    found = Measured({}, {}, {})
+    model = session.new_model()
+    prunable, _ = models.survey(model, session.config.prune.include, session.config.prune.exclude)
+    model.load_state_dict(dense)
+    weights = {name: weight.clone() for name, weight in rounds.prunable_weights(model, prunable).items()}
+    everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    goals = campaign.outlook(session.config, attempts.beginning(session, prunable), 1)
+    for goal in goals:
+        density, name = goal.density, f"before-{goal.round:02d}.npy"
+        if not session.run.has("answers", name):
+            model.load_state_dict(dense)
+            plan = rounds.plan_round(session, model, prunable, weights, everything, goal)
+            masks = rounds.shared_masks(session, plan, rounds.prunable_weights(model, prunable), everything)
+            rounds.apply_masks(model, masks)
+        found.before[density] = answers(session, model, name)
+    model.load_state_dict(dense)
+    alive = everything
+    for goal in goals:
+        alive = rounds.one_round(session, model, prunable, weights, alive, goal)
+        found.after[goal.density] = answers(session, model, f"after-{goal.round:02d}.npy")
+        found.densities[goal.density] = {name: float(mask.float().mean()) for name, mask in alive.items()}
+    return found
+
+
+def answers(session: Session, model: torch.nn.Module, name: str) -> NDArray[np.bool_]:
+    """Which of val's readable images the model gets right; kept in the run."""
+    if session.run.has("answers", name):
+        right = np.load(io.BytesIO(storage.read_bytes(session.run.path("answers", name))), allow_pickle=False)
+        return np.asarray(right, dtype=np.bool_)
+    given = session.evaluate(model, "val")
+    right = given.right[given.valid]
+    buffer = io.BytesIO()
+    np.save(buffer, right, allow_pickle=False)
+    session.run.commit_bytes(buffer.getvalue(), "answers", name)
+    return right
+
+
+def tables(network: str, seeds: list[int], found: dict[str, list[Measured]]) -> list[TextTable]:
+    """Accuracy before and after retraining, a row a density, and the densities that `budget` chose."""
+    made = []
+    for what, title in (("before", "before retraining, at once"), ("after", "after retraining, in rounds")):
+        pooled = {name: {d: np.concatenate([getattr(m, what)[d] for m in each]) for d in getattr(each[0], what)}
+                  for name, each in found.items()}  # fmt: skip
+        rows = []
+        for density in next(iter(pooled.values())):
+            right = {name: by_density[density] for name, by_density in pooled.items()}
+            cells = [percent(density), *(percent(float(each.mean()), 2) for each in right.values())]
+            rows.append([*cells, *against_best(right)])
+        columns = ["density", *found, "budget against the best other (points)", "verdict"]
+        images = len(next(iter(right.values())))
+        made.append(TextTable(f"{network}, {title}: val top-1, seeds {seeds}, {images:,} answers", columns, rows))
+    rows = [
+        [percent(density), name, " ".join(f"{tensor}={percent(value, 2)}" for tensor, value in tensors.items())]
+        for name, each in found.items()
+        for density, tensors in each[0].densities.items()
+    ]
+    return [*made, TextTable(f"{network}: density of each tensor, seed {seeds[0]}", ["density", "", "tensors"], rows)]
+
+
+def against_best(right: dict[str, NDArray[np.bool_]]) -> list[str]:
+    """The paired difference of `budget` to the best of the others with its interval, and what it says."""
+    others = {name: each for name, each in right.items() if name != SOLVED}
+    if SOLVED not in right or not others:
+        return ["", ""]
+    best = max(others, key=lambda name: others[name].mean())
+    won, lost = (right[SOLVED] & ~others[best]).sum(), (others[best] & ~right[SOLVED]).sum()
+    low, high = stats.tango(int(won), int(lost), len(right[SOLVED]))  # of what is won over the other
+    verdict = "best" if low > 0 else "worse" if high < 0 else "not distinguishable"
+    gain = (int(won) - int(lost)) / len(right[SOLVED])
+    return [f"{signed(gain, 2)} ({signed(low, 2)} to {signed(high, 2)}) on {best}", verdict]
+
+
+if __name__ == "__main__":
+    main()

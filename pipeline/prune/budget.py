@@ -1,0 +1,151 @@
+"""The allocation of least predicted damage under a budget of weights, FLOPs or packed bytes.
+
+Each tensor's damage against its cost is replaced by its lower convex hull; the pieces of all hulls are bought by what
+they save for what they cost, the best first (marginal greedy), until the budget is spent. On hulls this is the exact
+optimum of the Lagrangian relaxation, so it gives a bound that no allocation beats. The piece that no longer fits is cut
+to whole weights. Pieces are bought in one order whatever the budget: a smaller one keeps no more of any tensor.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.prune.damage import Curve, total_rise
+
+Cost = Callable[[int], int]  # the cost of a tensor that keeps so many weights; it never falls as they grow
+FREE = 1e-9  # stands for no cost, where one is divided by
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A tensor as an allocation by damage sees it: its curve, and what it costs to keep weights of it."""
+
+    curve: Curve
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What each tensor keeps; the cost and predicted damage in all, and the bound no allocation's damage gets below."""
+
+    keep: dict[str, int]
+    spent: int
+    damage: float
+    bound: float
+
+    @property
+    def rise(self) -> float:
+        """The predicted rise of the loss, in nats."""
+        return total_rise(self.damage)
+
+    @property
+    def least(self) -> float:
+        """The rise that no allocation is predicted to get below."""
+        return total_rise(self.bound)
+
+    @property
+    def gap(self) -> float:
+        """How far above the optimum the predicted rise may be, in nats."""
+        return self.rise - self.least
+
+
+class _Piece(NamedTuple):
+    """From one corner of a tensor's hull to the next: both as (cost, kept), and the damage at the second."""
+
+    slope: float  # damage over cost, at most 0
+    order: tuple[int, int]
+    name: str
+    low: tuple[int, int]
+    high: tuple[int, int]
+    damage: float
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The pieces of all hulls within floors and caps in the order in which they are bought, for any budget."""
+
+    priced: Mapping[str, Priced]
+    floors: Mapping[str, int]
+    pieces: list[_Piece]
+
+    def spend(self, budget: int) -> Solution:
+        """The least predicted damage within the budget, which must cover the floors.
+
+        A budget of weights is met exactly, where the caps allow it; of FLOPs or bytes less than what one more weight
+        of one tensor costs is left over.
+        """
+        keep = dict(self.floors)
+        left = budget - sum(each.cost(keep[name]) for name, each in self.priced.items())
+        assert left >= 0
+        hull = {name: float(each.curve.at(keep[name])) for name, each in self.priced.items()}  # where each stands on it
+        for piece in self.pieces:
+            price = piece.high[0] - piece.low[0]
+            if price > left:
+                hull[piece.name] += (piece.damage - hull[piece.name]) * left / price
+                keep[piece.name] = _most(self.priced[piece.name].cost, piece.low, piece.high[1], left)
+                break
+            left -= price
+            hull[piece.name], keep[piece.name] = piece.damage, piece.high[1]
+        spent = sum(each.cost(keep[name]) for name, each in self.priced.items())
+        damage = predicted(self.priced, keep)
+        return Solution(keep, spent, damage, min(damage, math.fsum(hull.values())))
+
+
+def frontier(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping[str, int]) -> Frontier:
+    """What can be bought within floors and caps, the best first; ties go to the first tensor."""
+    pieces = [
+        piece
+        for number, (name, each) in enumerate(priced.items())
+        for piece in _hull(name, number, each, floors[name], caps[name])
+    ]
+    return Frontier(priced, floors, sorted(pieces))
+
+
+def solve(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping[str, int], budget: int) -> Solution:
+    """The least predicted damage within floors, caps and budget: see Frontier.spend."""
+    return frontier(priced, floors, caps).spend(budget)
+
+
+def predicted(priced: Mapping[str, Priced], keep: Mapping[str, int]) -> float:
+    """The predicted damage: the sum over the tensors."""
+    return math.fsum(float(each.curve.at(keep[name])) for name, each in priced.items())
+
+
+def _hull(name: str, number: int, priced: Priced, floor: int, cap: int) -> list[_Piece]:
+    """The pieces of the lower convex hull of damage over cost between floor and cap, the steepest first."""
+    inner = priced.curve.kept[(priced.curve.kept > floor) & (priced.curve.kept < cap)]
+    kept = sorted({floor, *inner.tolist(), cap})
+    corners: list[tuple[int, int, float]] = []  # (cost, kept, damage)
+    for count, damage in zip(kept, priced.curve.at(np.array(kept)).tolist(), strict=True):
+        cost = priced.cost(count)
+        while corners and corners[-1][0] >= cost and len(corners) > 1:
+            corners.pop()  # as dear, and keeps less
+        while len(corners) > 1 and _above(corners[-2], corners[-1], (cost, count, damage)):
+            corners.pop()
+        corners.append((cost, count, damage))
+    pieces: list[_Piece] = []
+    for low, high in itertools.pairwise(corners):
+        slope = (high[2] - low[2]) / max(high[0] - low[0], FREE)
+        slope = max(slope, pieces[-1].slope) if pieces else slope  # rounding must not turn their order round
+        pieces.append(_Piece(slope, (number, len(pieces)), name, low[:2], high[:2], high[2]))
+    return pieces
+
+
+def _above(first: tuple[int, int, float], middle: tuple[int, int, float], last: tuple[int, int, float]) -> bool:
+    """Whether the middle point lies on or above the line between the others, and so is no corner of the hull."""
+    return (middle[2] - first[2]) * (last[0] - first[0]) >= (last[2] - first[2]) * (middle[0] - first[0])
+
+
+def _most(cost: Cost, low: tuple[int, int], most: int, money: int) -> int:
+    """The largest count from low's up to `most` whose cost is at most `money` above low's; by bisection."""
+    limit, below, above = low[0] + money, low[1], most
+    while below < above:
+        middle = (below + above + 1) // 2
+        below, above = (middle, above) if cost(middle) <= limit else (below, middle - 1)
+    return below
