@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.data import placement, shards, sources, storage
 from pipeline.errors import UserError
 from pipeline.models import LeftOut, Prunable
-from pipeline.prune import round_plan
+from pipeline.prune import criteria, round_plan
 from pipeline.train import checkpoint, recipe
 
 
@@ -92,6 +92,7 @@ def make(config: Config) -> RunPlan:
     if not keep:
         notes.append(
             f"prune.allocation={config.prune.allocation}: densities of single tensors follow from trained weights"
+            + (", statistics of train samples" if criteria.statistic_of(config.prune.criterion) else "")
             + (" and the scan" if round_plan.needs_scan(config) else "")
             + "; totals are exact, FLOPs and bytes assume equal densities until then"
         )
@@ -144,8 +145,12 @@ def counts_at(
         return {}
     if round_plan.needs_scan(config) and qualities is None:
         return {}
+    by_scores = needs_weights or config.target.mode == "thresholds"
+    if by_scores and criteria.statistic_of(config.prune.criterion):
+        return {}
     alive = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    return round_plan.make(config, number, weights, weights, alive, qualities).keep
+    anything = {name: torch.ones_like(weight) for name, weight in weights.items()}  # counts do not follow from scores
+    return round_plan.make(config, number, weights, weights, alive, qualities, anything).keep
 
 
 def packed_bytes(weights: int, kept: int) -> int:

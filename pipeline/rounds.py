@@ -21,6 +21,7 @@ from pipeline.data import storage
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import Agreed, UserError
 from pipeline.models import Prunable
+from pipeline.prepare import Pruned
 from pipeline.prune import criteria, masks, round_plan
 from pipeline.prune.round_plan import RoundPlan
 from pipeline.session import Session
@@ -89,14 +90,11 @@ def one_round(
         saved = checkpoint.load(run, f"{folder}/checkpoint")
         model.load_state_dict(saved.weights)
         return {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
-    plan = plan_round(session, model, prunable, dense_weights, alive, number)
-    kept = shared_masks(session, plan, prunable_weights(model, prunable), alive)
-    plan, kept = prepare.remove_dead(session, model, plan, kept)
-    if session.world.first:
-        run.commit(plan.as_json(prunable), folder, "plan.json")
-    prepare.reinitialise(session, model, number)
-    apply_masks(model, kept)
-    prepare.recalibrate(session, model)
+    pruned = prepare.kept_before(session, model, folder)
+    if pruned is None:
+        pruned = prune_once(session, model, prunable, dense_weights, alive, number, folder)
+        prepare.keep(session, model, folder, pruned)
+    plan, kept, fits = pruned
     before = session.evaluate(model, "val").metrics()
     rates = prepare.dropout_rates(session, model, kept)
     count, dead = sum(plan.keep.values()), sum(plan.dead.values())
@@ -113,12 +111,37 @@ def one_round(
         checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), kept))
         facts = round_facts(plan, kept, before, val)
         seconds = round(time.monotonic() - clock, 3)
-        facts |= {"dead": dead, "dropout": rates}
+        facts |= {"dead": dead, "dropout": rates, "reconstruction": fits}
         facts |= {"history": position.history, "steps": position.step, "seconds": seconds, "finished_ms": now_ms()}
         run.commit(facts, folder, "metrics.json")
         checkpoint.keep_last(run, folder, 0)
+        prepare.drop(session, folder)
     session.world.barrier()
     return kept
+
+
+def prune_once(
+    session: Session,
+    model: nn.Module,
+    prunable: list[Prunable],
+    dense_weights: dict[str, Tensor],
+    alive: dict[str, Tensor],
+    number: int,
+    folder: str,
+) -> Pruned:
+    """Plan and mask, and all that comes before the retraining."""
+    needed = prepare.statistics(session, model, [tensor.name for tensor in prunable])
+    plan = plan_round(session, model, prunable, dense_weights, alive, number, needed)
+    kept = shared_masks(session, plan, prunable_weights(model, prunable), alive, needed)
+    before = prepare.reference(session, model)
+    plan, kept = prepare.remove_dead(session, model, plan, kept)
+    if session.world.first:
+        session.run.commit(plan.as_json(prunable), folder, "plan.json")
+    prepare.reinitialise(session, model, number)
+    apply_masks(model, kept)
+    fits = prepare.reconstruct(session, model, before, kept)
+    prepare.recalibrate(session, model)
+    return Pruned(plan, kept, fits)
 
 
 def plan_round(
@@ -128,22 +151,27 @@ def plan_round(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     number: int,
+    statistics: dict[str, Tensor],
 ) -> RoundPlan:
-    """The plan of a round, the same on every rank, since all hold the same weights."""
+    """The plan of a round, the same on every rank, since all hold the same weights and statistics of them."""
     qualities = None
     if round_plan.needs_scan(session.config):
         qualities = {tensor["name"]: tensor["quality"] for tensor in session.run.read("scan", "scan.json")["tensors"]}
     weights = prunable_weights(model, prunable)
-    return round_plan.make(session.config, number, weights, dense_weights, alive, qualities)
+    return round_plan.make(session.config, number, weights, dense_weights, alive, qualities, statistics)
 
 
 def shared_masks(
-    session: Session, plan: RoundPlan, weights: dict[str, Tensor], alive: dict[str, Tensor]
+    session: Session,
+    plan: RoundPlan,
+    weights: dict[str, Tensor],
+    alive: dict[str, Tensor],
+    statistics: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """The masks that rank 0 made, on every rank. Raises Agreed if the ranks' hashes differ."""
     packed = None
     if session.world.first:
-        ranking = criteria.scores(session.config.prune.criterion, weights, session.config.seed)
+        ranking = criteria.scores(session.config.prune.criterion, weights, session.config.seed, statistics)
         made = {name: masks.top_mask(ranking[name], alive[name], plan.keep[name]) for name in weights}
         packed = masks.pack_bits({name: mask.cpu() for name, mask in made.items()})
     packed = session.world.broadcast(packed)
