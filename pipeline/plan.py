@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline import cost, models, rounds, session, state
+from pipeline import cost, models, prepare, rounds, session, state
 from pipeline.config import Config
 from pipeline.data import placement, shards, sources, storage
 from pipeline.errors import UserError
@@ -65,6 +65,7 @@ def make(config: Config) -> RunPlan:
     model = models.build(config.model, counts.classes, config.seed)
     session.check_output(model, config, counts.classes)
     prunable, left_out = models.survey(model, config.prune.include, config.prune.exclude)
+    prepare.check(model, config, [tensor.name for tensor in prunable])
     flops = cost.flops(model, session.input_shape(config))
     weights, qualities, notes = known_weights(config, rounds.prunable_weights(model, prunable))
     total = sum(tensor.weights for tensor in prunable)

@@ -90,71 +90,76 @@ def _layers(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[dict[str, nn
 
 
 class _Sums:
-    """X' X'ᵀ, Y X'ᵀ and ‖Y‖² of a layer, float64: (groups, n, n), (groups, outputs, n), (); n has a 1 for the bias."""
+    """Of a layer, float64: X' X'ᵀ (groups, n, n); R X'ᵀ (groups, outputs, n), where R = Y − masked W X' is what the
+    masked layer misses of the outputs Y before; ‖R‖² and ‖Y‖². n counts the inputs, and a 1 where there is a bias.
+
+    R itself is summed, not Y, so that nothing cancels: a layer that misses nothing stays as it is.
+    """
 
     def __init__(self, layer: Any) -> None:
         groups, outputs, count = layer_inputs.matrix(layer, layer.weight).shape
         count += layer.bias is not None
-        make = {"dtype": torch.float64, "device": layer.weight.device}
+        make: dict[str, Any] = {"dtype": torch.float64, "device": layer.weight.device}
         self.gram = torch.zeros(groups, count, count, **make)
         self.cross = torch.zeros(groups, outputs, count, **make)
-        self.power = torch.zeros(1, **make)
+        self.powers = torch.zeros(2, **make)
 
     def add(self, layer: Any, before: Any, given: Tensor, wanted: Tensor, seed: int) -> None:
         """Take a batch of the layer's inputs in, and of those of the layer before the prune."""
         rows = layer_inputs.rows(layer, given, seed)
-        outputs = layer_inputs.rows(before, wanted, seed) @ layer_inputs.matrix(before, before.weight).mT
+        outputs = _outputs(before, layer_inputs.rows(before, wanted, seed))
+        missed = outputs - _outputs(layer, rows)
         if layer.bias is not None:
             rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-            outputs = outputs + before.bias.view(outputs.shape[0], 1, -1)
         self.gram += (rows.mT @ rows).double()
-        self.cross += (outputs.mT @ rows).double()
-        self.power += outputs.double().square().sum()
+        self.cross += (missed.mT @ rows).double()
+        self.powers += torch.stack([missed.double().square().sum(), outputs.double().square().sum()])
 
-    def error(self, solution: Tensor) -> float:
-        """‖Y − W X'‖² / ‖Y‖² of W, (groups, outputs, n); 0 where all outputs are."""
-        missed = self.power + ((solution @ self.gram - 2 * self.cross) * solution).sum()
-        return max(0.0, float(missed / self.power)) if float(self.power) else 0.0
+
+def _outputs(layer: Any, rows: Tensor) -> Tensor:
+    """(groups, rows, outputs of a group)."""
+    found = rows @ layer_inputs.matrix(layer, layer.weight).mT
+    return found if layer.bias is None else found + layer.bias.view(found.shape[0], 1, -1)
 
 
 def _solve(name: str, layer: Any, mask: Tensor, sums: _Sums, world: World) -> Fit:
     """Solve for a layer, and set its kept weights and bias."""
-    for total in (sums.gram, sums.cross, sums.power):
+    for total in (sums.gram, sums.cross, sums.powers):
         world.sum(total)
-    start = layer_inputs.matrix(layer, layer.weight).double()
     free = layer_inputs.matrix(layer, mask)
-    groups, outputs, count = start.shape
+    count = free.shape[2]
     if layer.bias is not None:
-        start = torch.cat([start, layer.bias.double().view(groups, outputs, 1)], 2)
-        free = torch.cat([free, free.new_ones(groups, outputs, 1)], 2)
-    solution = start
+        free = torch.cat([free, free.new_ones(*free.shape[:2], 1)], 2)
+    change = torch.zeros_like(sums.cross)
     if world.first:
-        solution = least_squares(sums.gram, sums.cross, start, free)
-    solution = world.from_first(solution.contiguous())
-    weight = solution[..., :count].reshape(layer.weight.shape)
-    layer.weight.copy_(torch.where(mask, weight.to(layer.weight.dtype), layer.weight))
+        change = least_squares(sums.gram, sums.cross, free)
+    change = world.from_first(change.contiguous())
+    missed, power = sums.powers.tolist()
+    left = missed + float(((change @ sums.gram - 2 * sums.cross) * change).sum())
+    moved = layer.weight.double() + change[..., :count].reshape(layer.weight.shape)
+    layer.weight.copy_(torch.where(mask, moved.to(layer.weight.dtype), layer.weight))
     if layer.bias is not None:
-        layer.bias.copy_(solution[..., count].reshape(-1))
-    return Fit(name, sums.error(start), sums.error(solution))
+        layer.bias.copy_(layer.bias.double() + change[..., count].reshape(-1))
+    share = 1 / power if power else 0.0
+    return Fit(name, missed * share, max(0.0, left) * share)
 
 
-def least_squares(gram: Tensor, cross: Tensor, start: Tensor, free: Tensor, damping: float = DAMPING) -> Tensor:
-    """W that minimises tr(W G Wᵀ − 2 C Wᵀ) + λ ‖W − start‖² where `free`, elsewhere as it starts.
+def least_squares(gram: Tensor, cross: Tensor, free: Tensor, damping: float = DAMPING) -> Tensor:
+    """D that minimises ‖R − D X‖² + λ ‖D‖², zero where not `free`, of G = X Xᵀ and C = R Xᵀ.
 
-    gram G (groups, n, n), cross C and start (groups, outputs, n), free the same as bool; λ = damping * mean diagonal of
-    G. Conjugate gradients with the diagonal as preconditioner, all rows at once: one product with G an iteration. The
-    first term never rises above its value at the start.
+    gram G (groups, n, n), cross C (groups, outputs, n), free the same as bool; λ = damping * mean diagonal of G.
+    Conjugate gradients with the diagonal as preconditioner, all rows at once: one product with G an iteration. They
+    start at 0 and only descend, so ‖R − D X‖² is at most ‖R‖², wherever they end.
     """
     diagonal = gram.diagonal(dim1=1, dim2=2)
     held = (damping * diagonal.mean(1))[:, None, None]
     scale = diagonal[:, None, :] + held
     scale = torch.where(scale > 0, scale, 1.0)
-    change = torch.zeros_like(start)
-    residual = (cross - start @ gram) * free
-    limit = TOLERANCE**2 * (residual * residual / scale).sum(2)
-    pressed = residual / scale
-    direction = pressed
-    size = (residual * pressed).sum(2)
+    change = torch.zeros_like(cross)
+    residual = cross * free
+    direction = residual / scale
+    size = (residual * direction).sum(2)
+    limit = TOLERANCE**2 * size
     for _ in range(ITERATIONS):
         if bool((size <= limit).all()):
             break
@@ -166,7 +171,7 @@ def least_squares(gram: Tensor, cross: Tensor, start: Tensor, free: Tensor, damp
         pressed = residual / scale
         before, size = size, (residual * pressed).sum(2)
         direction = pressed + torch.where(before > 0, size / before, 0.0)[..., None] * direction
-    return start + change
+    return change
 
 
 class _Both:
