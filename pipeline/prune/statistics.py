@@ -78,7 +78,7 @@ def _gradients(
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in names]
     frozen = [weight for weight in weights if not weight.requires_grad]
-    sums = [torch.zeros_like(weight) for weight in weights]
+    sums = [torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) for weight in weights]  # contiguous
     count = torch.zeros(1, dtype=torch.float64, device=world.device)
     for weight in frozen:
         weight.requires_grad_(True)
