@@ -293,13 +293,13 @@ class Prune(Section):
 
     criterion: Text = Field(
         "magnitude",
-        description="Scores for weights, higher keeps: magnitude; lamp (w² over the sum of squares not smaller, for "
-        "allocation=pooled); taylor (|w g|, g the loss's gradient); fisher (w² g²); obs (the error of the layer's "
-        "output after the rest made up for it); probabilistic (drawn with chances in proportion to |w|); random.",
+        description="Scores for weights, higher keeps: magnitude; taylor (|w g|, g the loss's gradient); obs (the "
+        "error of the layer's output after the rest made up for it); probabilistic (drawn with chances in proportion "
+        "to |w|); random.",
     )
     statistics_samples: Positive = Field(
         1000,
-        description="taylor, fisher, obs: train samples, without augmentation, that statistics are measured on; no "
+        description="taylor, obs: train samples, without augmentation, that statistics are measured on; no "
         "more than there are.",
     )
     allocation: Text = Field(

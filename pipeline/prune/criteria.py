@@ -52,23 +52,6 @@ def probabilistic(weight: Tensor, name: str, seed: int) -> Tensor:
     return magnitude(weight, name, seed) / drawn.to(weight.device)
 
 
-def lamp(weight: Tensor, name: str, seed: int) -> Tensor:
-    """Lee et al. 2021 (arXiv 2010.07611): w² over the sum of the squares of all weights of the tensor that are not
-    smaller. float64, so that the order within a tensor is that of |w|, to the bit.
-
-    It is the relative squared error of the layer that pruning up to this weight makes, made comparable between
-    tensors: meant for prune.allocation=pooled, and no other than magnitude where counts do not follow from scores.
-    """
-    squares = weight.double().square().flatten()
-    ordered, order = squares.sort(descending=True)
-    sums = ordered.cumsum(0)
-    # Equal weights count each other: each takes the sum at the last of its equals.
-    last = torch.searchsorted(-ordered, -ordered, right=True) - 1
-    found = torch.empty_like(squares)
-    found[order] = torch.where(ordered > 0, ordered / sums[last], 0.0)
-    return found.view(weight.shape)
-
-
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     """The mean over small groups of samples of |w g|, g the gradient of the loss (Molchanov et al. 2017, first order).
 
@@ -76,12 +59,6 @@ def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     does, and |w * mean g| would be noise.
     """
     return _real(weight).abs() * gradient
-
-
-def fisher(weight: Tensor, square: Tensor) -> Tensor:
-    """w² times the diagonal of the empirical Fisher information, the mean of g² over small groups of samples: twice the
-    loss that its second-order expansion adds without the weight (LeCun et al. 1990; Theis et al. 2018)."""
-    return _real(weight).square() * square
 
 
 def obs(weight: Tensor, curvature: Tensor) -> Tensor:
@@ -96,9 +73,7 @@ def obs(weight: Tensor, curvature: Tensor) -> Tensor:
 
 CRITERIA: dict[str, Criterion | Measured] = {
     "magnitude": magnitude,
-    "lamp": lamp,
     "taylor": Measured("gradient", taylor),
-    "fisher": Measured("gradient_square", fisher),
     "obs": Measured("curvature", obs),
     "probabilistic": probabilistic,
     "random": random,

@@ -31,8 +31,8 @@ def measure(
 ) -> dict[str, Tensor]:
     """The statistic `kind` of every weight of the named tensors, shaped like them, the same bits on every rank.
 
-    gradient: mean |g|; gradient_square: mean g²; g is the gradient of the mean cross-entropy over GROUP samples in a
-    row, in evaluation mode. curvature: 1 / [H⁻¹]_jj with H = X Xᵀ / samples of the inputs j of the layer (of the group,
+    gradient: mean |g|, g the gradient of the mean cross-entropy over GROUP samples in a row, in evaluation mode.
+    curvature: 1 / [H⁻¹]_jj with H = X Xᵀ / samples of the inputs j of the layer (of the group,
     in a grouped convolution), damped: how much the squared error of the layer's output, over its positions, grows for
     each w² that is taken away while the other weights of its row make up for it. That of a tensor several layers share
     is over the inputs of all of them. Unreadable images are left out.
@@ -41,7 +41,7 @@ def measure(
         if kind == "curvature":
             found = _curvatures(model, names, batches, config, world)
         else:
-            found = _gradients(model, names, batches(), config, world, square=kind == "gradient_square")
+            found = _gradients(model, names, batches(), config, world)
     return {name: world.from_first(statistic) for name, statistic in found.items()}
 
 
@@ -72,9 +72,9 @@ def _readable(batches: Iterable[Batch], world: World) -> Iterator[tuple[Tensor, 
 
 
 def _gradients(
-    model: nn.Module, names: Sequence[str], batches: Iterable[Batch], config: Config, world: World, square: bool
+    model: nn.Module, names: Sequence[str], batches: Iterable[Batch], config: Config, world: World
 ) -> dict[str, Tensor]:
-    """The means of |g|, or of g², over all groups of all ranks; a smaller group counts by its samples."""
+    """The means of |g| over all groups of all ranks; a smaller group counts by its samples."""
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in names]
     frozen = [weight for weight in weights if not weight.requires_grad]
@@ -89,7 +89,7 @@ def _gradients(
                     loss = F.cross_entropy(forward(model, part, config), wanted)
                 for total, gradient in zip(sums, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
                     if gradient is not None:
-                        total += (gradient.square() if square else gradient.abs()) * len(wanted)
+                        total += gradient.abs() * len(wanted)
                 count += len(wanted)
     finally:
         for weight in frozen:

@@ -20,7 +20,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def test_trials_prune_by_the_statistics_that_a_scan_measures_once(tiny: Callable[..., Config]) -> None:
-    config = tiny(**{"prune.criterion": "fisher", "prune.statistics_samples": 100, "dense.epochs": 1})
+    config = tiny(**{"prune.criterion": "taylor", "prune.statistics_samples": 100, "dense.epochs": 1})
     configure_process(config)
     with open_run(config) as here:
         made_from = stages.shards_stage(config, here, lambda event: None)
@@ -35,6 +35,6 @@ def test_trials_prune_by_the_statistics_that_a_scan_measures_once(tiny: Callable
 
     tensor = one_tensor.OneTensor(given.model, "fc3.weight", config, ALONE.device, None, [], given.statistics)
     tensor.plan([0.5])
-    ranking = criteria.scores("fisher", {"fc3.weight": tensor.dense}, 0, expected)["fc3.weight"]
+    ranking = criteria.scores("taylor", {"fc3.weight": tensor.dense}, 0, expected)["fc3.weight"]
     assert torch.equal(tensor.steps > 0, top_mask(ranking, tensor.alive, 500))
     assert not torch.equal(tensor.steps > 0, top_mask(tensor.dense.abs(), tensor.alive, 500))

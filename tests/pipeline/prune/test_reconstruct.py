@@ -221,7 +221,7 @@ def pruned_once(session: Session) -> dict[str, dict[str, Tensor]]:
     """A round's statistics of each kind, and, with criterion obs, its masks and weights before retraining."""
     found: dict[str, dict[str, Tensor]] = {}
     config = session.config
-    for criterion in ("taylor", "fisher", "obs"):
+    for criterion in ("taylor", "obs"):
         session.config = config.model_copy(
             update={"prune": config.prune.model_copy(update={"criterion": criterion, "reconstruct_samples": 100})}
         )
