@@ -144,8 +144,8 @@ def prune(session: Session, dense: dict[str, Any]) -> Measured:
         density, name = goal.density, f"before-{goal.round:02d}.npy"
         if not session.run.has("answers", name):
             model.load_state_dict(dense)
-            plan = rounds.plan_round(session, model, prunable, weights, everything, goal)
-            masks = rounds.shared_masks(session, plan, rounds.prunable_weights(model, prunable), everything)
+            plan = rounds.plan_round(session, model, prunable, weights, everything, goal, {})
+            masks = rounds.shared_masks(session, plan, rounds.prunable_weights(model, prunable), everything, {})
             rounds.apply_masks(model, masks)
         found.before[density] = answers(session, model, name)
     model.load_state_dict(dense)

@@ -68,7 +68,7 @@ def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, so
 def shared_inputs(config: Config, run: Run, source: str) -> dict[str, Any]:
     """What every trial needs, as NumPy arrays, which actors on a node read without a copy."""
     opened = open_session(config, World(0, 1, torch.device("cpu")), run, lambda event: None)
-    model, alive, batches, calibration = scan_inputs(opened, source)
+    model, alive, batches, calibration, statistics = scan_inputs(opened, source)
     return {
         "config": config.model_dump(mode="json"),
         "classes": opened.manifest.num_classes,
@@ -76,6 +76,7 @@ def shared_inputs(config: Config, run: Run, source: str) -> dict[str, Any]:
         "alive": {name: mask.numpy() for name, mask in alive.items()},
         "batches": [_arrays(batch) for batch in batches],
         "calibration": [_arrays(batch) for batch in calibration],
+        "statistics": {name: statistic.numpy() for name, statistic in statistics.items()},
     }
 
 
@@ -93,6 +94,8 @@ class Inputs:
         self.alive = {name: _readonly_tensor(mask) for name, mask in shared["alive"].items()}
         self.batches = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["batches"]]
         self.calibration = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["calibration"]]
+        measured = shared["statistics"].items()
+        self.statistics = {name: _readonly_tensor(array).to(self.device) for name, array in measured}
 
 
 def answer(shared: dict[str, Any]) -> Answers:
@@ -123,6 +126,7 @@ def make_trial(ray: Any, tune: Any) -> type:
                 self.given.device,
                 self.given.alive,
                 self.given.calibration,
+                self.given.statistics,
             )
             return True
 

@@ -21,6 +21,7 @@ from pipeline import cost
 from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.models import Prunable
+from pipeline.prepare import PRUNED
 from pipeline.prune import campaign, limits, round_plan
 from pipeline.prune.campaign import Origin, Tried
 from pipeline.prune.round_plan import Goal
@@ -181,7 +182,7 @@ def _undo(run: Run, metrics: dict[str, Any], folder: str) -> None:
         run.commit(run.read(folder, "plan.json"), record, "plan.json")
         run.commit(metrics, record, "metrics.json")
     run.check_fence()
-    for part in ("checkpoint", "steps"):
+    for part in ("checkpoint", "steps", PRUNED):
         storage.remove_tree(run.path(folder, part))
     for name in ("plan.json", "metrics.json"):
         storage.remove(run.path(folder, name))

@@ -301,8 +301,14 @@ class Prune(Section):
 
     criterion: Text = Field(
         "magnitude",
-        description="Scores for weights, higher keeps: magnitude; probabilistic (drawn with chances in proportion to "
-        "|w|); random.",
+        description="Scores for weights, higher keeps: magnitude; taylor (|w g|, g the loss's gradient); obs (the "
+        "error of the layer's output after the rest made up for it); probabilistic (drawn with chances in proportion "
+        "to |w|); random.",
+    )
+    statistics_samples: Positive = Field(
+        1000,
+        description="taylor, obs: train samples, without augmentation, that statistics are measured on; no "
+        "more than there are.",
     )
     allocation: Text = Field(
         "paper",
@@ -347,6 +353,12 @@ class Prune(Section):
         description="Batch norm: after each prune, before retraining, the running statistics are estimated again from "
         "so many train samples, without augmentation; 0 leaves them as they are.",
     )
+    reconstruct_samples: Count = Field(
+        0,
+        description="Reconstruction: after each prune, before retraining, layer by layer, survivors and biases are set "
+        "by least squares so that the layer gives, on so many train samples, what it gave before the prune. No labels; "
+        "0 leaves it out.",
+    )
     dead_neurons: bool = Field(
         False,
         description="Also remove, in each round, the connections of units that have no input or no output left "
@@ -369,8 +381,18 @@ class Prune(Section):
                 raise ValueError("schedule=list needs prune.list, the density after each round: [0.5, 0.2, 0.1]")
             if list(self.list) != sorted(self.list, reverse=True):
                 raise ValueError(f"prune.list={[*self.list]} must fall from round to round")
+        if self.reconstruct_samples and self.survivors == "reinitialise":
+            raise ValueError(
+                f"reconstruct_samples={self.reconstruct_samples} is of no use with survivors=reinitialise, which "
+                "replaces the network: leave one out"
+            )
         if self.allocation == "explicit" and not self.densities:
             raise ValueError("allocation=explicit needs prune.densities: {fc1.weight: 0.08, ...}")
+        if self.gradual and self.reconstruct_samples:
+            raise ValueError(
+                f"reconstruct_samples={self.reconstruct_samples} mends what a prune did before the retraining, and "
+                f"gradual={self.gradual:g} prunes within it: leave one of the two out"
+            )
         if self.gradual and self.dead_neurons:
             raise ValueError(
                 f"gradual={self.gradual:g} prunes during the retraining, but dead_neurons=true looks for dead units "

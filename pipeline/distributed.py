@@ -35,6 +35,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def from_first(self, values: Tensor) -> Tensor:
+        """Rank 0's `values` on every rank (in place, returned)."""
+        if self.size > 1:
+            dist.broadcast(values, 0)
+        return values
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:

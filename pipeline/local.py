@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pipeline import config as settings
+from pipeline import models, prepare
 from pipeline.config import Config
 from pipeline.data.loader import Batch, EvalLoader
 from pipeline.distributed import World
@@ -34,11 +35,11 @@ class LocalEngine:
         """Measure tensor after tensor in this process."""
         device = self.world.device
         opened = open_session(config, World(0, 1, device), run, lambda event: None)
-        model, alive, batches, calibration = scan_inputs(opened, source)
+        model, alive, batches, calibration, statistics = scan_inputs(opened, source)
         dense = sensitivity.answers(model, batches, config, device)
         for name, known in todo.items():
             for level in sensitivity.scan_tensor(
-                model, name, known, batches, dense, config, device, alive, calibration
+                model, name, known, batches, dense, config, device, alive, calibration, statistics
             ):
                 on_level(name, asdict(level))
         return dense.figures()
@@ -62,13 +63,14 @@ class LocalEngine:
 
 
 class ScanInputs(NamedTuple):
-    """The network and masks of a checkpoint, the val batches (uint8) that levels are measured on, and those of train
-    that batch norm is calibrated on."""
+    """The network and masks of a checkpoint, the val batches (uint8) that levels are measured on, those of train that
+    batch norm is calibrated on, and the statistics of the weights that the criterion needs, by tensor."""
 
     model: nn.Module
     alive: dict[str, Tensor]
     batches: list[Batch]
     calibration: list[Batch]
+    statistics: dict[str, Tensor]
 
 
 def scan_inputs(opened: Session, source: str) -> ScanInputs:
@@ -83,4 +85,6 @@ def scan_inputs(opened: Session, source: str) -> ScanInputs:
         batches = sensitivity.shuffled(loader.batches(0, 1), len(loader), config.data.eval_batch, config.seed)
     wanted = config.scan.bn_samples and batch_norm.norms(model)
     calibration = [*opened.calibration(config.scan.bn_samples)] if wanted else []
-    return ScanInputs(model, saved.masks, batches, calibration)
+    prunable, _ = models.survey(model, config.prune.include, config.prune.exclude)
+    statistics = prepare.statistics(opened, model, [tensor.name for tensor in prunable])
+    return ScanInputs(model, saved.masks, batches, calibration, statistics)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline import attempts, cost, lineage, models, rounds, session, state
+from pipeline import attempts, cost, lineage, models, prepare, rounds, session, state
 from pipeline.config import Config
 from pipeline.data import placement, shards, sources
 from pipeline.errors import UserError
 from pipeline.models import LeftOut, Prunable
-from pipeline.prune import campaign, round_plan
+from pipeline.prune import campaign, criteria, round_plan
 from pipeline.prune.round_plan import Goal, RoundPlan, Scanned
 from pipeline.train import checkpoint, recipe
 
@@ -71,6 +71,7 @@ def make(config: Config) -> RunPlan:
     model = models.build(config.model, counts.classes, config.seed)
     session.check_output(model, config, counts.classes)
     prunable, left_out = models.survey(model, config.prune.include, config.prune.exclude)
+    prepare.check(model, config, [tensor.name for tensor in prunable])
     flops = cost.flops(model, session.input_shape(config))
     source = lineage.find(config, prunable) if config.start.source is not None else None
     known = look_up(config, rounds.prunable_weights(model, prunable), source, counts.classes, flops)
@@ -107,6 +108,7 @@ def make(config: Config) -> RunPlan:
     if not keep:
         notes.append(
             f"prune.allocation={config.prune.allocation}: densities of single tensors follow from trained weights"
+            + (", statistics of train samples" if criteria.statistic_of(config.prune.criterion) else "")
             + (" and the scan" if round_plan.needs_scan(config) else "")
             + (
                 "; totals are exact, FLOPs and bytes assume equal densities until then"
@@ -190,12 +192,14 @@ def look_up(
 
 
 def plan_at(config: Config, goal: Goal, known: Known) -> RoundPlan | None:
-    """The plan of a round, or None where it follows from weights or a scan that do not exist yet."""
-    if config.prune.allocation in ("paper", "pooled") and not known.trained:
+    """The plan of a round, or None where it follows from weights, statistics or a scan that do not exist yet."""
+    by_scores = config.prune.allocation in ("paper", "pooled") or config.target.mode == "thresholds"
+    if by_scores and (not known.trained or criteria.statistic_of(config.prune.criterion)):
         return None
     if round_plan.needs_scan(config) and known.scan is None:
         return None
-    return round_plan.make(config, goal, known.weights, known.dense, known.alive, known.scan)
+    anything = {name: torch.ones_like(weight) for name, weight in known.weights.items()}  # counts follow from no score
+    return round_plan.make(config, goal, known.weights, known.dense, known.alive, known.scan, anything)
 
 
 def require_plan_possible(plan: RunPlan) -> None:

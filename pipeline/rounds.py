@@ -19,6 +19,7 @@ from pipeline.data.loader import EvalLoader
 from pipeline.errors import Agreed, UserError
 from pipeline.gradual import Gradual
 from pipeline.models import Prunable
+from pipeline.prepare import Pruned
 from pipeline.prune import criteria, masks, round_plan
 from pipeline.prune.round_plan import Goal, RoundPlan
 from pipeline.session import Session, input_shape
@@ -100,17 +101,13 @@ def one_round(
         saved = checkpoint.load(run, f"{folder}/checkpoint")
         model.load_state_dict(saved.weights)
         return {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
-    plan = plan_round(session, model, prunable, dense_weights, alive, goal)
-    kept = shared_masks(session, plan, prunable_weights(model, prunable), alive)
-    plan, kept = prepare.remove_dead(session, model, plan, kept)
+    pruned = prepare.kept_before(session, model, folder)
+    if pruned is None:
+        pruned = prune_once(session, model, prunable, dense_weights, alive, goal, folder)
+        prepare.keep(session, model, folder, pruned)
+    plan, kept, fits = pruned
     gradual = gradually(session, model, prunable, dense_weights, alive, goal, folder)
-    if session.world.first and not (gradual and run.has(folder, "plan.json")):  # the last prune has replaced it
-        run.commit(plan.as_json(prunable), folder, "plan.json")
-    prepare.reinitialise(session, model, goal.generation)
-    rates = prepare.dropout_rates(session, model, kept)
-    kept = alive if gradual else kept
-    apply_masks(model, kept)
-    prepare.recalibrate(session, model)
+    rates = prepare.dropout_rates(session, model, plan.keep)
     before = session.evaluate(model, "val").metrics()
     count, dead = sum(plan.keep.values()), sum(plan.dead.values())
     density = count / sum(mask.numel() for mask in kept.values())
@@ -131,12 +128,38 @@ def one_round(
             checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), kept))
         facts = round_facts(plan, kept, before, answers.metrics()) | judged
         seconds = round(time.monotonic() - clock, 3)
-        facts |= {"dead": dead, "dropout": rates}
+        facts |= {"dead": dead, "dropout": rates, "reconstruction": fits}
         facts |= {"history": position.history, "steps": position.step, "seconds": seconds, "finished_ms": now_ms()}
         run.commit(facts, folder, "metrics.json")
         checkpoint.keep_last(run, folder, 0)
+        prepare.drop(session, folder)
     session.world.barrier()
     return kept
+
+
+def prune_once(
+    session: Session,
+    model: nn.Module,
+    prunable: list[Prunable],
+    dense_weights: dict[str, Tensor],
+    alive: dict[str, Tensor],
+    goal: Goal,
+    folder: str,
+) -> Pruned:
+    """Plan and mask, and all that comes before the retraining. With prune.gradual only planned: nothing goes yet."""
+    gradual = session.config.prune.gradual
+    needed = prepare.statistics(session, model, [tensor.name for tensor in prunable])
+    plan = plan_round(session, model, prunable, dense_weights, alive, goal, needed)
+    kept = alive if gradual else shared_masks(session, plan, prunable_weights(model, prunable), alive, needed)
+    before = prepare.reference(session, model)
+    plan, kept = prepare.remove_dead(session, model, plan, kept)
+    if session.world.first and not (gradual and session.run.has(folder, "plan.json")):  # the last prune replaced it
+        session.run.commit(plan.as_json(prunable), folder, "plan.json")
+    prepare.reinitialise(session, model, goal.generation)
+    apply_masks(model, kept)
+    fits = prepare.reconstruct(session, model, before, kept)
+    prepare.recalibrate(session, model)
+    return Pruned(plan, kept, fits)
 
 
 def plan_round(
@@ -146,15 +169,16 @@ def plan_round(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     goal: Goal,
+    statistics: dict[str, Tensor],
 ) -> RoundPlan:
-    """The plan of a round, the same on every rank, since all hold the same weights."""
+    """The plan of a round, the same on every rank, since all hold the same weights and statistics of them."""
     scan = None
     if round_plan.needs_scan(session.config):
         flops = cost.flops(model, input_shape(session.config))
         content = session.run.read("scan", "scan.json")
         scan = round_plan.scanned(session.config, content, session.manifest.num_classes, flops)
     weights = prunable_weights(model, prunable)
-    return round_plan.make(session.config, goal, weights, dense_weights, alive, scan)
+    return round_plan.make(session.config, goal, weights, dense_weights, alive, scan, statistics)
 
 
 def gradually(
@@ -174,22 +198,27 @@ def gradually(
 
     def prune(density: float, masks: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
         on_the_way = goal if last else goal.at(density)
-        plan = plan_round(session, model, prunable, dense_weights, masks, on_the_way)
+        needed = prepare.statistics(session, model, list(masks))
+        plan = plan_round(session, model, prunable, dense_weights, masks, on_the_way, needed)
         if last and session.world.first:
             session.run.commit(plan.as_json(prunable), folder, "plan.json")
-        return shared_masks(session, plan, prunable_weights(model, prunable), masks)
+        return shared_masks(session, plan, prunable_weights(model, prunable), masks, needed)
 
     before = sum(int(mask.sum()) for mask in alive.values()) / total
     return Gradual(prune, before, goal.density, config.gradual, config.gradual_every)
 
 
 def shared_masks(
-    session: Session, plan: RoundPlan, weights: dict[str, Tensor], alive: dict[str, Tensor]
+    session: Session,
+    plan: RoundPlan,
+    weights: dict[str, Tensor],
+    alive: dict[str, Tensor],
+    statistics: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """The masks that rank 0 made, on every rank. Raises Agreed if the ranks' hashes differ."""
     packed = None
     if session.world.first:
-        ranking = criteria.scores(session.config.prune.criterion, weights, session.config.seed)
+        ranking = criteria.scores(session.config.prune.criterion, weights, session.config.seed, statistics)
         made = {name: masks.top_mask(ranking[name], alive[name], plan.keep[name]) for name in weights}
         packed = masks.pack_bits({name: mask.cpu() for name, mask in made.items()})
     packed = session.world.broadcast(packed)

@@ -25,7 +25,7 @@ KEY_SETTINGS = {
     "data": ("channels", "resize", "size", "mean", "std"),
     "model": ("factory", "kwargs"),
     "scan": ("samples", "interval", "hopeless", "bn_samples"),
-    "prune": ("criterion",),
+    "prune": ("criterion", "statistics_samples"),
 }
 
 

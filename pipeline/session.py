@@ -77,10 +77,13 @@ class Session:
         self.world.agree(problem)
         return answers
 
-    def calibration(self, samples: int) -> Iterator[Batch]:
-        """So many train samples, without augmentation, in batches of data.eval_batch; the same ones on every rank."""
+    def calibration(self, samples: int, share: bool = False) -> Iterator[Batch]:
+        """So many train samples, without augmentation, in batches of data.eval_batch.
+
+        The same ones on every rank; with `share`, each rank has its own of them.
+        """
         loader = EvalLoader(self.split("train"), self.config.data, limit=samples, seed=self.config.seed)
-        return loader.batches(0, 1)
+        return loader.batches(self.world.rank, self.world.size) if share else loader.batches(0, 1)
 
     def too_many_bad(self, split: str, bad: int, seen: int) -> str | None:
         """The problem to report when more than data.max_bad_fraction of the images could not be read."""

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import attempts, cost, lineage, models, scans, session
+from pipeline import attempts, cost, lineage, models, prepare, scans, session
 from pipeline.config import Config
 from pipeline.data import shards
 from pipeline.engine import Engine
@@ -79,6 +79,7 @@ def check_network(config: Config, here: Run) -> None:
     if config.target.mode == "no-loss":
         campaign.require_enough(here.read("data.json")["val"], config.target)
     phases.require_layers(model, config.retrain.phases)
+    prepare.check(model, config, [tensor.name for tensor in prunable])
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
         if samples and not batch_norm.norms(model):
             warnings.warn(f"{name}.bn_samples={samples} is ignored: the network has no batch norm", stacklevel=2)
@@ -207,7 +208,7 @@ def stage_settings(stage: str, config: Config) -> dict[str, Any]:
         "dense": {**common, "data": data, "dense": everything["dense"]},
         "scan": {
             "scan": everything["scan"],
-            **{key: everything["prune"][key] for key in ("criterion", "include", "exclude")},
+            **{key: everything["prune"][key] for key in ("criterion", "statistics_samples", "include", "exclude")},
         },
         "rounds": {key: everything[key] for key in ("prune", "retrain", "target")},
     }

@@ -1,11 +1,13 @@
 """Criteria: a weight tensor to a score for each weight; higher keeps.
 
-To add one, write a function and put it into CRITERIA.
+To add one, write a function and put it into CRITERIA; one that needs a statistic of each weight, measured on train
+samples (`statistics`), goes in as Measured with the statistic's name. A weight that is 0 scores 0 in all but random.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +15,15 @@ from torch import Tensor
 from pipeline.names import lookup
 from pipeline.seeding import derive
 
-Criterion = Callable[[Tensor, str, int], Tensor]
+Criterion = Callable[[Tensor, str, int], Tensor]  # weight, the tensor's name, seed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A criterion of a weight tensor and a statistic shaped like it, whose kind `statistics.measure` knows."""
+
+    statistic: str
+    score: Callable[[Tensor, Tensor], Tensor]
 
 
 def magnitude(weight: Tensor, name: str, seed: int) -> Tensor:
@@ -42,15 +52,52 @@ def probabilistic(weight: Tensor, name: str, seed: int) -> Tensor:
     return magnitude(weight, name, seed) / drawn.to(weight.device)
 
 
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "probabilistic": probabilistic, "random": random}
+def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The mean over small groups of samples of |w g|, g the gradient of the loss (Molchanov et al. 2017, first order).
+
+    The absolute value is taken before the mean: in a trained network the mean gradient is about 0 whatever the weight
+    does, and |w * mean g| would be noise.
+    """
+    return _real(weight).abs() * gradient
 
 
-def scores(criterion: str, weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+def obs(weight: Tensor, curvature: Tensor) -> Tensor:
+    """Optimal brain surgeon on the layer's output (Hassibi and Stork 1993; layer by layer in Frantar et al. 2022).
+
+    w² / [H⁻¹]_jj: the squared error of the output, summed over its positions and averaged over samples, that taking the
+    weight away adds when the others of its row make up for it as well as they can. No labels. H is that of all inputs,
+    also of those that are pruned in this row.
+    """
+    return _real(weight).square() * curvature
+
+
+CRITERIA: dict[str, Criterion | Measured] = {
+    "magnitude": magnitude,
+    "taylor": Measured("gradient", taylor),
+    "obs": Measured("curvature", obs),
+    "probabilistic": probabilistic,
+    "random": random,
+}
+
+
+def statistic_of(criterion: str) -> str | None:
+    """The statistic that a criterion needs of each weight, or None. Raises UserError for an unknown criterion."""
+    found = lookup(CRITERIA, criterion, "prune.criterion")
+    return found.statistic if isinstance(found, Measured) else None
+
+
+def scores(
+    criterion: str, weights: dict[str, Tensor], seed: int, statistics: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Scores of every tensor by name, shapes and order as in `weights`.
 
-    Raises UserError for a criterion that is not in CRITERIA.
+    `statistics` are those that the criterion needs, if any (`statistic_of`), by tensor. Raises UserError for a
+    criterion that is not in CRITERIA.
     """
     function = lookup(CRITERIA, criterion, "prune.criterion")
+    if isinstance(function, Measured):
+        assert statistics is not None, f"criterion {criterion} needs statistics"
+        return {name: function.score(weight.detach(), statistics[name]) for name, weight in weights.items()}
     return {name: function(weight.detach(), name, seed) for name, weight in weights.items()}
 
 

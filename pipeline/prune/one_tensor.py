@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,6 +37,7 @@ class OneTensor:
         device: torch.device,
         alive: Tensor | None,
         calibration: Sequence[Batch],
+        statistics: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.weight = model, dict(model.named_parameters())[name]
         self.dense = self.weight.detach().clone()
@@ -44,6 +45,7 @@ class OneTensor:
         self.count = int(self.alive.sum())
         self.std = sigma(self.dense[self.alive])
         self._name, self._config, self._device, self._calibration = name, config, device, calibration
+        self._criterion_needs = statistics
         self._statistics: list[batch_norm.Statistics] = []  # of each level, if there are calibration batches
 
     @torch.no_grad()
@@ -51,7 +53,8 @@ class OneTensor:
         """Make the masks of some densities, falling, and the statistics: their places in the list are their numbers."""
         self.densities = densities
         self.keeps = [racing.kept(density, self.count) for density in densities]
-        ranking = scores(self._config.prune.criterion, {self._name: self.dense}, self._config.seed)[self._name]
+        criterion, seed = self._config.prune.criterion, self._config.seed
+        ranking = scores(criterion, {self._name: self.dense}, seed, self._criterion_needs)[self._name]
         self.steps = nested(ranking, self.alive, self.keeps)
         self._statistics = []
         if self._calibration:

@@ -145,12 +145,14 @@ def make(
     dense_weights: dict[str, Tensor],
     alive: dict[str, Tensor],
     scan: Scanned | None,
+    statistics: dict[str, Tensor] | None = None,
 ) -> RoundPlan:
     """Plan an attempt at a round from the weights as they are; equal inputs give equal plans on every rank.
 
-    `alive` is True where a weight has survived the rounds before. Raises UserError for a budget that cannot be met.
+    `alive` is True where a weight has survived the rounds before; `statistics` are what the criterion needs. Raises
+    UserError for a budget that cannot be met.
     """
-    ranking = criteria.scores(config.prune.criterion, weights, config.seed)
+    ranking = criteria.scores(config.prune.criterion, weights, config.seed, statistics)
     sigmas = {name: sigma(dense_weights[name]) for name in weights}
     if config.prune.sigma == "renewed":
         sigmas = {name: sigma(weight[alive[name]]) for name, weight in weights.items()}

@@ -96,15 +96,18 @@ def scan_tensor(
     device: torch.device,
     alive: Mapping[str, Tensor] | None = None,
     calibration: Sequence[Batch] = (),
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> Generator[Level]:
     """Yield the levels of one tensor that are missing from those known; in between the network is as it was.
 
     `dense` are the network's answers to the same batches. `alive` are the masks that stay applied, by name; by default
     every weight is alive. At each level batch norm's statistics are those of the `calibration` batches, if there are
-    any. With racing the batches must be in an order by chance, and end at the looks (`shuffled`).
+    any; `statistics` are what the criterion needs. With racing the batches must be in an order by chance, and end at
+    the looks (`shuffled`).
     """
     model.eval()
-    tensor = OneTensor(model, name, config, device, None if alive is None else alive.get(name), calibration)
+    masked = None if alive is None else alive.get(name)
+    tensor = OneTensor(model, name, config, device, masked, calibration, statistics)
     prefixes: _Prefixes | None = None
     levels = list(known)
     while wanted := racing.next_levels(levels, config.scan, tensor.count):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from pipeline.cost import DROPOUTS, LAYERS, layers_by_tensor
 from pipeline.prune.trace import graph_of
@@ -40,16 +40,16 @@ def owners(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def corrected_rates(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, float]:
+def corrected_rates(model: nn.Module, keep: Mapping[str, int]) -> dict[str, float]:
     """D_r = D_o * sqrt(C_ir / C_io) for each dropout; one that belongs to no pruned layer stays as it is.
 
-    `kept` holds the masks of the prunable weights; the model's own rates are D_o, the dense network's.
+    `keep` counts what the prunable tensors keep; the model's own rates are D_o, the dense network's.
     """
     sizes = {name: weight.numel() for name, weight in model.named_parameters(remove_duplicate=False)}
     before, dense = owners(model), rates(model)
     found = {}
     for path, names in before.items():
-        left = sum(int(kept[name].sum()) if name in kept else sizes[name] for name in names)
+        left = sum(keep.get(name, sizes[name]) for name in names)
         total = sum(sizes[name] for name in names)
         found[path] = dense[path] * math.sqrt(left / total) if names else dense[path]
     return found

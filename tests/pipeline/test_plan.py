@@ -33,6 +33,14 @@ def test_densities_that_follow_from_training_are_said_to(tiny: Callable[..., Con
     assert made.rounds[-1].kept == 50200 // 6
 
 
+def test_densities_that_follow_from_statistics_are_said_to(tiny: Callable[..., Config]) -> None:
+    taken = {"prune.criterion": "obs", "dense.epochs": 0}
+    made = plan.make(tiny(**taken, **{"prune.allocation": "pooled"}))
+    assert made.densities == {}
+    assert any("follow from trained weights, statistics of train samples;" in note for note in made.notes)
+    assert plan.make(tiny(**taken, **{"prune.allocation": "erk"})).densities  # scores do not matter to these
+
+
 def test_imagenet_is_planned_without_its_files_and_not_run_without_them() -> None:
     path = Path(__file__).parents[2] / "configs/vgg16-paper.yaml"
     made = plan.make(commands.load(path, [], needs_data=False))

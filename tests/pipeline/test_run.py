@@ -85,6 +85,27 @@ def test_a_budget_is_solved_from_the_scan_and_says_what_it_expects(
     assert ("predicted by" in (root / "report.html").read_text()) == (not more)
 
 
+def test_a_run_can_reconstruct_instead_of_retraining(tiny: Callable[..., Config]) -> None:
+    config = tiny(
+        **{
+            "prune.criterion": "obs", "prune.reconstruct_samples": 300, "prune.statistics_samples": 200,
+            "retrain.epochs": 0, "target.compression": 2, "scan.levels": [0.5],
+        }
+    )  # fmt: skip
+    result = carry_out(config)
+    root = Path(run_root(config))
+    rounds = [json.loads((root / f"rounds/0{number}/metrics.json").read_text()) for number in (1, 2)]
+    for facts in rounds:
+        assert facts["steps"] == 0
+        assert facts["val_before_retrain"]["top1"] == facts["val"]["top1"]
+        assert [fit["name"] for fit in facts["reconstruction"]] == ["fc1.weight", "fc2.weight", "fc3.weight"]
+        assert all(fit["reconstructed"] < fit["masked"] for fit in facts["reconstruction"])
+    assert not (root / "rounds/01/pruned").exists()
+    assert result["weights_kept"] == result["weights_total"] // 2
+    assert result["val"]["pruned"]["top1"] > result["val"]["dense"]["top1"] - 0.1
+    assert result["test"]["dense_control"]["loss"] == result["test"]["dense"]["loss"]
+
+
 def test_a_finished_run_is_not_run_again(tiny: Callable[..., Config]) -> None:
     config = tiny()
     first = carry_out(config)

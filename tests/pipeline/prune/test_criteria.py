@@ -55,9 +55,17 @@ def test_probabilistic_depends_on_seed_and_name_and_scales_with_the_weight() -> 
     assert not torch.equal(first["a"], scores("probabilistic", {"a": ones}, seed=2)["a"])
 
 
+@pytest.mark.parametrize(("criterion", "expected"), [("taylor", [1.0, 6.0]), ("obs", [1.0, 18.0])])
+def test_measured_criteria_are_products_with_their_statistic(criterion: str, expected: list[float]) -> None:
+    """|w| s and w² s of w = -1, 3 and s = 1, 2."""
+    weight, statistic = torch.tensor([-1.0, 3.0]), torch.tensor([1.0, 2.0])
+    assert scores(criterion, {"w": weight}, 0, {"w": statistic})["w"].tolist() == expected
+    assert scores(criterion, {"w": weight.half()}, 0, {"w": statistic})["w"].dtype == torch.float32
+
+
 def test_unknown_criterion_suggests() -> None:
     with pytest.raises(
         UserError,
-        match=r"prune.criterion='magnitud'.*did you mean 'magnitude'\? known: magnitude, probabilistic, random",
+        match=r"prune.criterion='magnitud'.*did you mean 'magnitude'\? known: magnitude, taylor, obs, probabilistic, ",
     ):
         scores("magnitud", {}, seed=0)

@@ -63,7 +63,7 @@ def test_each_level_of_a_scan_has_its_own_statistics(small_session: Session) -> 
     calibrated = small_session.config.scan.model_copy(update={"bn_samples": 250, **levels})
     session = replace(small_session, config=small_session.config.model_copy(update={"scan": calibrated}))
     checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(session.new_model().state_dict())))
-    model, _, val, calibration = local.scan_inputs(session, "dense/checkpoint")
+    model, _, val, calibration, _ = local.scan_inputs(session, "dense/checkpoint")
     dense = sensitivity.answers(model, val, session.config, CPU)
     assert sum(len(part.images) for part in calibration) == 250
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

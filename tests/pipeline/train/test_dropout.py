@@ -14,26 +14,20 @@ from pipeline import models
 from pipeline.train import dropout
 
 
-def kept(count: int, *shape: int) -> Tensor:
-    mask = torch.zeros(shape, dtype=torch.bool)
-    mask.view(-1)[:count] = True
-    return mask
-
-
 def layers(**parts: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(parts))
 
 
 def test_half_becomes_015_at_9_percent() -> None:
     model = layers(fc1=nn.Linear(20, 10), relu=nn.ReLU(), drop=nn.Dropout(0.5), fc2=nn.Linear(10, 3))
-    masks = {"fc1.weight": kept(18, 10, 20), "fc2.weight": kept(30, 3, 10)}
-    assert dropout.corrected_rates(model, masks) == {"drop": pytest.approx(0.15)}
+    keep = {"fc1.weight": 18, "fc2.weight": 30}
+    assert dropout.corrected_rates(model, keep) == {"drop": pytest.approx(0.15)}
 
 
 def test_a_dropout_of_no_pruned_layer_stays_as_it_is() -> None:
     model = layers(first=nn.Dropout(0.2), fc1=nn.Linear(4, 4), drop=nn.Dropout(0.3), fc2=nn.Linear(4, 2))
     assert dropout.owners(model) == {"first": [], "drop": ["fc1.weight"]}
-    assert dropout.corrected_rates(model, {"fc2.weight": kept(1, 2, 4)}) == {"first": 0.2, "drop": 0.3}
+    assert dropout.corrected_rates(model, {"fc2.weight": 1}) == {"first": 0.2, "drop": 0.3}
 
 
 class Branches(nn.Module):
@@ -52,14 +46,14 @@ class Branches(nn.Module):
 
 
 def test_where_layers_meet_their_connections_count_together() -> None:
-    masks = {"left.weight": kept(2, 2, 4), "right.weight": kept(6, 6, 4)}
-    assert dropout.corrected_rates(Branches(False), masks) == {"drop": 0.25}  # 8 of 32
+    keep = {"left.weight": 2, "right.weight": 6}
+    assert dropout.corrected_rates(Branches(False), keep) == {"drop": 0.25}  # 8 of 32
 
 
 def test_a_network_that_cannot_be_followed_keeps_its_rates() -> None:
-    masks = {"left.weight": kept(2, 2, 4), "right.weight": kept(6, 6, 4)}
+    keep = {"left.weight": 2, "right.weight": 6}
     assert dropout.owners(Branches(True)) == {"drop": []}
-    assert dropout.corrected_rates(Branches(True), masks) == {"drop": 0.5}
+    assert dropout.corrected_rates(Branches(True), keep) == {"drop": 0.5}
 
 
 @pytest.mark.parametrize(

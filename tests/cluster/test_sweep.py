@@ -1,0 +1,40 @@
+"""What trials of the scan are given; no Ray is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from cluster import sweep
+from pipeline import local, prepare, scans, stages
+from pipeline.config import Config
+from pipeline.distributed import World, configure_process
+from pipeline.local import LocalEngine
+from pipeline.prune import criteria, one_tensor
+from pipeline.prune.masks import top_mask
+from pipeline.session import open_session
+from pipeline.state import open_run
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def test_trials_prune_by_the_statistics_that_a_scan_measures_once(tiny: Callable[..., Config]) -> None:
+    config = tiny(**{"prune.criterion": "taylor", "prune.statistics_samples": 100, "dense.epochs": 1})
+    configure_process(config)
+    with open_run(config) as here:
+        made_from = stages.shards_stage(config, here, lambda event: None)
+        stages.train_stage("dense", made_from, config, LocalEngine(ALONE), here, lambda event: None)
+        given = sweep.Inputs(sweep.shared_inputs(config, here, scans.DENSE))
+        session = open_session(config, ALONE, here, lambda event: None)
+        expected = local.scan_inputs(session, scans.DENSE).statistics
+    assert list(given.statistics) == ["fc1.weight", "fc2.weight", "fc3.weight"]
+    assert all(torch.equal(statistic, given.statistics[name]) for name, statistic in expected.items())
+    again = prepare.statistics(session, given.model, [*expected])
+    assert all(torch.equal(statistic, again[name]) for name, statistic in expected.items())
+
+    tensor = one_tensor.OneTensor(given.model, "fc3.weight", config, ALONE.device, None, [], given.statistics)
+    tensor.plan([0.5])
+    ranking = criteria.scores("taylor", {"fc3.weight": tensor.dense}, 0, expected)["fc3.weight"]
+    assert torch.equal(tensor.steps > 0, top_mask(ranking, tensor.alive, 500))
+    assert not torch.equal(tensor.steps > 0, top_mask(tensor.dense.abs(), tensor.alive, 500))
