@@ -33,7 +33,7 @@ from torch import nn
 
 from pipeline import config as settings
 from pipeline import cost, models
-from pipeline.config import Config, Scan
+from pipeline.config import Config
 from pipeline.data import images, sources
 from pipeline.data.loader import Batch
 from pipeline.models import Prunable
@@ -41,6 +41,7 @@ from pipeline.prune import racing, sensitivity, suffix
 from pipeline.prune.masks import top_mask
 from pipeline.prune.sensitivity import Answers
 from pipeline.prune.trace import graph_of
+from pipeline.settings.pruning import Scan
 
 CPU = torch.device("cpu")
 LEVELS = list(Scan.model_fields["levels"].default)

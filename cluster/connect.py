@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline import config as settings
 from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.errors import UserError
+from pipeline.settings.cluster import asked
 from pipeline.state import Run
 
 # Read by Ray's processes when they start, so they must be set before Ray is imported.
@@ -150,7 +150,7 @@ def shortage(nodes: list[dict[str, float]], config: Config) -> str | None:
     wanted = config.cluster
     worker = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
     trial = {"CPU": wanted.cpus_per_trial, "GPU": wanted.gpus_per_trial}
-    workers = f"cluster.workers={settings.asked(wanted.workers)}"
+    workers = f"cluster.workers={asked(wanted.workers)}"
     return _shortage(nodes, workers, "worker", worker, wanted.min_workers) or _shortage(
         nodes, "a scan trial", "trial", trial, 1
     )

@@ -12,8 +12,8 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from cluster import connect
-from pipeline import config as settings
 from pipeline.config import Config
+from pipeline.settings.cluster import asked
 
 UP = ("RunningState", "PreemptingState", "ShuttingDownState", "ErroredState", "FinishedState", "AbortedState")
 PAUSE_S = 0.5  # between two looks for room
@@ -44,6 +44,6 @@ class Patience(ControllerCallback):
         each = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
         free = {kind: ray.available_resources().get(kind, 0.0) for kind, amount in each.items() if amount}
         missing = connect.shortage(connect.nodes(ray), self.config) or (
-            f"cluster.workers={settings.asked(wanted.workers)} found no room: {connect.amounts(free)} are free"
+            f"cluster.workers={asked(wanted.workers)} found no room: {connect.amounts(free)} are free"
         )
         return f"waited cluster.wait_seconds={wanted.wait_seconds:g} for room. {missing}. The same command goes on"

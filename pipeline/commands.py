@@ -22,6 +22,7 @@ from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.results import figures, final, mirror, plots, tracking
 from pipeline.results.tracking import Synced
+from pipeline.settings.data import NO_ROOT
 from pipeline.state import Run, run_root
 
 Budgets = Annotated[
@@ -37,7 +38,7 @@ def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
     """
     config = settings.load(path, overrides)
     if needs_data and config.data.source == "imagenet" and config.data.root is None:
-        raise UserError(f"config '{path}': data: {settings.NO_ROOT.format('imagenet')}")
+        raise UserError(f"config '{path}': data: {NO_ROOT.format('imagenet')}")
 
     def absolute(value: str | None) -> str | None:
         return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))

@@ -16,12 +16,13 @@ from typing import Any
 from pipeline import attempts, session, state
 from pipeline import config as settings
 from pipeline.attempts import DENSE, START, control_folder, round_folder
-from pipeline.config import Config, Retrain
+from pipeline.config import Config
 from pipeline.data import shards, storage
 from pipeline.errors import UserError
 from pipeline.models import Prunable
 from pipeline.names import few
 from pipeline.prune.campaign import Origin
+from pipeline.settings.training import Retrain
 from pipeline.state import Run
 from pipeline.train import checkpoint
 

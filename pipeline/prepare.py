@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import models, seeding
-from pipeline.config import Config, Retrain
+from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.data.loader import Batch
 from pipeline.errors import Agreed, UserError
@@ -22,6 +22,7 @@ from pipeline.prune import statistics as measured
 from pipeline.prune.round_plan import RoundPlan
 from pipeline.prune.trace import graph_of
 from pipeline.session import Session, input_shape
+from pipeline.settings.training import Retrain
 from pipeline.train import batch_norm, checkpoint, dropout
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.evaluate import evaluating

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import Data
 from pipeline.data import storage
 from pipeline.data.devkit import WNID, Devkit, ValList, read_devkit, read_list
 from pipeline.data.parts import IMAGE_ENDINGS, Entry, Part, Source, read_class_index, tar_files
 from pipeline.errors import UserError
 from pipeline.names import few
+from pipeline.settings.data import Data
 
 TRAIN, VAL, LIST = "ILSVRC2012_img_train", "ILSVRC2012_img_val", "val.txt"
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.config import Data
+from pipeline.settings.data import Data
 
 Pixels = NDArray[np.uint8]
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import Data
 from pipeline.data import images, storage, stream
 from pipeline.data.cache import Cache, Entry
 from pipeline.data.images import Pixels
@@ -21,6 +20,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.stream import Piece, Raw
 from pipeline.errors import UserError
 from pipeline.seeding import uniform
+from pipeline.settings.data import Data
 
 Progress = Callable[[str, int, int], None]
 Numbers = NDArray[np.int64]

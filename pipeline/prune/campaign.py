@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from pipeline.config import Config, Target
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.prune import round_plan, schedules
 from pipeline.prune.round_plan import Goal
 from pipeline.results import stats
+from pipeline.settings.pruning import Target
 
 
 @dataclass(frozen=True)

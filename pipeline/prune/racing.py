@@ -16,8 +16,8 @@ from typing import Any
 
 from scipy.special import ndtri
 
-from pipeline.config import Scan
 from pipeline.results.stats import Z95
+from pipeline.settings.pruning import Scan
 
 LOOKS = 5  # at most; each more makes every interval a little wider
 FIRST = 50  # samples at the first look

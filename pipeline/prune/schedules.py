@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.config import Prune
 from pipeline.errors import UserError
 from pipeline.names import lookup
+from pipeline.settings.pruning import Prune
 
 
 def _one_shot(prune: Prune, final: float, start: float) -> list[float]:

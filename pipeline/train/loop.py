@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import seeding
-from pipeline.config import Retrain, Train
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.errors import Agreed, Leaving
 from pipeline.gradual import Gradual
 from pipeline.prune import masks as masking
 from pipeline.session import Session
+from pipeline.settings.training import Retrain, Train
 from pipeline.train import allreduce, checkpoint, phases, recipe
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.evaluate import forward

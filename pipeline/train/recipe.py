@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config import Retrain, Train
+from pipeline.settings.training import Retrain, Train
 
 DEFAULT_RETRAIN_LR = 0.01
 

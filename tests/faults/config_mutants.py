@@ -19,10 +19,11 @@ from sklearn.datasets import load_digits
 
 from pipeline import commands, models
 from pipeline import config as settings
-from pipeline.config import Config, Section
+from pipeline.config import Config
 from pipeline.distributed import World
 from pipeline.local import LocalEngine
 from pipeline.prune import round_plan
+from pipeline.settings.base import Section
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = ("alexnet", "vgg", "resnet", "mobilenet", "squeezenet")  # names of networks that take seconds to build

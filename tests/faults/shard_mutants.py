@@ -22,9 +22,9 @@ from PIL import Image
 from tiny_run import TINY, merged
 
 from pipeline import config as settings
-from pipeline.config import Data
 from pipeline.data import loader, manifest, shards
 from pipeline.errors import UserError
+from pipeline.settings.data import Data
 
 DIGITS = Data(source="digits", shard_samples=110, val_fraction=0.1)
 GOOD = "good"  # the folder of whole shards, beside those of the cases

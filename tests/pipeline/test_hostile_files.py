@@ -23,9 +23,9 @@ from safetensors.torch import save
 
 from pipeline import config as settings
 from pipeline import models
-from pipeline.config import Data
 from pipeline.data import loader, shards, storage
 from pipeline.errors import UserError
+from pipeline.settings.data import Data
 from pipeline.state import Run
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint, Torn

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from pipeline.config import Model
 from pipeline.cost import ActivationMeter, flops
 from pipeline.errors import UserError
 from pipeline.models import build, lenet_5, lenet_300_100, load_weights, survey
+from pipeline.settings.model import Model
 
 
 def network(**settings: Any) -> nn.Module:
@@ -98,7 +98,7 @@ def test_a_module_in_the_working_directory(tmp_path: Path) -> None:
     )
     code = (
         "import sys; sys.path = [p for p in sys.path if p]\n"
-        "from pipeline.config import Model; from pipeline.models import build\n"
+        "from pipeline.settings.model import Model; from pipeline.models import build\n"
         "print(build(Model(factory='my_net_of_test.make'), 6))"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from pipeline.config import Data
 from pipeline.data import images, loader, shards, sources
 from pipeline.errors import UserError
+from pipeline.settings.data import Data
 
 # In the devkit's own order: its ids are not the numbers of the sorted wnids.
 KIT = {

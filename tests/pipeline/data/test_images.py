@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import Data
 from pipeline.data import images
+from pipeline.settings.data import Data
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -14,9 +14,9 @@ import pytest
 import torch
 import webdataset as wds
 
-from pipeline.config import Data
 from pipeline.data import loader, placement, shards
 from pipeline.errors import UserError
+from pipeline.settings.data import Data
 
 DIGITS = Data(
     shard_samples=200, size=8, lanes=4, eval_batch=50, shuffle_bytes=100_000, augment=("shift", "flip"), shift=1

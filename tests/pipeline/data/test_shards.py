@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from pipeline.config import Data
 from pipeline.data import images, loader, shards, sources
 from pipeline.errors import UserError
+from pipeline.settings.data import Data
 
 SMALL = Data(shard_samples=300)  # digits: 1,293 train, 144 val, 360 test
 

@@ -10,9 +10,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from pipeline.config import Data
 from pipeline.data import images, sources
 from pipeline.errors import UserError
+from pipeline.settings.data import Data
 
 
 def test_digits_are_the_real_ones_split_by_class():

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tiny_run import TINY, merged
 
 from pipeline import config as configs
-from pipeline.config import Config, Target
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.prune import campaign
 from pipeline.prune.campaign import Origin, Tried
 from pipeline.results.stats import tango
+from pipeline.settings.pruning import Target
 
 
 def no_loss(**target: Any) -> Config:

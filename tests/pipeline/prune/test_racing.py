@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import Scan
 from pipeline.prune import racing
 from pipeline.results.stats import paired_mean, tango
+from pipeline.settings.pruning import Scan
 
 
 def scan(**changes: Any) -> Scan:

@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Prune
 from pipeline.errors import UserError
 from pipeline.prune.schedules import budgets, densities
+from pipeline.settings.pruning import Prune
 
 
 def prune(**settings: object) -> Prune:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import Retrain, Train
+from pipeline.settings.training import Retrain, Train
 from pipeline.train import recipe
 
 

@@ -1,0 +1,91 @@
+"""Settings of what a run runs on: Ray, and MLflow."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from pipeline.settings.base import Positive, Section, Text
+
+
+def _workers(value: Any) -> Any:
+    """Refuse what is neither a number of workers nor a range, in one sentence instead of one for each."""
+    ends = list(value) if isinstance(value, list | tuple) else [value, value]
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+    if len(ends) != 2 or not whole or not 1 <= ends[0] <= ends[1]:
+        raise ValueError(
+            f"{value!r} is neither a number of workers nor a range of them: give 1 or more, as in 2, or [min, max] "
+            "with 1 <= min <= max, as in [2, 8]"
+        )
+    return value
+
+
+def _gpus(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError(f"{value:g} GPUs cannot be reserved: give a share below 1, or a whole number")
+    return value
+
+
+Gpus = Annotated[float, Field(ge=0.0), AfterValidator(_gpus)]
+
+Workers = Annotated[Positive | tuple[Positive, Positive], BeforeValidator(_workers)]
+
+
+class Cluster(Section):
+    """What Ray is asked for."""
+
+    address: str | None = Field(None, description="Ray cluster to join: auto, or host:port; by default a local one.")
+    workers: Workers = Field(
+        1,
+        description="Processes that train together: a number, or a range [min, max] of which a training uses as many "
+        "as the cluster has room for, and goes on with more or fewer when nodes come or go.",
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each worker.")
+    gpus_per_worker: Gpus = Field(0.0, description="GPUs reserved for each worker.")
+    cpus_per_trial: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each scan trial.")
+    gpus_per_trial: Gpus = Field(0.0, description="GPUs, or a share of one, for a trial.")
+    placement: Literal["pack", "spread"] = Field(
+        "pack", description="pack: workers on as few nodes as hold them; spread: on as many nodes as there are."
+    )
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="Lost workers that a training survives, those not counted that a preemption notice came before."
+    )
+    wait_seconds: Annotated[float, Field(gt=0.0)] = Field(
+        600.0, description="How long a run waits for room when a node is lost, as for a new one of an autoscaler."
+    )
+    resize_seconds: Annotated[float, Field(gt=0.0)] = Field(
+        60.0,
+        description="How often a training with a range of workers looks for room for more; to grow, it starts again "
+        "from its last checkpoint.",
+    )
+    lease_seconds: Annotated[float, Field(ge=1.0)] = Field(
+        60.0,
+        description="Where runs_dir is on S3: a run whose driver has been silent so long can be taken over by another.",
+    )
+    ray_logs: bool = Field(False, description="Also show what Ray's own processes print.")
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that a training goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that a training uses."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="Mirror the run to MLflow.")
+    uri: Text | None = Field(
+        None, description="Tracking server; by default sqlite in runs_dir/mlflow.db, where runs_dir is no URL."
+    )
+    experiment: Text = Field("secateur", description="Experiment the run is filed under.")
+
+
+def asked(workers: int | tuple[int, int]) -> str:
+    """`cluster.workers` as it was written: 2, or [2, 8]."""
+    return str(workers if isinstance(workers, int) else list(workers))

@@ -1,0 +1,25 @@
+"""Settings of the network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from pipeline.settings.base import Section, Text, plain
+
+
+class Model(Section):
+    """The network."""
+
+    factory: Text = Field(
+        "lenet_300_100",
+        description="lenet_300_100, lenet_5 (Caffe's), alexnet_caffe (two groups), vgg_16, or an import path: "
+        "torchvision.models.squeezenet1_1, my_module:build.",
+    )
+    kwargs: Annotated[dict[str, Any], AfterValidator(plain)] = Field(
+        default_factory=dict, description="Keyword arguments of the factory."
+    )
+    checkpoint: Text | None = Field(
+        None, description="Weights to start from: .safetensors, or .pth/.pt loaded with weights_only."
+    )

@@ -1,0 +1,261 @@
+"""Settings of the method: the scan, which weights go, what a run is after and where it begins."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from pipeline.settings.base import Count, Density, Fraction, Positive, Section, Text
+
+
+class Scan(Section):
+    """The sensitivity scan: each tensor pruned alone, no retraining (figure 6)."""
+
+    mode: Literal["grid", "adaptive"] = Field(
+        "grid",
+        description="grid measures every one of `levels`; adaptive the largest, middle and smallest of them, then "
+        "halfway (in the logarithm of the density) between neighbours whose drops differ by more than `tolerance`.",
+    )
+    levels: Annotated[tuple[Density, ...], Field(min_length=1, max_length=1000)] = Field(
+        (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01),
+        description="Densities at which each tensor is tried, falling.",
+    )
+    samples: Positive | None = Field(None, description="Uses so many of val's samples; by default all of them.")
+    tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.05, description="adaptive: neighbouring levels whose drops differ by more than this get one between them."
+    )
+    max_levels: Annotated[int, Field(ge=3, le=200)] = Field(10, description="adaptive: levels of a tensor, at most.")
+    interval: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description="Racing: a level is measured on no more samples than it takes until the 95% interval of its drop "
+        "reaches no further than this to either side; by default on all samples.",
+    )
+    hopeless: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.5, description="Racing: a level is also done when it has surely lost more than this share of the accuracy."
+    )
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.01, description="The drop in val accuracy, one for all tensors, at which a tensor's quality is read off."
+    )
+    bn_samples: Count = Field(
+        0,
+        description="Batch norm: at each level the running statistics are estimated again from so many train samples, "
+        "without augmentation; 0 leaves the dense network's.",
+    )
+
+    @model_validator(mode="after")
+    def _falling(self) -> Scan:
+        if list(self.levels) != sorted(set(self.levels), reverse=True):
+            raise ValueError("levels must fall, each once: 0.5, 0.2, 0.1")
+        return self
+
+
+class Prune(Section):
+    """Which weights go, and when."""
+
+    criterion: Text = Field(
+        "magnitude",
+        description="Scores for weights, higher keeps: magnitude; taylor (|w g|, g the loss's gradient); obs (the "
+        "error of the layer's output after the rest made up for it); probabilistic (drawn with chances in proportion "
+        "to |w|); random.",
+    )
+    statistics_samples: Positive = Field(
+        1000,
+        description="taylor, obs: train samples, without augmentation, that statistics are measured on; no "
+        "more than there are.",
+    )
+    allocation: Text = Field(
+        "paper",
+        description="A budget to a density for each tensor: paper (|w| / (quality x std), one threshold), "
+        "pooled, uniform, erk, explicit, budget (the least rise of the loss that the scan predicts).",
+    )
+    densities: dict[Text, Density] = Field(
+        default_factory=dict, description="explicit: density for each tensor, by name or pattern (fc*.weight)."
+    )
+    schedule: Literal["one-shot", "geometric", "cubic", "list"] = Field(
+        "geometric", description="How the density falls over the rounds."
+    )
+    rounds: Annotated[int, Field(ge=1, le=1000)] = Field(
+        4, description="Rounds of prune and retrain (geometric, cubic); target.mode=no-loss has target.max_rounds."
+    )
+    list: Annotated[tuple[Density, ...], Field(max_length=1000)] = Field(
+        (), description="schedule list: the density after each round."
+    )
+    sigma: Literal["first", "renewed"] = Field(
+        "first", description="paper: each layer's std from the dense weights, or from the survivors of each round."
+    )
+    include: tuple[Text, ...] = Field(
+        ("*",), description="Patterns of whole tensor names (fc1.weight, features.*) that may be pruned."
+    )
+    exclude: tuple[Text, ...] = Field((), description="Patterns of whole tensor names (*.fc.weight) that stay dense.")
+    min_weights: Count = Field(1, description="Weights that every tensor keeps at the least.")
+    floors: dict[Text, Fraction] = Field(
+        default_factory=dict, description="The least density of a tensor, in every round, by name or pattern."
+    )
+    ceilings: dict[Text, Density] = Field(
+        default_factory=dict,
+        description="The largest density of a tensor, from round 1 on, by name or pattern; one that is equal to its "
+        "floor fixes it. Rounds before the last keep less in all than they would, where ceilings ask for it.",
+    )
+    survivors: Literal["keep", "reinitialise"] = Field(
+        "keep",
+        description="keep: retrain the survivors from the values that they have; reinitialise: from a network made "
+        "anew in each round, of which only the pattern of zeros is the pruned one's (the paper's control).",
+    )
+    bn_samples: Count = Field(
+        0,
+        description="Batch norm: after each prune, before retraining, the running statistics are estimated again from "
+        "so many train samples, without augmentation; 0 leaves them as they are.",
+    )
+    reconstruct_samples: Count = Field(
+        0,
+        description="Reconstruction: after each prune, before retraining, layer by layer, survivors and biases are set "
+        "by least squares so that the layer gives, on so many train samples, what it gave before the prune. No labels; "
+        "0 leaves it out.",
+    )
+    dead_neurons: bool = Field(
+        False,
+        description="Also remove, in each round, the connections of units that have no input or no output left "
+        "(section 3.5); what such a unit adds goes into the next bias. The size may fall below the target.",
+    )
+    gradual: Fraction = Field(
+        0.0,
+        description="Share of a round's updates over which its weights go little by little, most of them early (Zhu "
+        "and Gupta 2017); the others train what is left. 0 prunes all of them before the first update.",
+    )
+    gradual_every: Positive = Field(100, description="gradual: updates from one prune to the next.")
+    dense_control: bool = Field(
+        True, description="Also train the dense network on for the same steps: the reference of the verdict."
+    )
+
+    @model_validator(mode="after")
+    def _list_given(self) -> Prune:
+        if self.schedule == "list":
+            if not self.list:
+                raise ValueError("schedule=list needs prune.list, the density after each round: [0.5, 0.2, 0.1]")
+            if list(self.list) != sorted(self.list, reverse=True):
+                raise ValueError(f"prune.list={[*self.list]} must fall from round to round")
+        if self.reconstruct_samples and self.survivors == "reinitialise":
+            raise ValueError(
+                f"reconstruct_samples={self.reconstruct_samples} is of no use with survivors=reinitialise, which "
+                "replaces the network: leave one out"
+            )
+        if self.allocation == "explicit" and not self.densities:
+            raise ValueError("allocation=explicit needs prune.densities: {fc1.weight: 0.08, ...}")
+        if self.gradual and self.reconstruct_samples:
+            raise ValueError(
+                f"reconstruct_samples={self.reconstruct_samples} mends what a prune did before the retraining, and "
+                f"gradual={self.gradual:g} prunes within it: leave one of the two out"
+            )
+        if self.gradual and self.dead_neurons:
+            raise ValueError(
+                f"gradual={self.gradual:g} prunes during the retraining, but dead_neurons=true looks for dead units "
+                "before it: leave one of the two out"
+            )
+        return self
+
+
+class Target(Section):
+    """What the run is after."""
+
+    mode: Literal["compression", "thresholds", "no-loss"] = Field(
+        "compression",
+        description="compression: reach target.compression; thresholds: the paper's quality x std as they are, the "
+        "size follows; no-loss: prune as far as the drop on val stays within `tolerance`, and undo what goes beyond.",
+    )
+    compression: Annotated[float, Field(ge=1.0)] | None = Field(
+        12.0,
+        description="Prunable weights over kept weights; or FLOPs or bytes, see `budget`. no-loss: where to stop even "
+        "if more could go; null, its default there, is no such end.",
+    )
+    step: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5,
+        description="no-loss: the share of the weights that a round keeps of the round before. One that is undone is "
+        "tried again with half the step (the square root of this share), and later rounds keep to the smaller step.",
+    )
+    smallest_step: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.95, description="no-loss: the run ends where the next step would keep more than this share."
+    )
+    tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None,
+        description="no-loss: the drop in val accuracy against the dense network, paired by image, that a round may "
+        "cost (0.003 = 0.3 points); by default `margin`.",
+    )
+    confidence: Annotated[float, Field(ge=0.5, lt=1.0)] = Field(
+        0.95,
+        description="no-loss: a round is accepted if the drop is within `tolerance` with this confidence (the upper "
+        "end of its one-sided interval); 0.5 takes the measured drop as it is.",
+    )
+    max_rounds: Annotated[int, Field(ge=1, le=1000)] = Field(16, description="no-loss: accepted rounds, at the most.")
+    budget: Literal["weights", "flops", "bytes"] = Field(
+        "weights",
+        description="What target.compression, and the density of each round, count in the prunable tensors: weights; "
+        "with allocation=budget also flops (of one sample) or bytes (predicted, packed).",
+    )
+    margin: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.003,
+        description="The verdict is `no loss` if the upper 95% bound of the drop is within this (0.003 = 0.3 points).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_end(cls, values: Any) -> Any:
+        """no-loss goes as far as it can unless it is told otherwise."""
+        no_loss = isinstance(values, dict) and values.get("mode") == "no-loss"
+        return {"compression": None, **values} if no_loss else values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Target:
+        if self.compression is None and self.mode != "no-loss":
+            raise ValueError(f"compression=null: mode={self.mode} needs a number, as in 12")
+        if self.step > self.smallest_step:
+            raise ValueError(
+                f"step={self.step:g} keeps more than smallest_step={self.smallest_step:g}: no round would be tried; "
+                "lower step"
+            )
+        return self
+
+    @property
+    def final_density(self) -> float:
+        """Kept over prunable weights that the run ends at."""
+        assert self.compression is not None, "no-loss finds its own"
+        return 1.0 / self.compression
+
+    @property
+    def allowed(self) -> float:
+        """no-loss: the drop on val that a round may cost, a fraction."""
+        return self.margin if self.tolerance is None else self.tolerance
+
+
+class Start(Section):
+    """Where the first round begins."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    source: Text | None = Field(
+        None,
+        alias="from",
+        description="RUN:ROUND, an accepted round of another run, which this one prunes further: a name under "
+        "runs_dir, a path or a URL, and after the last colon the round; 0 is its dense network. Data, network, seed "
+        "and dense training are the other run's and must be given alike. By default a run trains its own dense one.",
+    )
+
+    @model_validator(mode="after")
+    def _has_round(self) -> Start:
+        if self.source is not None:
+            run, colon, number = self.source.rpartition(":")
+            if not (colon and run and number.isascii() and number.isdigit() and len(number) < 5):
+                raise ValueError(f"from={self.source} is not RUN:ROUND, as in lenet-300-100:3")
+        return self
+
+    @property
+    def run(self) -> str:
+        """The other run, as it was given."""
+        assert self.source is not None
+        return self.source.rpartition(":")[0]
+
+    @property
+    def round(self) -> int:
+        """Its round; 0 is its dense network."""
+        assert self.source is not None
+        return int(self.source.rpartition(":")[2])

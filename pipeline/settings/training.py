@@ -1,0 +1,80 @@
+"""Settings of trainings: the dense network's, and the retraining of a round."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.settings.base import Count, Fraction, Positive, Section
+
+
+class Train(Section):
+    """How weights are updated, in dense training or in the retraining of a round."""
+
+    epochs: Count = Field(10, description="Passes over train; 0 trains nothing.")
+    steps: Positive | None = Field(None, description="Ends a training early, after so many updates.")
+    batch_size: Positive = Field(128, description="Samples in an update, over all workers; a multiple of data.lanes.")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (with momentum) or adamw.")
+    lr: Annotated[float, Field(gt=0.0)] = Field(0.1, description="Learning rate at the start (after warm-up).")
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="SGD's momentum; AdamW's beta1.")
+    nesterov: bool = Field(False, description="Nesterov's form of the momentum (sgd).")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="L2 regularisation of all parameters, biases included, as Caffe does (adamw: decoupled)."
+    )
+    l1: Annotated[float, Field(ge=0.0)] = Field(
+        0.0,
+        description="L1 regularisation of the prunable weights, no others. The paper's L1 then L2 is dense.l1 with "
+        "retrain.weight_decay.",
+    )
+    schedule: Literal["constant", "cosine", "step", "inv"] = Field(
+        "cosine",
+        description="cosine falls to 0; step multiplies by `gamma` at `milestones`; inv is Caffe's "
+        "lr*(1 + gamma*step)^-power.",
+    )
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Epochs of linear warm-up from 0.")
+    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="Shares of the training at which `step` falls.")
+    gamma: Annotated[float, Field(gt=0.0)] = Field(0.1, description="Factor of `step`, or gamma of `inv`.")
+    power: float = Field(0.75, description="Power of `inv`.")
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Of the cross-entropy.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs forward and loss under autocast.")
+    channels_last: bool = Field(False, description="Memory format of weights and images, faster on GPUs.")
+    checkpoint_steps: Positive = Field(500, description="Updates between checkpoints; one is also kept at each end.")
+
+
+class Retrain(Train):
+    """How survivors are retrained in each round, and the dense control with them."""
+
+    lr: Annotated[float, Field(gt=0.0)] | None = Field(  # type: ignore[assignment]  # see recipe.resolve
+        None, description="Learning rate at the start (after warm-up); by default lr_scale * dense.lr, or else 0.01."
+    )
+    lr_scale: Annotated[float, Field(gt=0.0)] | None = Field(
+        None,
+        description="Learning rate as a factor of dense.lr, instead of lr; the paper's are 0.1 for the LeNets and 0.01 "
+        "for AlexNet.",
+    )
+    dropout_correction: bool = Field(
+        False,
+        description="The paper's section 3.2: a dropout rate D becomes D*sqrt(kept / all connections) of the layer "
+        "whose outputs it drops: 0.5 becomes 0.15 at 9% density. The dense control keeps the dense rates.",
+    )
+    distill: Fraction = Field(
+        0.0,
+        description="Share of the loss that compares the outputs with the dense network's on the same images (Hinton "
+        "et al. 2015) instead of with the labels. The dense control learns from the dense network too.",
+    )
+    temperature: Annotated[float, Field(gt=0.0, le=1000.0)] = Field(
+        4.0, description="distill: both networks' logits are divided by this before the softmax."
+    )
+    phases: Annotated[tuple[Literal["fc", "conv", "all"], ...], Field(min_length=1)] = Field(
+        ("all",),
+        description="Which layers are updated while the others are held fixed, one kind after the other; a round's "
+        "steps are shared out equally, what is left over goes to the last. The paper's AlexNet: [fc, conv, all]. A "
+        "norm goes with the layer defined before it; the learning rate runs on, momentum starts anew in each phase.",
+    )
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Retrain:
+        if self.lr is not None and self.lr_scale is not None:
+            raise ValueError(f"lr={self.lr:g} and lr_scale={self.lr_scale:g} both set the learning rate: leave one out")
+        return self
