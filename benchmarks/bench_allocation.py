@@ -1,7 +1,7 @@
 """The allocation solved from the scan against uniform, pooled, ERK and the paper's: same dense network, same recipe.
 
-    SECATEUR_DATA=... python benchmarks/bench_allocation.py --runs FOLDER [--networks lenet-300-100,lenet-5,squeezenet]
-        [--seeds 0,1,2] [--allocations budget,uniform,pooled,erk,paper] [--set KEY=VALUE ...] [--markdown]
+    SECATEUR_DATA=... python benchmarks/bench_allocation.py [--runs FOLDER] [--seeds 0,1,2]
+        [--networks lenet-300-100,lenet-5,squeezenet] [--allocations budget,uniform,pooled,erk,paper] [--set KEY=VALUE ...] [--markdown]
 
 For each seed one dense network is trained and scanned. Each allocation then prunes it at once to each density, without
 retraining ("before"), and in rounds with a few epochs of retraining in each ("after"), with the same batches for all.
@@ -71,7 +71,7 @@ class Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs, which a second call goes on with")
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench-allocation"), help="a second call goes on there")
     parser.add_argument("--networks", default="lenet-300-100")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--allocations", default=",".join((SOLVED, *OTHERS)))
