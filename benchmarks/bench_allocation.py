@@ -1,7 +1,8 @@
 """The allocation solved from the scan against uniform, pooled, ERK and the paper's: same dense network, same recipe.
 
     SECATEUR_DATA=... python benchmarks/bench_allocation.py [--runs FOLDER] [--seeds 0,1,2]
-        [--networks lenet-300-100,lenet-5,squeezenet] [--allocations budget,uniform,pooled,erk,paper] [--set KEY=VALUE ...] [--markdown]
+        [--networks lenet-300-100,lenet-5,squeezenet] [--set KEY=VALUE ...]
+        [--allocations budget,uniform,pooled,erk,paper] [--markdown]
 
 For each seed one dense network is trained and scanned. Each allocation then prunes it at once to each density, without
 retraining ("before"), and in rounds with a few epochs of retraining in each ("after"), with the same batches for all.
