@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.errors import UserError
+from pipeline.modes import evaluating
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -71,11 +72,9 @@ def flops(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
         return count
 
     handles = [layer.register_forward_hook(counter(name)) for name, users in layers.items() for layer in users]
-    modes = {part: part.training for part in module.modules()}
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    module.eval()
     try:
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             module(torch.zeros((1, *input_shape), dtype=like.dtype, device=like.device))
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(
@@ -85,8 +84,6 @@ def flops(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
-        for part, mode in modes.items():
-            part.training = mode
     return counts
 
 

@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.data.loader import Batch
 from pipeline.errors import Agreed, UserError
+from pipeline.modes import evaluating
 from pipeline.prune import criteria, dead, masks
 from pipeline.prune import reconstruct as reconstruction
 from pipeline.prune import statistics as measured
@@ -25,7 +26,6 @@ from pipeline.session import Session, input_shape
 from pipeline.settings.training import Retrain
 from pipeline.train import batch_norm, checkpoint, dropout
 from pipeline.train.checkpoint import Checkpoint
-from pipeline.train.evaluate import evaluating
 
 PRUNED = "pruned"  # the folder, in that of a round, of the network before its retraining
 

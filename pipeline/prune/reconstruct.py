@@ -21,10 +21,11 @@ from pipeline.config import Config
 from pipeline.cost import layers_by_tensor
 from pipeline.data.loader import Batch
 from pipeline.distributed import World
+from pipeline.modes import evaluating
 from pipeline.prune import layer_inputs
 from pipeline.prune.suffix import nbytes
 from pipeline.prune.trace import graph_of
-from pipeline.train.evaluate import evaluating, inputs
+from pipeline.train.evaluate import inputs
 
 HELD_BYTES = 2**30  # of activations that are kept from layer to layer, on each rank
 DAMPING = 0.01  # of the mean diagonal of X Xᵀ: how strongly the survivors are held where they were

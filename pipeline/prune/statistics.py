@@ -17,8 +17,9 @@ from pipeline.cost import layers_by_tensor
 from pipeline.data.loader import Batch
 from pipeline.distributed import World
 from pipeline.errors import UserError
+from pipeline.modes import evaluating
 from pipeline.prune import layer_inputs
-from pipeline.train.evaluate import evaluating, forward
+from pipeline.train.evaluate import forward
 
 GROUP = 8  # samples over whose mean loss one gradient is taken
 DAMPING = 0.01  # of the mean of the diagonal, added to it (Frantar et al. 2022 and others)

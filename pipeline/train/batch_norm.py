@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config import Config
 from pipeline.data.loader import Batch
+from pipeline.modes import evaluating
 from pipeline.train.evaluate import forward
 
 Statistics = list[dict[str, Tensor]]  # each norm's buffers by name
@@ -30,25 +31,22 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], config: Config, devi
     found = norms(model)
     if not found:
         return
-    modes = {part: part.training for part in model.modules()}
     momenta = [norm.momentum for norm in found]
-    model.eval()
-    for norm in found:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's sign for a cumulative average
-        norm.training = True
-    try:
-        size = 0
-        for batch in batches:
-            size = size or len(batch.images)
-            images = batch.images[batch.weights > 0]
-            if len(batch.images) == size and len(images) > 1:
-                forward(model, images.to(device, non_blocking=True), config)
-    finally:
-        for norm, momentum in zip(found, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        for norm in found:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's sign for a cumulative average
+            norm.training = True
+        try:
+            size = 0
+            for batch in batches:
+                size = size or len(batch.images)
+                images = batch.images[batch.weights > 0]
+                if len(batch.images) == size and len(images) > 1:
+                    forward(model, images.to(device, non_blocking=True), config)
+        finally:
+            for norm, momentum in zip(found, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def statistics(model: nn.Module) -> Statistics:

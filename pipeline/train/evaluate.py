@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,18 +39,6 @@ class Answers:
             "loss": float(self.loss[self.valid].sum()) / count,
             "top1_present": None if self.right_present is None else share(self.right_present),
         }
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode in this block; afterwards each of its modules is in the mode that it was in."""
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def forward(model: nn.Module, images: Tensor, config: Config, precision: str = "fp32") -> Tensor:
