@@ -25,18 +25,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline import attempts, models, rounds, stages, state
+from pipeline import attempts, rounds, stages, state
 from pipeline import config as settings
 from pipeline.config import Config
 from pipeline.console import Display, make_console, show_tables
 from pipeline.data import storage
 from pipeline.distributed import World, configure_process
 from pipeline.local import LocalEngine
-from pipeline.prune import campaign
 from pipeline.results import stats
 from pipeline.results.tables import TextTable, percent, signed
 from pipeline.session import Session, open_session
 from pipeline.state import Run
+from pipeline.subject import open_subject
 from pipeline.train import checkpoint
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -81,17 +81,20 @@ def main() -> None:
     given = parser.parse_args()
     if "SECATEUR_DATA" not in os.environ:
         sys.exit("set SECATEUR_DATA to the folder that holds mnist/ and imagenette-224-subset.tar")
+    runs = given.runs.resolve()
     for network in given.networks.split(","):
         seeds = [int(seed) for seed in given.seeds.split(",")][: NETWORKS[network][2]]
         found: dict[str, list[Measured]] = {}
         with Display(make_console(stderr=True)) as display:
             for seed in seeds:
-                base = make_config(network, seed, given.runs.resolve(), [f"name=seed-{seed}", "prune.allocation=paper"])
+                base = make_config(network, seed, runs, [f"name=seed-{seed}", "prune.allocation=paper"])
                 configure_process(base)
                 prepare(base, display)
                 for allocation in given.allocations.split(","):
                     display.line(f"{network}, seed {seed}, {allocation}")
-                    found.setdefault(allocation, []).append(measure(base, allocation, given.set, display))
+                    found.setdefault(allocation, []).append(
+                        measure(network, seed, runs, base, allocation, given.set, display)
+                    )
         made = tables(network, seeds, found)
         if given.markdown:
             print(*(table.markdown() for table in made), sep="\n\n", end="\n\n")
@@ -115,45 +118,38 @@ def prepare(config: Config, progress: Any) -> None:
         stages.scan_stage(made_from, config, engine, here, progress)
 
 
-def measure(base: Config, allocation: str, more: list[str], progress: Any) -> Measured:
+def measure(
+    network: str, seed: int, runs: Path, base: Config, allocation: str, more: list[str], progress: Any
+) -> Measured:
     """One allocation of one seed, in a run of its own beside the base's."""
     shared = Run(state.run_root(base), 0)
-    tree = base.model_dump(mode="json")
-    tree["name"] = f"{base.name}-{allocation}"
-    tree["data"] |= {"source": "shards", "root": shared.path("shards")}
-    tree["prune"]["allocation"] = allocation
-    for text in more:
-        section, _, key = text.partition("=")[0].partition(".")
-        tree[section][key] = settings.load(CONFIGS / "demo.yaml", [text]).model_dump(mode="json")[section][key]
-    config = settings.parse(tree)
+    data = ["data.source=shards", f"data.root={shared.path('shards')}"]
+    named = [f"name={base.name}-{allocation}", f"prune.allocation={allocation}"]
+    config = make_config(network, seed, runs, [*data, *named, *more])
     with state.open_run(config) as here:
+        checkpoint.save(here, "dense/checkpoint", checkpoint.load(shared, "dense/checkpoint"))
         here.commit(shared.read("scan", "scan.json"), "scan", "scan.json")
         session = open_session(config, ALONE, here, progress)
-        return prune(session, checkpoint.load(shared, "dense/checkpoint").weights)
+        return prune(session)
 
 
-def prune(session: Session, dense: dict[str, Any]) -> Measured:
+def prune(session: Session) -> Measured:
     """Every density at once from the dense network, then all in rounds."""
     found = Measured({}, {}, {})
-    model = session.new_model()
-    prunable, _ = models.survey(model, session.config.prune.include, session.config.prune.exclude)
-    model.load_state_dict(dense)
-    weights = {name: weight.clone() for name, weight in rounds.prunable_weights(model, prunable).items()}
-    everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    goals = campaign.outlook(session.config, attempts.beginning(session, prunable), 1)
+    subject, dense = open_subject(session), checkpoint.load(session.run, "dense/checkpoint")
+    goals = attempts.outlook(subject)
     for goal in goals:
         density, name = goal.density, f"before-{goal.round:02d}.npy"
         if not session.run.has("answers", name):
-            model.load_state_dict(dense)
-            plan = rounds.plan_round(session, model, prunable, weights, everything, goal, {})
-            masks = rounds.shared_masks(session, plan, rounds.prunable_weights(model, prunable), everything, {})
-            rounds.apply_masks(model, masks)
-        found.before[density] = answers(session, model, name)
-    model.load_state_dict(dense)
-    alive = everything
+            subject.load(dense)
+            plan = rounds.plan_round(subject, subject.everything, goal, {})
+            rounds.apply_masks(subject.model, rounds.shared_masks(subject, plan, subject.everything, {}))
+        found.before[density] = answers(session, subject.model, name)
+    subject.load(dense)
+    alive = subject.everything
     for goal in goals:
-        alive = rounds.one_round(session, model, prunable, weights, alive, goal)
-        found.after[goal.density] = answers(session, model, f"after-{goal.round:02d}.npy")
+        alive = rounds.one_round(subject, alive, goal)
+        found.after[goal.density] = answers(session, subject.model, f"after-{goal.round:02d}.npy")
         found.densities[goal.density] = {name: float(mask.float().mean()) for name, mask in alive.items()}
     return found
 

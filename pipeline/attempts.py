@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline import cost
 from pipeline.config import Config
 from pipeline.data import storage
 from pipeline.models import Prunable
 from pipeline.prepare import PRUNED
-from pipeline.prune import campaign, limits, round_plan
+from pipeline.prune import campaign, limits
+from pipeline.prune.budget import Cost
 from pipeline.prune.campaign import Origin, Tried
 from pipeline.prune.round_plan import Goal
-from pipeline.session import Session, input_shape
+from pipeline.session import Session
 from pipeline.state import Run
+from pipeline.subject import Subject
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.evaluate import Answers
@@ -99,22 +100,28 @@ def origin(run: Run, prunable: Sequence[Prunable]) -> Origin:
     return Origin(start["kept"], total, start["generation"])
 
 
-def priced(config: Config, begin: Origin, sizes: Mapping[str, int], flops: Mapping[str, int]) -> Origin:
+def priced(config: Config, begin: Origin, sizes: Mapping[str, int], prices: Mapping[str, Cost]) -> Origin:
     """Where the first round begins, in what target.budget counts; the config allows others than weights for whole runs.
 
-    `sizes` and `flops` are those of the prunable tensors when dense.
+    `sizes` and `prices` are those of the prunable tensors.
     """
     if config.target.budget == "weights":
         return begin
-    total = limits.spent(sizes, round_plan.costs(config, sizes, flops))
+    total = limits.spent(sizes, prices)
     return Origin(total, total, begin.generation)
 
 
-def beginning(session: Session, prunable: Sequence[Prunable]) -> Origin:
-    """Where the first round of the session's run begins, in what target.budget counts."""
-    flops = cost.flops(session.new_model(), input_shape(session.config))
-    sizes = {tensor.name: tensor.weights for tensor in prunable}
-    return priced(session.config, origin(session.run, prunable), sizes, flops)
+def beginning(subject: Subject) -> Origin:
+    """Where the first round of the run begins, in what target.budget counts: others than weights rest on the scan."""
+    sizes = {tensor.name: tensor.weights for tensor in subject.prunable}
+    begin = origin(subject.session.run, subject.prunable)
+    return priced(subject.session.config, begin, sizes, subject.scan.prices if subject.scan else {})
+
+
+def outlook(subject: Subject) -> list[Goal]:
+    """All rounds of the run if each of them is accepted."""
+    config = subject.session.config
+    return campaign.outlook(config, beginning(subject), floor(config, subject.prunable))
 
 
 def floor(config: Config, prunable: Sequence[Prunable]) -> int:
@@ -122,13 +129,13 @@ def floor(config: Config, prunable: Sequence[Prunable]) -> int:
     return sum(min(config.prune.min_weights, tensor.weights) for tensor in prunable)
 
 
-def following(session: Session, prunable: Sequence[Prunable]) -> Goal | None:
+def following(subject: Subject) -> Goal | None:
     """What is to be tried next, the same on every rank; None where the rounds are over."""
-    text = None
+    session, text = subject.session, None
     if session.world.first:
         run, config = session.run, session.config
         tried = [Tried(m["planned_density"], m["kept"], m["accepted"]) for m in trail(run)]
-        goal = campaign.following(config, beginning(session, prunable), floor(config, prunable), tried)
+        goal = campaign.following(config, beginning(subject), floor(config, subject.prunable), tried)
         text = json.dumps(None if goal is None else asdict(goal)).encode()
         if goal is None and not any(each.accepted for each in tried):
             session.progress({"note": "no round was accepted: the network stays as it was before the first one"})

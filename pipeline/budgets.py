@@ -74,11 +74,10 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     if missing := weights.keys() - flops.keys():
         raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")
     prune, unit, started = config.prune, config.target.budget, time.perf_counter()
-    priced = round_plan.scanned(config, scan, classes, flops).priced
-    prices = {name: each.cost for name, each in priced.items()}
+    scanned = round_plan.scanned(config, scan, classes, flops)
     floors, caps = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
-    total, least, most = (limits.spent(counts, prices) for counts in (weights, floors, caps))
-    bought = budget.frontier(priced, floors, caps)
+    total, least, most = (limits.spent(counts, scanned.prices) for counts in (weights, floors, caps))
+    bought = budget.frontier(scanned.priced, floors, caps)
     ready = time.perf_counter() - started
 
     def option(compression: float) -> Option:
@@ -87,10 +86,11 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
         clock = time.perf_counter()
         found = bought.spend(min(money, most))
         seconds = time.perf_counter() - clock
-        kept = found.keep
-        spent = sum(flops[name] // weights[name] * count for name, count in kept.items())
-        stored = sum(cost.packed_bytes(weights[name], count) for name, count in kept.items())
-        return Option(compression, money, found, sum(kept.values()), spent, stored, seconds)
+
+        def amount(of: cost.Quantity) -> int:
+            return sum(cost.price(of, weights[name], flops[name])(count) for name, count in found.keep.items())
+
+        return Option(compression, money, found, amount("weights"), amount("flops"), amount("bytes"), seconds)
 
     asked = [option(each) for each in compressions]
     between = np.geomspace(1.0, max(*compressions, 1.01), CURVE)

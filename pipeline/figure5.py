@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from pipeline import attempts, models, rounds
+from pipeline import attempts, rounds
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.prune import campaign, round_plan
+from pipeline.prune import round_plan
 from pipeline.session import Session
 from pipeline.state import Run
+from pipeline.subject import open_subject
 from pipeline.train import checkpoint
 
 REGULARISERS = ("l2", "l1")
@@ -45,22 +44,16 @@ def variant(config: Config, regulariser: str, runs_dir: str) -> Config:
 
 def measure(session: Session) -> None:
     """Every point, on every rank in lockstep; a finished one is skipped. The chain is for L2 alone, as in the paper."""
-    model = session.new_model()
-    prunable, _ = models.survey(model, session.config.prune.include, session.config.prune.exclude)
-    dense = checkpoint.load(session.run, "dense/checkpoint").weights
-    model.load_state_dict(dense)
-    dense_weights = {name: weight.clone() for name, weight in rounds.prunable_weights(model, prunable).items()}
-    everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense_weights.items()}
-    begin = attempts.beginning(session, prunable)
-    goals = campaign.outlook(session.config, begin, attempts.floor(session.config, prunable))
+    subject, dense = open_subject(session), checkpoint.load(session.run, "dense/checkpoint")
+    goals = attempts.outlook(subject)
     for goal in goals:
-        model.load_state_dict(dense)
-        rounds.one_round(session, model, prunable, dense_weights, everything, goal, one_shot_folder(goal.round))
+        subject.load(dense)
+        rounds.one_round(subject, subject.everything, goal, one_shot_folder(goal.round))
     if session.config.retrain.l1 == 0:
-        model.load_state_dict(dense)
-        alive = everything
+        subject.load(dense)
+        alive = subject.everything
         for goal in goals:
-            alive = rounds.one_round(session, model, prunable, dense_weights, alive, goal)
+            alive = rounds.one_round(subject, alive, goal)
 
 
 def one_shot_folder(number: int) -> str:

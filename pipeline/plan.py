@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline import attempts, cost, lineage, models, prepare, rounds, session, state
+from pipeline import attempts, cost, lineage, models, prepare, session, state
 from pipeline.config import Config
 from pipeline.data import placement, shards, sources
 from pipeline.errors import UserError
 from pipeline.models import LeftOut, Prunable
 from pipeline.prune import campaign, criteria, round_plan
 from pipeline.prune.round_plan import Goal, RoundPlan, Scanned
+from pipeline.subject import prunable_weights
 from pipeline.train import checkpoint, recipe
 
 
@@ -74,7 +75,7 @@ def make(config: Config) -> RunPlan:
     prepare.check(model, config, [tensor.name for tensor in prunable])
     flops = cost.flops(model, session.input_shape(config))
     source = lineage.find(config, prunable) if config.start.source is not None else None
-    known = look_up(config, rounds.prunable_weights(model, prunable), source, counts.classes, flops)
+    known = look_up(config, prunable_weights(model, prunable), source, counts.classes, flops)
     notes = [*known.notes, *target_notes(config)]
     sizes = {tensor.name: tensor.weights for tensor in prunable}
     total = sum(sizes.values())
@@ -83,7 +84,8 @@ def make(config: Config) -> RunPlan:
         name: recipe.total_steps(part, placement.steps_per_epoch(counts.train, config.data.lanes, part.batch_size))
         for name, part in (("dense", config.dense), ("retrain", config.retrain))
     }
-    begin = attempts.priced(config, campaign.Origin(total, total) if source is None else source.origin, sizes, flops)
+    begin = campaign.Origin(total, total) if source is None else source.origin
+    begin = attempts.priced(config, begin, sizes, round_plan.costs(config, sizes, flops))
     fewest = attempts.floor(config, prunable)
     round_plan.require_possible(config, sizes, flops)
     campaign.require_room(config, begin, fewest)

@@ -22,8 +22,9 @@ from pipeline.models import Prunable
 from pipeline.prepare import Pruned
 from pipeline.prune import criteria, masks, round_plan
 from pipeline.prune.round_plan import Goal, RoundPlan
-from pipeline.session import Session, input_shape
+from pipeline.session import Session
 from pipeline.state import now_ms
+from pipeline.subject import Subject, open_subject
 from pipeline.train import checkpoint, dropout
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.evaluate import forward
@@ -55,58 +56,44 @@ def dense(session: Session) -> None:
 
 def prune(session: Session) -> None:
     """All rounds, the dense control, and the one look at test; each part is skipped where it is finished."""
-    model = session.new_model()
-    model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
-    prunable, _ = models.survey(model, session.config.prune.include, session.config.prune.exclude)
-    dense_weights = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
-    attempts.note_dense_answers(session, model)
+    subject = open_subject(session)
+    attempts.note_dense_answers(session, subject.model)
     attempts.settle(session)
-    alive = stand(session, model, prunable)
-    while (goal := attempts.following(session, prunable)) is not None:
-        alive = one_round(session, model, prunable, dense_weights, alive, goal)
+    alive = stand(subject)
+    while (goal := attempts.following(subject)) is not None:
+        alive = one_round(subject, alive, goal)
         if not attempts.settle(session):
-            alive = stand(session, model, prunable)
+            alive = stand(subject)
     if session.config.prune.dense_control:
         compare.control(session)
     compare.look_at_test(session)
     if session.world.first and not session.run.has("final", "activity.json"):
-        measure_activity(session, prunable)
+        measure_activity(session, subject.prunable)
     session.world.barrier()
 
 
-def stand(session: Session, model: nn.Module, prunable: list[Prunable]) -> dict[str, Tensor]:
-    """Bring `model` to where the run stands, its last accepted round or where it began; returns the masks."""
-    saved = attempts.standing_checkpoint(session.run, prunable)
-    model.load_state_dict(saved.weights)
-    return {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
+def stand(subject: Subject) -> dict[str, Tensor]:
+    """Bring the network to where the run stands, its last accepted round or where it began; returns the masks."""
+    return subject.load(attempts.standing_checkpoint(subject.session.run, subject.prunable))
 
 
-def one_round(
-    session: Session,
-    model: nn.Module,
-    prunable: list[Prunable],
-    dense_weights: dict[str, Tensor],
-    alive: dict[str, Tensor],
-    goal: Goal,
-    folder: str | None = None,
-) -> dict[str, Tensor]:
+def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str | None = None) -> dict[str, Tensor]:
     """Plan, mask, retrain, evaluate, check and save one attempt at a round; or load it where it is finished.
 
     It lies in `folder`, by default that of the round, whose batches are then those of its generation. One that is
     refused leaves no checkpoint.
     """
+    session, model = subject.session, subject.model
     order = folder or round_folder(goal.generation)
     folder, run, clock = folder or round_folder(goal.round), session.run, time.monotonic()
     if run.has(folder, "metrics.json"):
-        saved = checkpoint.load(run, f"{folder}/checkpoint")
-        model.load_state_dict(saved.weights)
-        return {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
+        return subject.load(checkpoint.load(run, f"{folder}/checkpoint"))
     pruned = prepare.kept_before(session, model, folder)
     if pruned is None:
-        pruned = prune_once(session, model, prunable, dense_weights, alive, goal, folder)
+        pruned = prune_once(subject, alive, goal, folder)
         prepare.keep(session, model, folder, pruned)
     plan, kept, fits = pruned
-    gradual = gradually(session, model, prunable, dense_weights, alive, goal, folder)
+    gradual = gradually(subject, alive, goal, folder)
     rates = prepare.dropout_rates(session, model, plan.keep)
     before = session.evaluate(model, "val").metrics()
     count, dead = sum(plan.keep.values()), sum(plan.dead.values())
@@ -120,7 +107,7 @@ def one_round(
     training.applier.clean()
     if gradual:
         plan, kept = RoundPlan.from_json(run.read(folder, "plan.json")), training.masks
-    guard(session, prunable_weights(model, prunable), kept, plan)
+    guard(subject, kept, plan)
     answers = session.evaluate(model, "val")
     judged = attempts.judge(session, answers)
     if session.world.first:
@@ -137,24 +124,17 @@ def one_round(
     return kept
 
 
-def prune_once(
-    session: Session,
-    model: nn.Module,
-    prunable: list[Prunable],
-    dense_weights: dict[str, Tensor],
-    alive: dict[str, Tensor],
-    goal: Goal,
-    folder: str,
-) -> Pruned:
+def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str) -> Pruned:
     """Plan and mask, and all that comes before the retraining. With prune.gradual only planned: nothing goes yet."""
+    session, model = subject.session, subject.model
     gradual = session.config.prune.gradual
-    needed = prepare.statistics(session, model, [tensor.name for tensor in prunable])
-    plan = plan_round(session, model, prunable, dense_weights, alive, goal, needed)
-    kept = alive if gradual else shared_masks(session, plan, prunable_weights(model, prunable), alive, needed)
+    needed = prepare.statistics(session, model, [*subject.dense])
+    plan = plan_round(subject, alive, goal, needed)
+    kept = alive if gradual else shared_masks(subject, plan, alive, needed)
     before = prepare.reference(session, model)
     plan, kept = prepare.remove_dead(session, model, plan, kept)
     if session.world.first and not (gradual and session.run.has(folder, "plan.json")):  # the last prune replaced it
-        session.run.commit(plan.as_json(prunable), folder, "plan.json")
+        session.run.commit(plan.as_json(subject.prunable), folder, "plan.json")
     prepare.reinitialise(session, model, goal.generation)
     apply_masks(model, kept)
     fits = prepare.reconstruct(session, model, before, kept)
@@ -162,60 +142,35 @@ def prune_once(
     return Pruned(plan, kept, fits)
 
 
-def plan_round(
-    session: Session,
-    model: nn.Module,
-    prunable: list[Prunable],
-    dense_weights: dict[str, Tensor],
-    alive: dict[str, Tensor],
-    goal: Goal,
-    statistics: dict[str, Tensor],
-) -> RoundPlan:
+def plan_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, statistics: dict[str, Tensor]) -> RoundPlan:
     """The plan of a round, the same on every rank, since all hold the same weights and statistics of them."""
-    scan = None
-    if round_plan.needs_scan(session.config):
-        flops = cost.flops(model, input_shape(session.config))
-        content = session.run.read("scan", "scan.json")
-        scan = round_plan.scanned(session.config, content, session.manifest.num_classes, flops)
-    weights = prunable_weights(model, prunable)
-    return round_plan.make(session.config, goal, weights, dense_weights, alive, scan, statistics)
+    config = subject.session.config
+    return round_plan.make(config, goal, subject.weights, subject.dense, alive, subject.scan, statistics)
 
 
-def gradually(
-    session: Session,
-    model: nn.Module,
-    prunable: list[Prunable],
-    dense_weights: dict[str, Tensor],
-    alive: dict[str, Tensor],
-    goal: Goal,
-    folder: str,
-) -> Gradual | None:
+def gradually(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str) -> Gradual | None:
     """With prune.gradual, how the round's weights go during its retraining; the last prune rewrites plan.json."""
+    session = subject.session
     config = session.config.prune
     if not config.gradual:
         return None
-    total = sum(mask.numel() for mask in alive.values())
 
     def prune(density: float, masks: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
-        on_the_way = goal if last else goal.at(density)
-        needed = prepare.statistics(session, model, list(masks))
-        plan = plan_round(session, model, prunable, dense_weights, masks, on_the_way, needed)
+        needed = prepare.statistics(session, subject.model, list(masks))
+        plan = plan_round(subject, masks, goal if last else goal.at(density), needed)
         if last and session.world.first:
-            session.run.commit(plan.as_json(prunable), folder, "plan.json")
-        return shared_masks(session, plan, prunable_weights(model, prunable), masks, needed)
+            session.run.commit(plan.as_json(subject.prunable), folder, "plan.json")
+        return shared_masks(subject, plan, masks, needed)
 
-    before = sum(int(mask.sum()) for mask in alive.values()) / total
+    before = sum(int(mask.sum()) for mask in alive.values()) / sum(mask.numel() for mask in alive.values())
     return Gradual(prune, before, goal.density, config.gradual, config.gradual_every)
 
 
 def shared_masks(
-    session: Session,
-    plan: RoundPlan,
-    weights: dict[str, Tensor],
-    alive: dict[str, Tensor],
-    statistics: dict[str, Tensor],
+    subject: Subject, plan: RoundPlan, alive: dict[str, Tensor], statistics: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The masks that rank 0 made, on every rank. Raises Agreed if the ranks' hashes differ."""
+    session, weights = subject.session, subject.weights
     packed = None
     if session.world.first:
         ranking = criteria.scores(session.config.prune.criterion, weights, session.config.seed, statistics)
@@ -229,10 +184,11 @@ def shared_masks(
     return {name: mask.to(session.world.device) for name, mask in received.items()}
 
 
-def guard(session: Session, weights: dict[str, Tensor], kept: dict[str, Tensor], plan: RoundPlan) -> None:
+def guard(subject: Subject, kept: dict[str, Tensor], plan: RoundPlan) -> None:
     """Raise Agreed, on every rank, if a pruned weight is not 0, a count is off, or masks differ."""
+    session = subject.session
     on_cpu = {name: mask.cpu() for name, mask in kept.items()}
-    problems = masks.check({name: weight.cpu() for name, weight in weights.items()}, on_cpu, plan.keep)
+    problems = masks.check({name: weight.cpu() for name, weight in subject.weights.items()}, on_cpu, plan.keep)
     session.world.agree("; ".join([f"round {plan.round}: {problem}" for problem in problems]) or None)
     if not session.world.same(masks.digest(on_cpu)):
         raise Agreed(f"round {plan.round}: the ranks hold different masks after retraining (their hashes differ)")
@@ -258,12 +214,6 @@ def measure_activity(session: Session, prunable: list[Prunable]) -> None:
     session.run.commit(rows, "final", "activity.json")
 
 
-def prunable_weights(model: nn.Module, prunable: list[Prunable]) -> dict[str, Tensor]:
-    """The prunable tensors of a model by name, detached."""
-    parameters = dict(model.named_parameters())
-    return {tensor.name: parameters[tensor.name].detach() for tensor in prunable}
-
-
 @torch.no_grad()
 def apply_masks(model: nn.Module, kept: dict[str, Tensor]) -> None:
     """Set every pruned weight to 0."""
@@ -281,7 +231,6 @@ def round_facts(
     return {
         "round": plan.round,
         "attempt": plan.attempt,
-        "accepted": True,
         "planned_density": plan.density,
         "density": left / total,
         "compression": total / left,

@@ -74,7 +74,8 @@ def check_network(config: Config, here: Run) -> None:
     prunable, _ = models.survey(model, config.prune.include, config.prune.exclude)
     sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, session.input_shape(config))
     round_plan.require_possible(config, sizes, flops)
-    begin = attempts.priced(config, lineage.origin(config, here, prunable), sizes, flops)
+    prices = round_plan.costs(config, sizes, flops)
+    begin = attempts.priced(config, lineage.origin(config, here, prunable), sizes, prices)
     campaign.require_room(config, begin, attempts.floor(config, prunable))
     if config.target.mode == "no-loss":
         campaign.require_enough(here.read("data.json")["val"], config.target)

@@ -46,6 +46,11 @@ class Scanned:
     qualities: dict[str, float]
     priced: dict[str, Priced]
 
+    @property
+    def prices(self) -> dict[str, Cost]:
+        """What each tensor costs, in what target.budget counts."""
+        return {name: each.cost for name, each in self.priced.items()}
+
 
 @dataclass(frozen=True)
 class RoundPlan:
@@ -191,7 +196,7 @@ def spendable(config: Config, goal: Goal, alive: dict[str, Tensor], scan: Scanne
     Dead units may leave less, and on the way to the last density so may ceilings.
     """
     solved = config.prune.allocation == "budget"
-    prices = {name: each.cost for name, each in scan.priced.items()} if scan and solved else {}
+    prices = scan.prices if scan and solved else {}
     last = config.target.mode == "compression" and goal.density == densities(config)[-1]
     if config.prune.dead_neurons or not last:
         return min(goal.budget, limits.spent(bounds(config, alive)[1], prices))
@@ -212,8 +217,7 @@ def prediction(
     retraining, and the least that any allocation within the same limits could have for the same cost."""
     if scan is None:
         return None
-    prices = {name: each.cost for name, each in scan.priced.items()}
-    spent = limits.spent(keep, prices)
+    spent = limits.spent(keep, scan.prices)
     money = spend if spend is not None and config.prune.allocation == "budget" else spent
     return {
         "unit": config.target.budget,

@@ -29,6 +29,7 @@ from pipeline.prune import reconstruct
 from pipeline.prune.round_plan import Goal
 from pipeline.session import Session, open_session
 from pipeline.state import Run
+from pipeline.subject import Subject, prunable_weights
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -129,7 +130,7 @@ def masked(model: nn.Module, density: float) -> tuple[nn.Module, dict[str, Tenso
     work = copy.deepcopy(model)
     prunable, _ = models.survey(work)
     kept = {}
-    for name, weight in rounds.prunable_weights(work, prunable).items():
+    for name, weight in prunable_weights(work, prunable).items():
         everything = torch.ones_like(weight, dtype=torch.bool)
         kept[name] = masking.top_mask(weight.abs(), everything, max(1, round(density * weight.numel())))
     rounds.apply_masks(work, kept)
@@ -223,6 +224,14 @@ def two_ranks(rank: int, folder: str, config: Config, root: str, fence: int) -> 
     dist.destroy_process_group()
 
 
+def untrained(session: Session, model: nn.Module) -> tuple[Subject, dict[str, Tensor]]:
+    """A network as it was made, in place of a dense one, and masks that keep everything."""
+    prunable, _ = models.survey(model)
+    weights = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
+    subject = Subject(session, model, prunable, weights, scan=None)
+    return subject, subject.everything
+
+
 def pruned_once(session: Session) -> dict[str, dict[str, Tensor]]:
     """A round's statistics of each kind, and, with criterion obs, its masks and weights before retraining."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -234,9 +243,7 @@ def pruned_once(session: Session) -> dict[str, dict[str, Tensor]]:
         model = session.new_model()
         prunable, _ = models.survey(model)
         found[criterion] = prepare.statistics(session, model, [tensor.name for tensor in prunable])
-    weights = {name: weight.clone() for name, weight in rounds.prunable_weights(model, prunable).items()}
-    alive = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    pruned = rounds.prune_once(session, model, prunable, weights, alive, GOAL, "rounds/02")
+    pruned = rounds.prune_once(*untrained(session, model), GOAL, "rounds/02")
     return {**found, "masks": pruned.kept, "weights": dict(model.state_dict())}
 
 
@@ -260,10 +267,7 @@ def test_reconstruction_of_a_round_is_kept_until_it_is_retrained(small_session: 
     prune = tree.prune.model_copy(update={"reconstruct_samples": 50, "allocation": "uniform"})
     session = replace(small_session, config=tree.model_copy(update={"prune": prune}))
     model = session.new_model()
-    prunable, _ = models.survey(model)
-    weights = {name: weight.clone() for name, weight in rounds.prunable_weights(model, prunable).items()}
-    alive = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    pruned = rounds.prune_once(session, model, prunable, weights, alive, GOAL, "rounds/kept")
+    pruned = rounds.prune_once(*untrained(session, model), GOAL, "rounds/kept")
     prepare.keep(session, model, "rounds/kept", pruned)
     other = session.new_model()
     again = prepare.kept_before(session, other, "rounds/kept")
