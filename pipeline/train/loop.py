@@ -168,8 +168,9 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         labels, valid = batch.labels.to(device), batch.weights.to(device)
-        logits = forward(wrapped, batch.images.to(device, non_blocking=True), self.config, self.settings.precision)
-        total = (recipe.losses(self.settings, logits, labels, self._taught(batch)) * valid).sum()
+        images = batch.images.to(device, non_blocking=True)
+        logits = forward(wrapped, images, self.config, self.settings.precision)
+        total = (recipe.losses(self.settings, logits, labels, self._taught(images)) * valid).sum()
         # DDP averages gradients over ranks, which may hold unequal shares of the batch; a bad image counts as a
         # sample with loss 0, so the divisor is the same on every rank without another all-reduce.
         self.optimizer.zero_grad(set_to_none=True)
@@ -189,11 +190,11 @@ class Training:
         self.running += torch.stack([total.detach().double(), len(valid) - bad.double(), bad.double()])
 
     @torch.no_grad()
-    def _taught(self, batch: Batch) -> Tensor | None:
-        """The teacher's logits of a batch, (n, classes)."""
+    def _taught(self, images: Tensor) -> Tensor | None:
+        """The teacher's logits, (n, classes), of images (uint8) on this rank's device."""
         if self.teacher is None:
             return None
-        return forward(self.teacher, batch.images.to(self.world.device), self.config, self.settings.precision)
+        return forward(self.teacher, images, self.config, self.settings.precision)
 
     def _rate(self) -> float:
         """The learning rate of this step. Raises Agreed where the schedule leads out of floating point."""
