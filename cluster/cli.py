@@ -15,6 +15,7 @@ from cluster.engine import RayEngine
 from cluster.packed_cli import packed_app
 from pipeline import commands, stages, state
 from pipeline import reproduce as paper
+from pipeline.commands import ConfigPath, Overrides
 from pipeline.console import Display, main_module, one_message, show_bench, show_scan
 from pipeline.data import push, shards, storage
 from pipeline.distributed import configure_process
@@ -28,8 +29,6 @@ shards_app = typer.Typer(help="Make, take over and check WebDataset shards.", no
 app.add_typer(shards_app, name="shards")
 app.add_typer(packed_app, name="packed")
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/, or its URL.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
 RunPath = Annotated[
     str, typer.Argument(metavar="RUN", help="Folder of a run, as in runs/demo or s3://bucket/runs/demo.")
 ]
@@ -42,15 +41,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     commands.run(commands.load(config, _checked(config, overrides)), RayEngine())
 
 
-@app.command()
-def plan(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    budgets: commands.Budgets = None,
-    figure: commands.FigureFile = None,
-) -> None:
-    """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
-    commands.show(commands.load(config, overrides, needs_data=False), budgets, figure)
+app.command("plan")(commands.plan_command)
 
 
 @app.command()

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
 
 import typer
 
 from pipeline import commands
 from pipeline import reproduce as paper
+from pipeline.commands import ConfigPath, Overrides
 from pipeline.console import main_module, one_message
 from pipeline.distributed import configure_process, torchrun_world
 from pipeline.local import LocalEngine
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/, or its URL.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
 
 
 @app.command()
@@ -32,15 +29,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
             engine.follow()
 
 
-@app.command()
-def plan(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    budgets: commands.Budgets = None,
-    figure: commands.FigureFile = None,
-) -> None:
-    """Show what a run would do, and run nothing."""
-    commands.show(commands.load(config, overrides, needs_data=False), budgets, figure)
+app.command("plan")(commands.plan_command)
 
 
 @app.command()

@@ -25,6 +25,8 @@ from pipeline.results.tracking import Synced
 from pipeline.settings.data import NO_ROOT
 from pipeline.state import Run, run_root
 
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/, or its URL.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
 Budgets = Annotated[
     str | None, typer.Option(metavar="2,4,8", help="Show what several compressions would keep, solved from the scan.")
 ]
@@ -82,6 +84,13 @@ def run(config: Config, engine: Engine) -> dict[str, Any]:
             engine.close()
     show_result(result, storage.join(run_root(config), "report.html"))
     return result
+
+
+def plan_command(
+    config: ConfigPath, overrides: Overrides = None, budgets: Budgets = None, figure: FigureFile = None
+) -> None:
+    """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
+    show(load(config, overrides, needs_data=False), budgets, figure)
 
 
 def show(config: Config, compressions: str | None = None, figure: str | None = None) -> None:
