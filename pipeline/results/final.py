@@ -70,7 +70,7 @@ def assemble(
     trail, folder = attempts.trail(here), attempts.standing(here)
     judged = mcnemar(here, "dense_control" if "dense_control" in test else "dense")
     kept = {name: int(mask.sum()) for name, mask in masks.items()}
-    layers = layer_rows(config, here, prunable, kept, sizes)
+    layers = layer_rows(config, here, prunable, folder, kept, sizes)
     flops = sum(row["flops"] for row in layers)
     total, left = sum(mask.numel() for mask in masks.values()), sum(kept.values())
     # A network that is the dense one to the bit has lost nothing, however few images there are to show it.
@@ -127,10 +127,12 @@ def assemble(
 
 
 def layer_rows(
-    config: Config, here: Run, prunable: list[Prunable], kept: dict[str, int], sizes: packed.PackedSizes
+    config: Config, here: Run, prunable: list[Prunable], folder: str, kept: dict[str, int], sizes: packed.PackedSizes
 ) -> list[dict[str, Any]]:
-    """One row a prunable tensor, in the paper's columns. flops_density = density x input density (PAPER, tables)."""
-    folder = attempts.standing(here)
+    """One row a prunable tensor of the network in `folder`, in the paper's columns.
+
+    flops_density = density x input density (tables 2 to 5).
+    """
     plan = {"tensors": []} if folder == attempts.DENSE else here.read(folder, "plan.json")
     thresholds = {row["name"]: row["threshold"] for row in plan["tensors"]}
     activity = {row["name"]: row for row in here.read("final", "activity.json")}

@@ -129,7 +129,7 @@ class Prune(Section):
     )
 
     @model_validator(mode="after")
-    def _list_given(self) -> Prune:
+    def _consistent(self) -> Prune:
         if self.schedule == "list":
             if not self.list:
                 raise ValueError("schedule=list needs prune.list, the density after each round: [0.5, 0.2, 0.1]")
