@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_run import TINY, merged
+from tiny_run import ALONE, TINY, carry_out, final_weights, merged
 
 from pipeline import attempts, commands, lineage, plan, stages
 from pipeline import config as settings
 from pipeline.config import Config
 from pipeline.data import shards, storage
-from pipeline.distributed import World, configure_process
+from pipeline.distributed import configure_process
 from pipeline.errors import UserError
 from pipeline.local import LocalEngine
 from pipeline.results.contents import read
@@ -26,7 +25,6 @@ from pipeline.state import Run, open_run, run_root
 from pipeline.train import checkpoint
 from pipeline.train.loop import Training
 
-ALONE = World(0, 1, torch.device("cpu"))
 Events = list[dict[str, Any]]
 # A step to 2% of the weights loses far more than 20 points; small ones do not.
 CAMPAIGN: dict[str, Any] = {
@@ -40,11 +38,9 @@ def make(runs: Path, **changes: Any) -> Config:
     return settings.parse(merged({**TINY, "runs_dir": str(runs)}, changes))
 
 
-def carry_out(config: Config) -> tuple[dict[str, Any], Events]:
-    """A whole run; its result and events."""
-    configure_process(config)
+def result_and_events(config: Config) -> tuple[dict[str, Any], Events]:
     events: Events = []
-    return stages.run(config, LocalEngine(ALONE), events.append), events
+    return carry_out(config, events), events
 
 
 def to_test(config: Config) -> Events:
@@ -91,7 +87,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory, digits: dict[str, str]) -> tuple[Config, dict[str, Any], Events]:
     config = make(tmp_path_factory.mktemp("runs"), **CAMPAIGN, **digits)
-    return config, *carry_out(config)
+    return config, *result_and_events(config)
 
 
 def test_a_campaign_goes_back_where_too_much_was_lost(campaign: tuple[Config, dict[str, Any], Events]) -> None:
@@ -184,7 +180,7 @@ def test_a_campaign_killed_again_and_again_ends_with_the_same_bits(
 def test_a_campaign_that_accepts_nothing_hands_over_the_dense_network(digits: dict[str, str], tmp_path: Path) -> None:
     target = {**CAMPAIGN["target"], "tolerance": 0.0, "step": 0.9, "smallest_step": 0.94}
     config = make(tmp_path, **{**CAMPAIGN, "target": target, "retrain.lr": 1.0, "retrain.steps": 1, **digits})
-    result, events = carry_out(config)
+    result, events = result_and_events(config)
     assert [row["accepted"] for row in result["rounds"]] == [False]
     assert (result["compression"], result["verdict"]) == (1, "no loss")
     assert result["weights_kept"] == result["weights_total"] == 50200
@@ -193,7 +189,7 @@ def test_a_campaign_that_accepts_nothing_hands_over_the_dense_network(digits: di
     assert result["test"]["pruned"] == result["test"]["dense"]
     assert any("no round was accepted" in event.get("note", "") for event in events)
     dense = checkpoint.load(run_of(config), "dense/checkpoint").weights
-    final = load_file(Path(run_root(config)) / "final/model.safetensors")
+    final = final_weights(config)
     assert all(torch.equal(final[name], dense[name]) for name in dense)
     text = Path(run_root(config), "report.html").read_text()
     assert "Nothing was pruned" in text
@@ -246,7 +242,7 @@ def test_a_branch_prunes_further_and_says_where_it_comes_from(source: Config) ->
     assert [row.kept for row in made.rounds] == [5020, 2510]  # of 50,200: 0.2, 0.1, 0.05
     assert made.dense_steps == 0
     assert any("starts from round 2" in note for note in made.notes)
-    result, _ = carry_out(config)
+    result = carry_out(config)
     before = checkpoint.load(run_of(source), "rounds/02/checkpoint").masks
     after = checkpoint.load(run_of(config), "rounds/02/checkpoint").masks
     assert all(bool((before[name] | ~after[name]).all()) for name in before)
@@ -262,7 +258,7 @@ def test_a_branch_prunes_further_and_says_where_it_comes_from(source: Config) ->
     home = Path(run_root(source))
     home.rename(home.with_name("moved"))  # the branch stands alone
     try:
-        assert carry_out(config)[0] == result
+        assert carry_out(config) == result
     finally:
         home.with_name("moved").rename(home)
     last = branch(config, "last", {"start.from": "further:1", "prune.schedule": "one-shot"})
