@@ -27,6 +27,11 @@ class Train(Section):
         description="L1 regularisation of the prunable weights, no others. The paper's L1 then L2 is dense.l1 with "
         "retrain.weight_decay.",
     )
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = Field(
+        None,
+        description="Scale an update's gradient down to this Euclidean norm where it is longer: for high learning "
+        "rates in networks without batch norm. The gradients of pruned weights do not count.",
+    )
     schedule: Literal["constant", "cosine", "step", "inv"] = Field(
         "cosine",
         description="cosine falls to 0; step multiplies by `gamma` at `milestones`; inv is Caffe's "

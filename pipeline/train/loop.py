@@ -177,12 +177,16 @@ class Training:
         (total * (self.world.size / self.settings.batch_size)).backward()
         if self.settings.l1:
             recipe.add_l1(self.weights, self.settings.l1)
+        if self.settings.clip_norm is not None:  # else pruned weights would count where they are not all-reduced
+            self.applier.zero([self.parameters[name].grad for name in self.masks])
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if not torch.isfinite(norm):
             raise Agreed(
                 f"{self.phase}: the gradient of step {step} is not finite (lr {rate:.3g}); no update was made. Lower "
                 "the learning rate, or look for bad inputs"
             )
+        if self.settings.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.clip_norm, norm)
         self.optimizer.step()
         self.applier.apply()
         self.order_here += seeding.order_digest(step, batch.indices.numpy())

@@ -177,3 +177,18 @@ def test_l1_pulls_at_prunable_weights_alone(small_session: Session) -> None:
             torch.testing.assert_close(pulled.seen[1][name], without.seen[1][name] - 0.005 * start.sign())
         else:
             assert torch.equal(pulled.seen[1][name], without.seen[1][name])
+
+
+def test_a_long_gradient_is_scaled_down_and_pruned_weights_do_not_count(small_session: Session) -> None:
+    """One plain SGD update of a clipped gradient moves the survivors by lr * clip_norm; a short one stays as it is."""
+    one = {"phases": ("all",), "steps": 1, "momentum": 0.0, "lr": 0.5, "weight_decay": 0.0}
+    masks = masks_of(small_session.new_model(), 0.3)
+    free, clipped, short = (
+        training(small_session, f"clip-{limit}", masks, **one, clip_norm=limit) for limit in (None, 0.01, 1e6)
+    )
+    for each in (free, clipped, short):
+        each.fit()
+    moves = {name: clipped.seen[1][name] - start for name, start in clipped.seen[0].items()}
+    kept = [move[masks[name]] if name in masks else move.flatten() for name, move in moves.items()]
+    assert float(torch.cat(kept).norm()) == pytest.approx(0.5 * 0.01, rel=1e-4)
+    assert all(torch.equal(short.seen[1][name], weight) for name, weight in free.seen[1].items())
