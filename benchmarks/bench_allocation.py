@@ -87,7 +87,7 @@ def main() -> None:
         found: dict[str, list[Measured]] = {}
         with Display(make_console(stderr=True)) as display:
             for seed in seeds:
-                base = make_config(network, seed, runs, [f"name=seed-{seed}", "prune.allocation=paper"])
+                base = make_config(network, seed, runs, [f"name=seed-{seed}", f"prune.allocation={SOLVED}"])
                 configure_process(base)
                 prepare(base, display)
                 for allocation in given.allocations.split(","):

@@ -7,7 +7,7 @@ from typing import Any
 from cluster import connect, sweep
 from cluster import train as training
 from pipeline.config import Config
-from pipeline.engine import OnLevel, Trials
+from pipeline.engine import OnLevel, Together, Trials
 from pipeline.session import Progress
 from pipeline.state import Run
 
@@ -27,6 +27,11 @@ class RayEngine:
         """Run the scan as trials of Ray Tune."""
         self._connect(config, run)
         return sweep.scan(self.ray, todo, config, run, on_level, source)
+
+    def together(self, config: Config, run: Run, source: str) -> Together:
+        """Measure allocations as tasks side by side."""
+        self._connect(config, run)
+        return sweep.together(self.ray, config, run, source)
 
     def _connect(self, config: Config, run: Run) -> None:
         self.ray = connect.connect(config)

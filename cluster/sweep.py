@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,11 +17,12 @@ from pipeline import models
 from pipeline.config import Config
 from pipeline.data.loader import Batch
 from pipeline.distributed import World, choose_device, configure_process
-from pipeline.engine import OnLevel, Trials
+from pipeline.engine import OnLevel, Together, Trials
 from pipeline.errors import RunStopped
 from pipeline.local import scan_inputs
 from pipeline.prune import sensitivity
 from pipeline.prune.sensitivity import Answers
+from pipeline.prune.together import Keep, measure
 from pipeline.session import open_session, place
 from pipeline.state import Run
 
@@ -35,11 +37,7 @@ def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, so
     from ray import tune
 
     shared = ray.put(shared_inputs(config, run, source))
-    reserved = {"num_cpus": config.cluster.cpus_per_trial, "num_gpus": config.cluster.gpus_per_trial}
-    try:
-        dense = ray.get(ray.remote(**reserved, max_retries=config.cluster.max_failures)(answer).remote(shared))
-    except ray.exceptions.RayError as error:
-        raise RunStopped(f"scan: the network as it is could not be measured: {str(error).splitlines()[-1]}") from error
+    dense = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is")
     if not todo:
         return dict(dense.figures())
     name = f"{config.name}-scan-{uuid.uuid4().hex[:8]}"
@@ -63,6 +61,36 @@ def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, so
     if results.errors:
         raise RunStopped(f"scan: {len(results.errors)} trials failed: {str(results.errors[0]).splitlines()[-1]}")
     return dict(dense.figures())
+
+
+def together(ray: Any, config: Config, run: Run, source: str) -> Together:
+    """A function that measures allocations of all tensors side by side, each as a task on what a trial reserves.
+
+    It raises RunStopped when a task keeps failing.
+    """
+    shared = ray.put(shared_inputs(config, run, source))
+    dense = as_task(ray, config, answer).remote(shared)
+    task = as_task(ray, config, answer_pruned)
+
+    def measured(keeps: Sequence[Keep]) -> Iterator[dict[str, Any]]:
+        for started in [task.remote(shared, dense, keep) for keep in keeps]:
+            yield finished(ray, started, "the network with all tensors pruned")
+
+    return measured
+
+
+def as_task(ray: Any, config: Config, function: Callable[..., Any]) -> Any:
+    """A function as a task of Ray's, with what a trial reserves."""
+    reserved = {"num_cpus": config.cluster.cpus_per_trial, "num_gpus": config.cluster.gpus_per_trial}
+    return ray.remote(**reserved, max_retries=config.cluster.max_failures)(function)
+
+
+def finished(ray: Any, started: Any, what: str) -> Any:
+    """What a task returns. Raises RunStopped if it failed for good."""
+    try:
+        return ray.get(started)
+    except ray.exceptions.RayError as error:
+        raise RunStopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
 
 
 def shared_inputs(config: Config, run: Run, source: str) -> dict[str, Any]:
@@ -102,6 +130,22 @@ def answer(shared: dict[str, Any]) -> Answers:
     """The network's own answers, to which every level is compared."""
     given = Inputs(shared)
     return sensitivity.answers(given.model, given.batches, given.settings, given.device)
+
+
+def answer_pruned(shared: dict[str, Any], dense: Answers, keep: Keep) -> dict[str, Any]:
+    """How the network answers with all tensors pruned so far, against its own answers."""
+    given = Inputs(shared)
+    (found,) = measure(
+        given.model,
+        [keep],
+        given.batches,
+        dense,
+        given.settings,
+        given.device,
+        given.calibration,
+        given.statistics,
+    )
+    return found
 
 
 def make_trial(ray: Any, tune: Any) -> type:

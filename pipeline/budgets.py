@@ -11,7 +11,7 @@ import numpy as np
 from pipeline import cost, models, plan, session, state
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.prune import budget, damage, limits, round_plan, schedules
+from pipeline.prune import damage, limits, round_plan, schedules
 from pipeline.prune.budget import Solution
 from pipeline.results.tables import TextTable, percent
 
@@ -77,14 +77,15 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     scanned = round_plan.scanned(config, scan, classes, flops)
     floors, caps = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
     total, least, most = (limits.spent(counts, scanned.prices) for counts in (weights, floors, caps))
-    bought = budget.frontier(scanned.priced, floors, caps)
+    spend = scanned.damages.within(floors, caps)
+    spend(most)
     ready = time.perf_counter() - started
 
     def option(compression: float) -> Option:
         money = schedules.budgets([1 / compression], total, compression)[0]
         limits.require_possible(money, least, max(most, money), prune.min_weights, len(weights), unit)
         clock = time.perf_counter()
-        found = bought.spend(min(money, most))
+        found = spend(min(money, most))
         seconds = time.perf_counter() - clock
 
         def amount(of: cost.Quantity) -> int:

@@ -78,6 +78,11 @@ class Display:
             self.count("scan", event["done"], event["total"])
             if self.bars is None and event["done"] == event["total"]:
                 self.line(f"scan: {event['done']} levels measured")
+        elif "together" in event:
+            self.line(
+                f"scan: all tensors together at density {event['together']:.2%}: the loss rises by at least "
+                f"{event['rise']:.4f} (damages composed by the power {event['power']:g})"
+            )
         elif "phase" in event:
             self.phase(event)
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from pipeline import figure5, rounds
 from pipeline.config import Config
+from pipeline.prune.together import Keep
 from pipeline.session import Progress, Session
 from pipeline.state import Run
 
 # For each tensor, the levels measured so far.
 Trials = dict[str, list[dict[str, Any]]]
 OnLevel = Callable[[str, dict[str, Any]], None]
+Together = Callable[[Sequence[Keep]], Iterable[dict[str, Any]]]
 
 
 class Engine(Protocol):
-    """What runs work on other processes. Both calls raise UserError or RunStopped with one message."""
+    """What runs work on other processes. Its calls raise UserError or RunStopped with one message."""
 
     def train(self, stage: str, config: Config, run: Run, progress: Progress) -> None:
         """Run `work(stage, ...)` on cluster.workers processes that train together."""
@@ -26,6 +28,10 @@ class Engine(Protocol):
 
         `source` is the folder of a checkpoint, whose masks stay applied.
         """
+
+    def together(self, config: Config, run: Run, source: str) -> Together:
+        """A function that measures the network in `source` with all its tensors pruned, at one allocation after the
+        other."""
 
     def close(self) -> None:
         """Release what the engine holds."""

@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.models import Prunable
 from pipeline.names import few
 from pipeline.prune.campaign import Origin
+from pipeline.scans import TOGETHER
 from pipeline.settings.training import Retrain
 from pipeline.state import Run
 from pipeline.train import checkpoint
@@ -91,8 +92,9 @@ def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
     for theirs, ours in parts.items():
         checkpoint.save(here, ours, checkpoint.load(source.run, theirs))
     here.commit(source.run.read(DENSE, "metrics.json"), DENSE, "metrics.json")
-    if source.run.has("scan", "trials.json") and not here.has("scan", "trials.json"):
-        here.commit(source.run.read("scan", "trials.json"), "scan", "trials.json")  # the scan takes them if they fit
+    for name in ("trials.json", TOGETHER):
+        if source.run.has("scan", name) and not here.has("scan", name):
+            here.commit(source.run.read("scan", name), "scan", name)  # the scan takes them if they fit
     if _pruned(source):
         folder = source.checkpoint.rpartition("/")[0]
         for name in ("plan.json", "metrics.json"):

@@ -13,8 +13,8 @@ from pipeline import models, prepare
 from pipeline.config import Config
 from pipeline.data.loader import Batch, EvalLoader
 from pipeline.distributed import World
-from pipeline.engine import OnLevel, Trials, work
-from pipeline.prune import sensitivity
+from pipeline.engine import OnLevel, Together, Trials, work
+from pipeline.prune import sensitivity, together
 from pipeline.session import Progress, Session, open_session
 from pipeline.state import Run
 from pipeline.train import batch_norm, checkpoint
@@ -43,6 +43,15 @@ class LocalEngine:
             ):
                 on_level(name, asdict(level))
         return dense.figures()
+
+    def together(self, config: Config, run: Run, source: str) -> Together:
+        """Measure allocation after allocation in this process."""
+        device = self.world.device
+        model, _, batches, calibration, statistics = scan_inputs(
+            open_session(config, World(0, 1, device), run, lambda event: None), source
+        )
+        dense = sensitivity.answers(model, batches, config, device)
+        return lambda keeps: together.measure(model, keeps, batches, dense, config, device, calibration, statistics)
 
     def close(self) -> None:
         """Let the followers go."""

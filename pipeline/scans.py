@@ -13,13 +13,14 @@ from pipeline.data import shards, storage
 from pipeline.engine import Engine, Trials
 from pipeline.errors import UserError
 from pipeline.models import Prunable
-from pipeline.prune import racing
+from pipeline.prune import damage, racing, together
 from pipeline.prune.one_tensor import sigma
 from pipeline.session import Progress, data_root
 from pipeline.state import Run, fingerprint
 from pipeline.train import checkpoint
 
 DENSE = "dense/checkpoint"
+TOGETHER = "together.json"  # what was measured of all tensors pruned together
 # Settings that change what a level measures; those that only choose levels and tensors may differ between machines.
 KEY_SETTINGS = {
     "data": ("channels", "resize", "size", "mean", "std"),
@@ -73,8 +74,47 @@ def measure(
     here.commit({"made_of": made_of, "dense": dense, "levels": known}, "scan", trials)
     content = join(known, prunable, saved.weights, saved.masks, dense, config)
     content |= {"after": after, "key": fingerprint(made_of), "made_of": made_of}
+    if after is None and together_at(config):
+        content["together"] = measure_together(content, config, engine, here, progress)
     here.commit(content, "scan", "scan.json" if after is None else f"after-{after}.json")
     return content
+
+
+def together_at(config: Config) -> list[float]:
+    """The densities at which all tensors are pruned together: none unless the allocation goes by them."""
+    return [*config.scan.together] if config.prune.allocation == "budget" else []
+
+
+def measure_together(
+    scan: dict[str, Any], config: Config, engine: Engine, here: Run, progress: Progress
+) -> list[dict[str, Any]]:
+    """The rows of scan.json's `together`: an allocation each, from the largest density until the network guesses.
+
+    Kept as they come in scan/together.json, so that a scan that was stopped goes on.
+    """
+    classes = shards.load_manifest(data_root(config, here)).num_classes
+    wanted = together.allocations(scan, classes, together_at(config))
+    known: dict[str, dict[str, Any]] = {}
+    if here.has("scan", TOGETHER):
+        saved = here.read("scan", TOGETHER)
+        if saved["made_of"] == scan["made_of"]:
+            known = {fingerprint(row["keep"]): row for row in saved["rows"]}
+    measure, rows = None, list[dict[str, Any]]()
+    for density, by_power in wanted.items():
+        named = {power: fingerprint(keep) for power, keep in by_power.items()}
+        missing = {named[power]: keep for power, keep in by_power.items() if named[power] not in known}
+        if missing:
+            measure = measure or engine.together(config, here, DENSE)
+            for name, figures in zip(missing, measure([*missing.values()]), strict=True):
+                known[name] = {"keep": missing[name], **figures}
+                here.commit({"made_of": scan["made_of"], "rows": [*known.values()]}, "scan", TOGETHER)
+        made = [{"density": density, "power": power, **known[name]} for power, name in named.items()]
+        rows += made
+        best = min(made, key=lambda row: damage.finite(row["rise"]))
+        progress({"together": density, "rise": best["rise"], "power": best["power"]})
+        if damage.finite(best["rise"]) >= damage.chance_rise(scan, classes):
+            break
+    return rows
 
 
 def origin(source: str, config: Config, here: Run) -> dict[str, Any]:

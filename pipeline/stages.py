@@ -208,7 +208,7 @@ def stage_settings(stage: str, config: Config) -> dict[str, Any]:
     parts = {
         "dense": {**common, "data": data, "dense": everything["dense"]},
         "scan": {
-            "scan": everything["scan"],
+            "scan": everything["scan"] | {"together": scans.together_at(config)},
             **{key: everything["prune"][key] for key in ("criterion", "statistics_samples", "include", "exclude")},
         },
         "rounds": {key: everything[key] for key in ("prune", "retrain", "target")},

@@ -19,8 +19,7 @@ from torch import Tensor
 from pipeline.cost import Quantity
 from pipeline.errors import UserError
 from pipeline.names import lookup
-from pipeline.prune import budget as budgeting
-from pipeline.prune.budget import Priced
+from pipeline.prune.budget import Composed
 from pipeline.prune.limits import bounds, by_name, nearest, require_possible, spent
 from pipeline.prune.masks import as_array, as_bool, kth_largest
 
@@ -30,8 +29,8 @@ class Request:
     """What an allocation is given. Every dictionary has the tensors' names for keys.
 
     scores: higher keeps; alive: bool, False was pruned before and stays pruned; floors and caps: the fewest and most
-    weights of each tensor; sigmas, qualities: the paper's, or None; densities: explicit, by name or pattern; priced:
-    predicted damage and cost of each tensor, or None.
+    weights of each tensor; sigmas, qualities: the paper's, or None; densities: explicit, by name or pattern; damages:
+    predicted damage and cost of the tensors, or None.
     """
 
     scores: dict[str, Tensor]
@@ -42,7 +41,7 @@ class Request:
     sigmas: dict[str, float] | None
     qualities: dict[str, float] | None
     densities: dict[str, float] | None
-    priced: dict[str, Priced] | None = None
+    damages: Composed | None = None
 
 
 def paper(request: Request) -> dict[str, int]:
@@ -91,9 +90,9 @@ def explicit(request: Request) -> dict[str, int]:
 
 
 def budgeted(request: Request) -> dict[str, int]:
-    """The least predicted damage under the budget, which is of what `priced` counts: see pipeline.prune.budget."""
-    assert request.priced is not None, "allocation 'budget' needs the damage that the scan predicts"
-    return budgeting.solve(request.priced, request.floors, request.caps, request.budget).keep
+    """The least predicted damage under the budget, which is of what `damages` counts: see pipeline.prune.budget."""
+    assert request.damages is not None, "allocation 'budget' needs the damage that the scan predicts"
+    return request.damages.within(request.floors, request.caps)(request.budget).keep
 
 
 ALLOCATIONS: dict[str, Callable[[Request], dict[str, int]]] = {
@@ -115,7 +114,7 @@ def allocate(
     sigmas: dict[str, float] | None = None,
     qualities: dict[str, float] | None = None,
     densities: dict[str, float] | None = None,
-    priced: dict[str, Priced] | None = None,
+    damages: Composed | None = None,
     unit: Quantity = "weights",
     min_weights: int = 1,
     floors: Mapping[str, float] | None = None,
@@ -138,9 +137,9 @@ def allocate(
     living = {tensor: int(torch.count_nonzero(mask)) for tensor, mask in alive.items()}
     least, most = bounds(sizes, living, min_weights, floors or {}, ceilings or {})
     if name != "explicit":
-        costs = {tensor: each.cost for tensor, each in priced.items()} if name == "budget" and priced else {}
+        costs = damages.prices if name == "budget" and damages else {}
         require_possible(budget, spent(least, costs), spent(most, costs), min_weights, len(sizes), unit)
-    counts = function(Request(scores, alive, budget, least, most, sigmas, qualities, densities, priced))
+    counts = function(Request(scores, alive, budget, least, most, sigmas, qualities, densities, damages))
     assert all(least[tensor] <= counts[tensor] <= most[tensor] for tensor in scores)
     assert name in ("explicit", "budget") or sum(counts.values()) == budget
     return {tensor: counts[tensor] for tensor in scores}

@@ -3,7 +3,8 @@
 Each tensor's damage against its cost is replaced by its lower convex hull; the pieces of all hulls are bought by what
 they save for what they cost, the best first (marginal greedy), until the budget is spent. On hulls this is the exact
 optimum of the Lagrangian relaxation, so it gives a bound that no allocation beats. The piece that no longer fits is cut
-to whole weights. Pieces are bought in one order whatever the budget: a smaller one keeps no more of any tensor.
+to whole weights. Pieces are bought in one order whatever the budget: a smaller one keeps no more of any tensor, as long
+as one power composes the damages of both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.prune.damage import Curve, total_rise
+from pipeline.prune.damage import USUAL_POWER, Curve, total_rise
 
 Cost = Callable[[int], int]  # the cost of a tensor that keeps so many weights; it never falls as they grow
 FREE = 1e-9  # stands for no cost, where one is divided by
@@ -30,6 +31,21 @@ class Priced:
     cost: Cost
 
 
+class Held(NamedTuple):
+    """How damages make a rise of the loss: rises to `power` add up, and what comes of them was `scale` times as large
+    where it was measured."""
+
+    power: float
+    scale: float = 1.0
+
+    def rise(self, damage: float) -> float:
+        """The rise (nats) where the tensors' damages add up to this."""
+        return self.scale * total_rise(damage, self.power)
+
+
+USUAL = Held(USUAL_POWER)
+
+
 @dataclass(frozen=True)
 class Solution:
     """What each tensor keeps; the cost and predicted damage in all, and the bound no allocation's damage gets below."""
@@ -38,16 +54,17 @@ class Solution:
     spent: int
     damage: float
     bound: float
+    held: Held
 
     @property
     def rise(self) -> float:
         """The predicted rise of the loss, in nats."""
-        return total_rise(self.damage)
+        return self.held.rise(self.damage)
 
     @property
     def least(self) -> float:
         """The rise that no allocation is predicted to get below."""
-        return total_rise(self.bound)
+        return self.held.rise(self.bound)
 
     @property
     def gap(self) -> float:
@@ -73,6 +90,7 @@ class Frontier:
     priced: Mapping[str, Priced]
     floors: Mapping[str, int]
     pieces: list[_Piece]
+    held: Held
 
     def spend(self, budget: int) -> Solution:
         """The least predicted damage within the budget, which must cover the floors.
@@ -94,17 +112,57 @@ class Frontier:
             hull[piece.name], keep[piece.name] = piece.damage, piece.high[1]
         spent = sum(each.cost(keep[name]) for name, each in self.priced.items())
         damage = predicted(self.priced, keep)
-        return Solution(keep, spent, damage, min(damage, math.fsum(hull.values())))
+        return Solution(keep, spent, damage, min(damage, math.fsum(hull.values())), self.held)
 
 
-def frontier(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping[str, int]) -> Frontier:
+@dataclass(frozen=True)
+class Composed:
+    """Tensors priced with their damages as rises to several powers, and what holds at some densities of all weights.
+
+    `best` has at least one density.
+    """
+
+    by_power: Mapping[float, Mapping[str, Priced]]
+    best: Mapping[float, Held]
+
+    @property
+    def prices(self) -> dict[str, Cost]:
+        """What each tensor costs."""
+        return {name: each.cost for name, each in next(iter(self.by_power.values())).items()}
+
+    def at(self, density: float) -> Held:
+        """What holds at the nearest density, in the logarithm."""
+        return self.best[min(self.best, key=lambda known: abs(math.log(known / max(density, FREE))))]
+
+    def within(self, floors: Mapping[str, int], caps: Mapping[str, int]) -> Callable[[int], Solution]:
+        """A function that solves a budget within floors and caps, by what holds at the density it leads to."""
+        frontiers: dict[Held, Frontier] = {}
+        everything = sum(each.curve.weights for each in next(iter(self.by_power.values())).values())
+
+        def spend(budget: int) -> Solution:
+            held, tried = self.at(1.0), set[Held]()
+            while True:
+                if held not in frontiers:
+                    frontiers[held] = frontier(self.by_power[held.power], floors, caps, held)
+                found = frontiers[held].spend(budget)
+                tried.add(held)
+                held = self.at(sum(found.keep.values()) / everything)
+                if held in tried:  # it is what was solved by; or a budget of FLOPs or bytes leads round in a circle
+                    return found
+
+        return spend
+
+
+def frontier(
+    priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping[str, int], held: Held = USUAL
+) -> Frontier:
     """What can be bought within floors and caps, the best first; ties go to the first tensor."""
     pieces = [
         piece
         for number, (name, each) in enumerate(priced.items())
         for piece in _hull(name, number, each, floors[name], caps[name])
     ]
-    return Frontier(priced, floors, sorted(pieces))
+    return Frontier(priced, floors, sorted(pieces), held)
 
 
 def solve(priced: Mapping[str, Priced], floors: Mapping[str, int], caps: Mapping[str, int], budget: int) -> Solution:

@@ -1,9 +1,10 @@
 """What the scan says a density costs: for each tensor, the predicted rise of the loss against the weights it keeps.
 
 The scan prunes one tensor alone. Together, small rises do not simply add up: where one layer already answers less
-clearly, the next one's error weighs more. So each tensor's damage is its rise to the power COMPOSITION, damages add up,
-and the rise of all is the sum to the power 1 / COMPOSITION. At 1 rises add up, as of errors that do not know of each
-other; at 1/2 the errors themselves do, as if all pointed one way. Pure functions of what scan.json holds.
+clearly, the next one's error weighs more. So each tensor's damage is its rise to some power, damages add up, and the
+rise of all is the sum to 1 over that power. At 1 rises add up, as of errors that do not know of each other; at 1/2 the
+errors themselves do, as if all pointed one way. Which power holds depends on the network and on how much of it goes:
+the scan measures it (`pipeline.prune.together`). Pure functions of what scan.json holds.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
-COMPOSITION = 0.85  # as all tensors of LeNet-300-100 together at densities of 20 to 2%: see configs/LOG.md
+POWERS = (0.3, 0.5, 0.7, 0.85, 1.0)  # that are tried
+USUAL_POWER = 0.85  # where none was measured; as on LeNet-300-100, see configs/LOG.md
 TRUSTED = 0.5  # share of the rise that leads to chance, up to which a level says how much more is lost below it
-STEEPEST, FLATTEST, USUAL = 6.0, 1.0, 2.0  # bounds of the power by which damage grows below the trusted levels
-CLEAR = 3  # the last trusted levels that the power is fitted to
+STEEPEST, FLATTEST, USUAL = 6.0, 1.0, 2.0  # bounds of the exponent by which a rise grows below the trusted levels
+CLEAR = 3  # the last trusted levels that the exponent is fitted to
 POINTS = 400  # of a curve
 WORST = 1e6  # nats; stands for a loss that is not finite
 FINEST = 1e-4  # nats; an interval narrower than this is of a level that changes no answer
@@ -34,8 +36,8 @@ Floats = NDArray[np.float64]
 class Curve:
     """Predicted damage of a tensor that keeps so many weights: arrays of shape (points,).
 
-    `kept` rises from 0 to all weights; `damage` falls to 0, and is linear between the points. Damages of tensors add
-    up; `total_rise` makes nats of the sum.
+    `kept` rises from 0 to all weights; `damage` falls to 0, and is linear between the points. Damages are rises to
+    some power, and those of tensors add up; `total_rise` makes nats of the sum.
     """
 
     kept: NDArray[np.int64]
@@ -51,15 +53,34 @@ class Curve:
         return np.interp(kept, self.kept, self.damage)
 
 
-def curves(scan: Mapping[str, Any], classes: int) -> dict[str, Curve]:
+def curves(scan: Mapping[str, Any], classes: int, power: float = USUAL_POWER) -> dict[str, Curve]:
     """The curve of every tensor in a scan of the dense network (scan.json), by name."""
     room = chance_rise(scan, classes)
-    return {tensor["name"]: curve(tensor["levels"], int(tensor["weights"]), room) for tensor in scan["tensors"]}
+    return {tensor["name"]: curve(tensor["levels"], int(tensor["weights"]), room, power) for tensor in scan["tensors"]}
 
 
-def total_rise(damage: float) -> float:
-    """The predicted rise of the loss (nats) where the tensors' damages add up to this."""
-    return float(damage ** (1 / COMPOSITION))
+def total_rise(damage: float, power: float) -> float:
+    """The predicted rise of the loss (nats) where the tensors' damages, rises to `power`, add up to this."""
+    return float(damage ** (1 / power))
+
+
+def best_together(scan: Mapping[str, Any]) -> dict[float, Mapping[str, Any]]:
+    """Of each density at which all tensors were pruned together, the row whose allocation raised the loss least.
+
+    Equal ones go to the power nearest to USUAL_POWER. Empty where a scan measured none.
+    """
+    rows: dict[float, list[Mapping[str, Any]]] = {}
+    for row in scan.get("together", []):
+        rows.setdefault(row["density"], []).append(row)
+    return {
+        density: min(found, key=lambda row: (finite(row["rise"]), abs(row["power"] - USUAL_POWER)))
+        for density, found in rows.items()
+    }
+
+
+def finite(rise: float) -> float:
+    """A rise (nats), or WORST where it is not a number or infinite."""
+    return rise if math.isfinite(rise) else WORST
 
 
 def chance_rise(scan: Mapping[str, Any], classes: int) -> float:
@@ -67,12 +88,12 @@ def chance_rise(scan: Mapping[str, Any], classes: int) -> float:
     return max(FINEST, math.log(classes) - float(scan["dense"]["loss"]))
 
 
-def curve(levels: Sequence[Mapping[str, Any]], weights: int, room: float) -> Curve:
+def curve(levels: Sequence[Mapping[str, Any]], weights: int, room: float, power: float = USUAL_POWER) -> Curve:
     """A tensor's curve from its levels; `room` is the rise at which the network guesses.
 
     Rises are made monotone by isotonic regression, weighted by their intervals, and joined by a monotone cubic in log
     density (Fritsch and Carlson 1980), from none at density 1 on. Below the last level that is further from chance than
-    from the dense network (TRUSTED), losses no longer tell densities apart: there the damage goes on by a power of the
+    from the dense network (TRUSTED), losses no longer tell densities apart: there the rise goes on by a power of the
     density, so that what is nearly destroyed does not look free to destroy.
     """
     known = sorted((level for level in levels if level["density"] < 1.0), key=lambda level: -level["density"])
@@ -84,17 +105,17 @@ def curve(levels: Sequence[Mapping[str, Any]], weights: int, room: float) -> Cur
     density = np.log(np.maximum(kept, 0.5) / weights)  # half a weight stands for none, as a power of 0 has no value
     damage = SPREAD * np.expm1(-density)
     if trusted:
-        joined = PchipInterpolator(np.append(0.0, -logs), np.append(0.0, rises**COMPOSITION))
+        joined = PchipInterpolator(np.append(0.0, -logs), np.append(0.0, rises**power))
         damage += joined(np.minimum(-density, -logs[-1]))
         last = max(rises[-1], reach[-1])  # what the scan may have overlooked grows below its levels too
         beyond = np.maximum(0.0, logs[-1] - density)
-        damage += last**COMPOSITION * np.expm1(COMPOSITION * power(logs, rises, reach) * beyond)
+        damage += last**power * np.expm1(power * exponent(logs, rises, reach) * beyond)
     return Curve(kept.astype(np.int64), np.minimum.accumulate(damage))
 
 
 def measured(levels: Sequence[Mapping[str, Any]]) -> tuple[Floats, Floats]:
     """The rises of levels of falling density, made monotone and at least 0, and the half-widths of their intervals."""
-    rises = np.nan_to_num([float(level["rise"]) for level in levels], nan=WORST, posinf=WORST)
+    rises = np.array([finite(float(level["rise"])) for level in levels])
     ends = [(level["rise_low"], level["rise_high"]) for level in levels]
     reach = np.array([math.inf if low is None or high is None else (high - low) / 2 for low, high in ends])
     reach = np.maximum(np.where(np.isfinite(reach), reach, np.maximum(1.0, rises)), FINEST)
@@ -103,8 +124,8 @@ def measured(levels: Sequence[Mapping[str, Any]]) -> tuple[Floats, Floats]:
     return rises, reach
 
 
-def power(logs: Floats, rises: Floats, reach: Floats) -> float:
-    """The power of 1 / density by which the damage grows, from the last trusted levels that show a clear rise."""
+def exponent(logs: Floats, rises: Floats, reach: Floats) -> float:
+    """The power of 1 / density by which a rise grows, from the last trusted levels that show a clear rise."""
     clear = np.flatnonzero(rises > reach)[-CLEAR:]
     if len(clear) < 2:
         return USUAL

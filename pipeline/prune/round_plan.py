@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.models import Prunable
 from pipeline.prune import allocation, criteria, damage, limits, schedules
 from pipeline.prune import budget as budgeting
-from pipeline.prune.budget import Cost, Priced
+from pipeline.prune.budget import Composed, Cost, Held, Priced
 from pipeline.prune.one_tensor import sigma
 
 
@@ -44,12 +44,12 @@ class Scanned:
     """What a plan takes from the scan: the paper's qualities, and each tensor's predicted damage with its cost."""
 
     qualities: dict[str, float]
-    priced: dict[str, Priced]
+    damages: Composed
 
     @property
     def prices(self) -> dict[str, Cost]:
         """What each tensor costs, in what target.budget counts."""
-        return {name: each.cost for name, each in self.priced.items()}
+        return self.damages.prices
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,20 @@ def require_possible(config: Config, weights: Mapping[str, int], flops: Mapping[
 
 def scanned(config: Config, scan: Mapping[str, Any], classes: int, flops: Mapping[str, int]) -> Scanned:
     """What plans take from the content of scan.json; `classes` tells chance, `flops` are the tensors' when dense."""
-    curves = damage.curves(scan, classes)
-    prices = costs(config, {name: curve.weights for name, curve in curves.items()}, flops)
-    return Scanned(
-        {tensor["name"]: tensor["quality"] for tensor in scan["tensors"]},
-        {name: Priced(curve, prices[name]) for name, curve in curves.items()},
-    )
+    prices = costs(config, {tensor["name"]: int(tensor["weights"]) for tensor in scan["tensors"]}, flops)
+    best = damage.best_together(scan)
+    by_power = {
+        power: {name: Priced(curve, prices[name]) for name, curve in damage.curves(scan, classes, power).items()}
+        for power in {row["power"] for row in best.values()} or {damage.USUAL_POWER}
+    }
+
+    def held(row: Mapping[str, Any]) -> Held:
+        unscaled = damage.total_rise(budgeting.predicted(by_power[row["power"]], row["keep"]), row["power"])
+        return Held(row["power"], max(row["rise"], damage.FINEST) / max(unscaled, damage.FINEST))
+
+    at = {density: held(row) for density, row in best.items() if math.isfinite(row["rise"])}
+    qualities = {tensor["name"]: tensor["quality"] for tensor in scan["tensors"]}
+    return Scanned(qualities, Composed(by_power, at or {1.0: budgeting.USUAL}))
 
 
 def make(
@@ -179,7 +187,7 @@ def make(
             sigmas=sigmas,
             qualities=scan.qualities if scan else None,
             densities=explicit_densities(config, goal.density) if prune.allocation == "explicit" else None,
-            priced=scan.priced if scan else None,
+            damages=scan.damages if scan else None,
             unit=config.target.budget,
             min_weights=prune.min_weights,
             floors=prune.floors,
@@ -219,12 +227,15 @@ def prediction(
         return None
     spent = limits.spent(keep, scan.prices)
     money = spend if spend is not None and config.prune.allocation == "budget" else spent
+    best = scan.damages.within(*bounds(config, alive))(money)
     return {
         "unit": config.target.budget,
         "budget": money,
         "spent": spent,
-        "rise": damage.total_rise(budgeting.predicted(scan.priced, keep)),
-        "least": budgeting.solve(scan.priced, *bounds(config, alive), money).least,
+        "rise": best.held.rise(budgeting.predicted(scan.damages.by_power[best.held.power], keep)),
+        "least": best.least,
+        "power": best.held.power,
+        "scale": best.held.scale,
     }
 
 

@@ -183,13 +183,16 @@ def _measure(tensor: OneTensor, prefixes: _Prefixes, dense: Answers, config: Con
                     quality=tensor.quality(i),
                     samples=int(given.valid.sum()),
                     method=prefixes.suffix.method,
-                    **drop,
-                    **_rise(given, dense, z),
-                    **_figures(given, dense, z),
+                    **against(given, dense, z),
                 )
         if len(found) == len(rows):
             break
     return [found[i] for i in range(len(rows))]
+
+
+def against(given: Answers, dense: Answers, z: float) -> dict[str, Any]:
+    """The figures of a Level that compare it with the dense network, on the samples given."""
+    return {**_drop(given, dense, z), **_rise(given, dense, z), **_figures(given, dense, z)}
 
 
 def _drop(given: Answers, dense: Answers, z: float) -> dict[str, Any]:

@@ -34,6 +34,11 @@ class Scan(Section):
     hopeless: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.5, description="Racing: a level is also done when it has surely lost more than this share of the accuracy."
     )
+    together: Annotated[tuple[Density, ...], Field(max_length=100)] = Field(
+        (0.8, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01),
+        description="prune.allocation=budget: densities of all weights, falling, at which tensors are also pruned "
+        "together, to learn how their damages compose. [] measures none.",
+    )
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="The drop in val accuracy, one for all tensors, at which a tensor's quality is read off."
     )
@@ -45,8 +50,9 @@ class Scan(Section):
 
     @model_validator(mode="after")
     def _falling(self) -> Scan:
-        if list(self.levels) != sorted(set(self.levels), reverse=True):
-            raise ValueError("levels must fall, each once: 0.5, 0.2, 0.1")
+        for name, given in (("levels", self.levels), ("together", self.together)):
+            if list(given) != sorted(set(given), reverse=True):
+                raise ValueError(f"{name} must fall, each once: 0.5, 0.2, 0.1")
         return self
 
 

@@ -31,15 +31,16 @@ def same_weights(runs: Path, first: str, second: str) -> bool:
 
 
 def test_one_worker_under_ray_and_without_it_give_the_same_bits(tiny_yaml: Path) -> None:
-    runs = tiny_yaml.parent / "runs"
-    alone = program("pipeline", "run", str(tiny_yaml), "name=alone", ray=False, OMP_NUM_THREADS="2")
+    runs, solved = tiny_yaml.parent / "runs", ["prune.allocation=budget", "scan.together=[0.5,0.2]"]
+    alone = program("pipeline", "run", str(tiny_yaml), "name=alone", *solved, ray=False, OMP_NUM_THREADS="2")
     assert alone.returncode == 0, alone.stderr
-    under = program("cluster", "run", str(tiny_yaml), "name=under-ray")
+    under = program("cluster", "run", str(tiny_yaml), "name=under-ray", *solved)
     assert under.returncode == 0, under.stderr + under.stdout
     assert same_weights(runs, "alone", "under-ray")
     assert result(runs, "alone")["test"] == result(runs, "under-ray")["test"]
     scans = [json.loads((runs / name / "scan/scan.json").read_text()) for name in ("alone", "under-ray")]
     assert scans[0] == scans[1]
+    assert len(scans[0]["together"]) == 10  # two densities, five powers
 
 
 def sample_order(run: Path) -> list[str]:

@@ -109,3 +109,39 @@ def test_an_adaptive_scan_with_racing_goes_on_where_it_was_stopped(tiny: Callabl
     assert sorted(levels) == sorted([*seen, *later])
     samples = [level["samples"] for t in found["tensors"] for level in t["levels"]]
     assert min(samples) < found["samples"] == max(*samples, found["samples"])
+
+
+def test_tensors_are_also_pruned_together_where_the_allocation_goes_by_it(tiny: Callable[..., Config]) -> None:
+    config = tiny(**ONE, **{"prune.allocation": "budget", "scan.together": [0.5, 0.2, 0.01, 0.005]})
+    configure_process(config)
+
+    class Stopped(LocalEngine):
+        """One that is killed after so many allocations."""
+
+        def together(self, *given: Any) -> Any:
+            measure = super().together(*given)
+
+            def until_three(keeps: Any) -> Any:
+                for number, row in enumerate(measure(keeps)):
+                    if number == 3:
+                        raise KeyboardInterrupt
+                    yield row
+
+            return until_three
+
+    with open_run(config) as here, pytest.raises(KeyboardInterrupt):
+        stages.scan(config, Stopped(ALONE), here, lambda event: None)
+    kept = json.loads(file(config, "together.json").read_text())["rows"]
+    assert len(kept) == 3
+    events: Events = []
+    with open_run(config) as here:
+        found = stages.scan(config, LocalEngine(ALONE), here, events.append)
+    assert not [event for event in events if "scan" in event]  # no level is measured again
+    rows = found["together"]
+    assert [*dict.fromkeys(row["density"] for row in rows)] == [0.5, 0.2, 0.01]  # there it guesses: no further
+    assert [row["keep"] for row in rows[:3]] == [row["keep"] for row in kept]
+    told = [(event["together"], event["power"]) for event in events if "together" in event]
+    assert [density for density, _ in told] == [0.5, 0.2, 0.01]
+    whole, _ = scan(tiny(name="whole", **ONE, **{"prune.allocation": "budget", "scan.together": [0.5, 0.2, 0.01]}))
+    assert whole["together"] == rows
+    assert "together" not in scan(tiny(name="paper", **ONE))[0]

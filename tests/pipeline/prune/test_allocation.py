@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.prune.allocation import ALLOCATIONS, allocate, proportional, threshold, threshold_counts
-from pipeline.prune.budget import Priced
+from pipeline.prune.budget import USUAL, Composed, Priced
 from pipeline.prune.damage import Curve
 from pipeline.prune.limits import bounds
 from pipeline.prune.masks import top_mask
@@ -172,9 +172,10 @@ def test_every_allocation_keeps_to_budget_and_bounds(
     budget = data.draw(st.integers(sum(floors.values()), sum(caps.values())))
     sigmas = {key: data.draw(st.sampled_from([0.0, 0.5, 3.0])) for key in scores}
     priced = {key: Priced(Curve(np.array([0, n]), np.array([1.0, 0.0])), int) for key, n in sizes.items()}
+    damages = Composed({USUAL.power: priced}, {1.0: USUAL})
     found = allocate(
         name, scores, alive, budget,
-        sigmas=sigmas, densities={"*": 0.5}, priced=priced, min_weights=min_weights, floors=least, ceilings=most,
+        sigmas=sigmas, densities={"*": 0.5}, damages=damages, min_weights=min_weights, floors=least, ceilings=most,
     )  # fmt: skip
     assert list(found) == list(scores)
     assert all(floors[key] <= found[key] <= caps[key] for key in scores)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline import cost
 from pipeline.prune import damage
 from pipeline.prune.allocation import allocate
-from pipeline.prune.budget import Priced, predicted, solve
+from pipeline.prune.budget import USUAL, Composed, Held, Priced, predicted, solve
 from pipeline.prune.damage import Curve
 
 
@@ -142,7 +142,9 @@ def level(density: float, rise: float, reach: float = 0.01) -> dict[str, float]:
 
 def test_the_curve_goes_through_the_levels_and_grows_by_a_power_beyond_them() -> None:
     found = damage.curve([level(0.5, 0.1), level(0.1, 0.4)], 10_000, room=2.0)
-    rises = {d: damage.total_rise(found.at(round(d * 10_000))) for d in (1.0, 0.7, 0.5, 0.2, 0.1, 0.05)}
+    rises = {
+        d: damage.total_rise(found.at(round(d * 10_000)), damage.USUAL_POWER) for d in (1.0, 0.7, 0.5, 0.2, 0.1, 0.05)
+    }
     assert rises[1.0] == 0
     assert rises[0.5] == pytest.approx(0.1, abs=1e-3)
     assert rises[0.1] == pytest.approx(0.4, abs=1e-3)
@@ -150,10 +152,11 @@ def test_the_curve_goes_through_the_levels_and_grows_by_a_power_beyond_them() ->
     assert rises[0.05] == pytest.approx(0.8, rel=0.01)  # log 4 / log 5 = 0.86 is below FLATTEST: power 1
 
 
-def test_damages_add_up_to_more_than_their_rises() -> None:
-    small = damage.curve([level(0.1, 0.1)], 1000, room=2.0).at(100)
-    assert damage.total_rise(small) == pytest.approx(0.1, abs=1e-3)
-    assert damage.total_rise(small + small) == pytest.approx(0.1 * 2 ** (1 / damage.COMPOSITION), abs=1e-3)
+@pytest.mark.parametrize("power", [0.5, 0.85, 1.0])
+def test_damages_add_up_to_more_than_their_rises(power: float) -> None:
+    small = damage.curve([level(0.1, 0.1)], 1000, 2.0, power).at(100)
+    assert damage.total_rise(small, power) == pytest.approx(0.1, abs=1e-3)
+    assert damage.total_rise(small + small, power) == pytest.approx(0.1 * 2 ** (1 / power), abs=1e-3)
 
 
 def test_rises_are_made_monotone_by_their_intervals() -> None:
@@ -236,7 +239,33 @@ def test_a_network_like_vgg_16_is_solved_in_well_under_a_second(unit: cost.Quant
 def test_the_allocation_spends_weights_within_what_is_alive_and_its_limits() -> None:
     scores = {"a": torch.rand(4), "b": torch.rand(2)}
     alive = {"a": torch.ones(4, dtype=torch.bool), "b": torch.tensor([True, False])}
-    keep = allocate("budget", scores, alive, 4, priced=weights(a=A, b=B), min_weights=0)
+    damages = Composed({USUAL.power: weights(a=A, b=B)}, {1.0: USUAL})
+    keep = allocate("budget", scores, alive, 4, damages=damages, min_weights=0)
     assert keep == {"a": 3, "b": 1}
-    keep = allocate("budget", scores, alive, 4, priced=weights(a=A, b=B), floors={"a": 1.0}, min_weights=0)
+    keep = allocate("budget", scores, alive, 4, damages=damages, floors={"a": 1.0}, min_weights=0)
     assert keep == {"a": 4, "b": 0}
+
+
+def test_a_budget_is_solved_by_what_holds_at_the_density_it_leads_to() -> None:
+    first = weights(a=table(8, 4, 2, 1, 0), b=table(6, 1, 0))
+    second = weights(a=table(1, 0, 0, 0, 0), b=table(6, 5, 0))  # as if other rises composed
+    half, tenth = Held(1.0, 2.0), Held(0.5)
+    damages = Composed({1.0: first, 0.5: second}, {0.5: half, 0.1: tenth})
+    spend = damages.within(NONE, ALL)
+    assert damages.at(0.9) == damages.at(0.3) == half  # 0.3 is 1.7 times below 0.5, and 3 times above 0.1
+    assert damages.at(0.2) == tenth
+    many, few = spend(3), spend(1)
+    assert (many.keep, many.held) == ({"a": 2, "b": 1}, half)
+    assert (many.damage, many.rise) == (3, 6)  # measured, it was twice what the damages make
+    assert (few.keep, few.held) == ({"a": 0, "b": 1}, tenth)
+    assert few.rise == (1 + 5) ** 2
+
+
+def test_the_power_that_lost_least_together_is_found_for_each_density() -> None:
+    def row(density: float, power: float, rise: float) -> dict[str, float]:
+        return {"density": density, "power": power, "rise": rise}
+
+    rows = [row(0.5, 0.3, 0.2), row(0.5, 0.85, 0.2), row(0.5, 1.0, 0.2), row(0.1, 0.3, 0.4), row(0.1, 1.0, math.nan)]
+    best = damage.best_together({"together": rows})
+    assert {density: each["power"] for density, each in best.items()} == {0.5: 0.85, 0.1: 0.3}
+    assert damage.best_together({}) == {}
