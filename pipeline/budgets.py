@@ -37,7 +37,8 @@ class Options:
     """Budgets asked for, and a curve of others between none and the largest of them.
 
     `weights` are each tensor's; `chance` is the rise of the loss (nats) at which the network guesses; `seconds` those
-    of making the curves and their hulls, once for all budgets.
+    of making the curves and a hull of each, once for all budgets; `together` says whether the scan also pruned all
+    tensors together.
     """
 
     unit: cost.Quantity
@@ -46,6 +47,7 @@ class Options:
     curve: list[Option]
     chance: float
     seconds: float
+    together: bool
 
 
 def parse(text: str) -> list[float]:
@@ -96,7 +98,7 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     asked = [option(each) for each in compressions]
     between = np.geomspace(1.0, max(*compressions, 1.01), CURVE)
     curve = [option(float(each)) for each in between]
-    return Options(unit, weights, asked, curve, damage.chance_rise(scan, classes), ready)
+    return Options(unit, weights, asked, curve, damage.chance_rise(scan, classes), ready, bool(scan.get("together")))
 
 
 def table(options: Options) -> TextTable:
@@ -107,6 +109,7 @@ def table(options: Options) -> TextTable:
         ["compression in weights", *(f"{total / each.kept:.2f}x" for each in asked)],
         ["FLOPs", *(f"{each.flops:,}" for each in asked)],
         ["bytes, packed", *(f"{each.bytes:,}" for each in asked)],
+        ["damages composed by the power", *(f"{each.solution.held.power:g}" for each in asked)],
         ["predicted rise of the loss", *(_rise(each, options) for each in asked)],
         ["at most above the optimum", *(f"{each.solution.gap:.2g}" for each in asked)],
         ["solved in", *(f"{1000 * (options.seconds + each.seconds):.0f} ms" for each in asked)],
@@ -118,11 +121,16 @@ def table(options: Options) -> TextTable:
 
 
 def bars(options: Options) -> list[str]:
-    """The curve as lines of text, under a title."""
+    """The curve as lines of text, under a title, and what it rests on where that is less than it could."""
     lines = [f"predicted rise of the loss (nats) before retraining; a full bar is chance, {options.chance:.2f}"]
     for each in options.curve:
         length = round(BAR * min(1.0, each.solution.rise / options.chance))
         lines.append(f"{each.compression:8.2f}x {_rise(each, options):>8} {'#' * length}".rstrip())
+    if not options.together:
+        lines.append(
+            "this scan pruned each tensor alone, so how damages compose is assumed: `secateur scan CONFIG "
+            "prune.allocation=budget` measures it"
+        )
     return lines
 
 

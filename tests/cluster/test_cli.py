@@ -47,6 +47,8 @@ def test_plan_shows_several_budgets_of_a_scan_without_scanning_again(
     shown = secateur("plan", str(path), "--budgets", "2,4,16", "--figure", str(figure))
     for words in ("2x", "4x", "16x", "25,100", "12,550", "3,137", "fc3.weight", "at most above", "full bar is chance"):
         assert words in shown
+    assert "composed by the power" in shown
+    assert "is assumed" not in shown
     shown = secateur("plan", str(path), "target.budget=flops", "--budgets", "4")
     assert "25,100" in shown  # of 100,400 FLOPs
     assert figure.read_text().startswith("<svg")
