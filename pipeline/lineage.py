@@ -21,8 +21,8 @@ from pipeline.data import shards, storage
 from pipeline.errors import UserError
 from pipeline.models import Prunable
 from pipeline.names import few
+from pipeline.prune import together
 from pipeline.prune.campaign import Origin
-from pipeline.scans import TOGETHER
 from pipeline.settings.training import Retrain
 from pipeline.state import Run
 from pipeline.train import checkpoint
@@ -92,7 +92,7 @@ def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
     for theirs, ours in parts.items():
         checkpoint.save(here, ours, checkpoint.load(source.run, theirs))
     here.commit(source.run.read(DENSE, "metrics.json"), DENSE, "metrics.json")
-    for name in ("trials.json", TOGETHER):
+    for name in ("trials.json", together.FILE):
         if source.run.has("scan", name) and not here.has("scan", name):
             here.commit(source.run.read("scan", name), "scan", name)  # the scan takes them if they fit
     if _pruned(source):

@@ -20,7 +20,6 @@ from pipeline.state import Run, fingerprint
 from pipeline.train import checkpoint
 
 DENSE = "dense/checkpoint"
-TOGETHER = "together.json"  # what was measured of all tensors pruned together
 # Settings that change what a level measures; those that only choose levels and tensors may differ between machines.
 KEY_SETTINGS = {
     "data": ("channels", "resize", "size", "mean", "std"),
@@ -95,8 +94,8 @@ def measure_together(
     classes = shards.load_manifest(data_root(config, here)).num_classes
     wanted = together.allocations(scan, classes, together_at(config))
     known: dict[str, dict[str, Any]] = {}
-    if here.has("scan", TOGETHER):
-        saved = here.read("scan", TOGETHER)
+    if here.has("scan", together.FILE):
+        saved = here.read("scan", together.FILE)
         if saved["made_of"] == scan["made_of"]:
             known = {fingerprint(row["keep"]): row for row in saved["rows"]}
     measure, rows = None, list[dict[str, Any]]()
@@ -107,7 +106,7 @@ def measure_together(
             measure = measure or engine.together(config, here, DENSE)
             for name, figures in zip(missing, measure([*missing.values()]), strict=True):
                 known[name] = {"keep": missing[name], **figures}
-                here.commit({"made_of": scan["made_of"], "rows": [*known.values()]}, "scan", TOGETHER)
+                here.commit({"made_of": scan["made_of"], "rows": [*known.values()]}, "scan", together.FILE)
         made = [{"density": density, "power": power, **known[name]} for power, name in named.items()]
         rows += made
         best = min(made, key=lambda row: damage.finite(row["rise"]))

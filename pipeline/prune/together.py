@@ -21,6 +21,7 @@ from pipeline.prune.budget import Priced, solve
 from pipeline.prune.sensitivity import Answers
 from pipeline.train import batch_norm
 
+FILE = "together.json"  # in a run's scan folder: what was measured so far
 Keep = dict[str, int]  # the weights that each tensor keeps
 
 
