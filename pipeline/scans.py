@@ -109,7 +109,7 @@ def measure_together(
                 here.commit({"made_of": scan["made_of"], "rows": [*known.values()]}, "scan", together.FILE)
         made = [{"density": density, "power": power, **known[name]} for power, name in named.items()]
         rows += made
-        best = min(made, key=lambda row: damage.finite(row["rise"]))
+        best = damage.best_together({"together": made})[density]
         progress({"together": density, "rise": best["rise"], "power": best["power"]})
         if damage.finite(best["rise"]) >= damage.chance_rise(scan, classes):
             break

@@ -174,8 +174,8 @@ def _measure(tensor: OneTensor, prefixes: _Prefixes, dense: Answers, config: Con
                     rows[i] += [judge(prefixes.suffix.finish(s).float(), batch, None).cpu() for batch, s in chunk]
         for i in [i for i in range(len(rows)) if i not in found]:
             given = _as_answers(rows[i])
-            drop = _drop(given, dense, z)
-            if look == looks[-1] or racing.decided(drop["drop_low"], drop["drop_high"], whole["top1"], config.scan):
+            seen = against(given, dense, z)
+            if look == looks[-1] or racing.decided(seen["drop_low"], seen["drop_high"], whole["top1"], config.scan):
                 found[i] = Level(
                     density=tensor.densities[i],
                     kept=tensor.keeps[i],
@@ -183,7 +183,7 @@ def _measure(tensor: OneTensor, prefixes: _Prefixes, dense: Answers, config: Con
                     quality=tensor.quality(i),
                     samples=int(given.valid.sum()),
                     method=prefixes.suffix.method,
-                    **against(given, dense, z),
+                    **seen,
                 )
         if len(found) == len(rows):
             break
