@@ -85,21 +85,27 @@ def drop(session: Session, folder: str) -> None:
 def remove_dead(
     session: Session, model: nn.Module, plan: RoundPlan, kept: dict[str, Tensor]
 ) -> tuple[RoundPlan, dict[str, Tensor]]:
-    """prune.dead_neurons: the plan and masks without the connections of dead units, counted in the plan's `dead`.
-
-    Constants of dead units go into biases of `model`. Raises Agreed if the ranks' masks differ.
-    """
+    """prune.dead_neurons: the plan and masks without the connections of dead units, counted in the plan's `dead`."""
     if not session.config.prune.dead_neurons:
         return plan, kept
-    example = torch.zeros(2, *input_shape(session.config), device=session.world.device)
-    left, notes = dead.remove(model, kept, example, session.config.prune.min_weights)
+    left, notes = without_dead(session, model, kept)
     for note in notes:
         session.progress({"warning": f"prune.dead_neurons: nothing is removed in round {plan.round}: {note}"})
-    if not session.world.same(masks.digest(left)):
-        raise Agreed(f"round {plan.round}: the ranks found different dead neurons (their masks' hashes differ)")
     keep = {name: int(mask.sum()) for name, mask in left.items()}
     lost = {name: plan.keep[name] - count for name, count in keep.items()}
     return dataclasses.replace(plan, keep=keep, dead=lost), left
+
+
+def without_dead(session: Session, model: nn.Module, kept: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The masks without the connections of dead units, and why nothing could be removed.
+
+    Constants of dead units go into biases of `model`. Raises Agreed if the ranks' masks differ.
+    """
+    example = torch.zeros(2, *input_shape(session.config), device=session.world.device)
+    left, notes = dead.remove(model, kept, example, session.config.prune.min_weights)
+    if not session.world.same(masks.digest(left)):
+        raise Agreed("the ranks found different dead neurons (their masks' hashes differ)")
+    return left, notes
 
 
 def statistics(session: Session, model: nn.Module, names: list[str]) -> dict[str, Tensor]:

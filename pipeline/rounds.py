@@ -132,7 +132,8 @@ def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: s
     plan = plan_round(subject, alive, goal, needed)
     kept = alive if gradual else shared_masks(subject, plan, alive, needed)
     before = prepare.reference(session, model)
-    plan, kept = prepare.remove_dead(session, model, plan, kept)
+    if not gradual:
+        plan, kept = prepare.remove_dead(session, model, plan, kept)
     if session.world.first and not (gradual and session.run.has(folder, "plan.json")):  # the last prune replaced it
         session.run.commit(plan.as_json(subject.prunable), folder, "plan.json")
     prepare.reinitialise(session, model, goal.generation)
@@ -149,18 +150,33 @@ def plan_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, statistic
 
 
 def gradually(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str) -> Gradual | None:
-    """With prune.gradual, how the round's weights go during its retraining; the last prune rewrites plan.json."""
+    """With prune.gradual, how the round's weights go during its retraining; the last prune rewrites plan.json.
+
+    With prune.dead_neurons every prune takes what leads to or from dead units first, and keeps as many others instead.
+    """
     session = subject.session
     config = session.config.prune
     if not config.gradual:
         return None
+    warned: set[str] = set()
 
-    def prune(density: float, masks: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
-        needed = prepare.statistics(session, subject.model, list(masks))
-        plan = plan_round(subject, masks, goal if last else goal.at(density), needed)
+    def prune(density: float, alive: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
+        needed = prepare.statistics(session, subject.model, list(alive))
+        dead = True
+        while dead:
+            plan = plan_round(subject, alive, goal if last else goal.at(density), needed)
+            kept = shared_masks(subject, plan, alive, needed)
+            dead = False
+            if config.dead_neurons:
+                left, notes = prepare.without_dead(session, subject.model, kept)
+                for note in set(notes) - warned:
+                    session.progress({"warning": f"prune.dead_neurons: nothing is removed in {folder}: {note}"})
+                warned.update(notes)
+                dead = any(int(left[name].sum()) < int(mask.sum()) for name, mask in kept.items())
+                alive = {name: mask & (left[name] | ~kept[name]) for name, mask in alive.items()}
         if last and session.world.first:
             session.run.commit(plan.as_json(subject.prunable), folder, "plan.json")
-        return shared_masks(subject, plan, masks, needed)
+        return kept
 
     before = sum(int(mask.sum()) for mask in alive.values()) / sum(mask.numel() for mask in alive.values())
     return Gradual(prune, before, goal.density, config.gradual, config.gradual_every)

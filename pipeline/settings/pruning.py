@@ -122,7 +122,8 @@ class Prune(Section):
     dead_neurons: bool = Field(
         False,
         description="Also remove, in each round, the connections of units that have no input or no output left "
-        "(section 3.5); what such a unit adds goes into the next bias. The size may fall below the target.",
+        "(section 3.5); what such a unit adds goes into the next bias. The size may fall below the target; with "
+        "gradual, as many other weights are kept instead.",
     )
     gradual: Fraction = Field(
         0.0,
@@ -152,11 +153,6 @@ class Prune(Section):
             raise ValueError(
                 f"reconstruct_samples={self.reconstruct_samples} mends what a prune did before the retraining, and "
                 f"gradual={self.gradual:g} prunes within it: leave one of the two out"
-            )
-        if self.gradual and self.dead_neurons:
-            raise ValueError(
-                f"gradual={self.gradual:g} prunes during the retraining, but dead_neurons=true looks for dead units "
-                "before it: leave one of the two out"
             )
         return self
 
