@@ -90,8 +90,9 @@ class Display:
         """An event of a training: its start, its resumption, a step on the way, or the end of an epoch."""
         name = event["phase"]
         if "kept" in event:
+            kept = "kept in the end" if event["gradual"] else "kept"
             self.line(
-                f"{name}: {event['kept']:,} weights kept ({event['density']:.2%}), val {event['before']:.2%}"
+                f"{name}: {event['kept']:,} weights {kept} ({event['density']:.2%}), val {event['before']:.2%}"
                 + (f", {event['dead']:,} of dead neurons gone" if event["dead"] else "")
                 + "".join(f", {path} drops {rate:.3g}" for path, rate in event["dropout"].items() if rate)
             )

@@ -99,7 +99,7 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
     count, dead = sum(plan.keep.values()), sum(plan.dead.values())
     density = count / sum(mask.numel() for mask in kept.values())
     event = {"phase": folder, "density": density, "kept": count, "dead": dead, "before": before["top1"]}
-    session.progress(event | {"dropout": rates})
+    session.progress(event | {"dropout": rates, "gradual": gradual is not None})
     teacher = prepare.teacher(session, session.config.retrain)
     training = Training(session, model, session.config.retrain, folder, order, list(kept), kept, gradual, teacher)
     with dropout.use(model, rates):
