@@ -98,6 +98,8 @@ def curve(levels: Sequence[Mapping[str, Any]], weights: int, room: float, power:
     """
     known = sorted((level for level in levels if level["density"] < 1.0), key=lambda level: -level["density"])
     logs = np.log([level["density"] for level in known])
+    apart = np.diff(logs, prepend=0.0) < 0  # densities that differ in their last bits may have one logarithm
+    logs, known = logs[apart], [level for level, distinct in zip(known, apart, strict=True) if distinct]
     rises, reach = measured(known)
     trusted = max(1, int(np.searchsorted(rises, TRUSTED * room, side="right"))) if known else 0
     logs, rises, reach = logs[:trusted], rises[:trusted], reach[:trusted]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import cost
@@ -202,6 +202,7 @@ def test_a_saturated_curve_goes_on_growing_and_its_tensor_is_not_killed() -> Non
     st.integers(1, 10**7),
     st.floats(0.01, 10),
 )
+@example([(0.001, 0.0, 0.0), (0.0010000000000000002, 0.0, 0.0)], 1, 1.0)
 def test_every_curve_falls_to_nothing_and_is_finite(levels: list[Any], size: int, room: float) -> None:
     found = damage.curve([level(*each) for each in levels], size, room)
     assert found.kept[0] == 0
