@@ -88,24 +88,29 @@ def remove_dead(
     """prune.dead_neurons: the plan and masks without the connections of dead units, counted in the plan's `dead`."""
     if not session.config.prune.dead_neurons:
         return plan, kept
-    left, notes = without_dead(session, model, kept)
-    for note in notes:
-        session.progress({"warning": f"prune.dead_neurons: nothing is removed in round {plan.round}: {note}"})
+    left = without_dead(session, model, kept, plan.round, set())
     keep = {name: int(mask.sum()) for name, mask in left.items()}
     lost = {name: plan.keep[name] - count for name, count in keep.items()}
     return dataclasses.replace(plan, keep=keep, dead=lost), left
 
 
-def without_dead(session: Session, model: nn.Module, kept: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The masks without the connections of dead units, and why nothing could be removed.
+def without_dead(
+    session: Session, model: nn.Module, kept: dict[str, Tensor], number: int, told: set[str]
+) -> dict[str, Tensor]:
+    """The masks of round `number` without the connections of dead units; all of them, and a warning, where the network
+    cannot be followed. What is in `told` is not said again.
 
     Constants of dead units go into biases of `model`. Raises Agreed if the ranks' masks differ.
     """
     example = torch.zeros(2, *input_shape(session.config), device=session.world.device)
     left, notes = dead.remove(model, kept, example, session.config.prune.min_weights)
+    for note in notes:
+        if note not in told:
+            session.progress({"warning": f"prune.dead_neurons: nothing is removed in round {number}: {note}"})
+    told.update(notes)
     if not session.world.same(masks.digest(left)):
-        raise Agreed("the ranks found different dead neurons (their masks' hashes differ)")
-    return left, notes
+        raise Agreed(f"round {number}: the ranks found different dead neurons (their masks' hashes differ)")
+    return left
 
 
 def statistics(session: Session, model: nn.Module, names: list[str]) -> dict[str, Tensor]:

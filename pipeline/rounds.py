@@ -158,22 +158,20 @@ def gradually(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
     config = session.config.prune
     if not config.gradual:
         return None
-    warned: set[str] = set()
+    told: set[str] = set()
 
     def prune(density: float, alive: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
         needed = prepare.statistics(session, subject.model, list(alive))
-        dead = True
-        while dead:
+        while True:
             plan = plan_round(subject, alive, goal if last else goal.at(density), needed)
             kept = shared_masks(subject, plan, alive, needed)
-            dead = False
-            if config.dead_neurons:
-                left, notes = prepare.without_dead(session, subject.model, kept)
-                for note in set(notes) - warned:
-                    session.progress({"warning": f"prune.dead_neurons: nothing is removed in {folder}: {note}"})
-                warned.update(notes)
-                dead = any(int(left[name].sum()) < int(mask.sum()) for name, mask in kept.items())
-                alive = {name: mask & (left[name] | ~kept[name]) for name, mask in alive.items()}
+            if not config.dead_neurons:
+                break
+            left = prepare.without_dead(session, subject.model, kept, goal.round, told)
+            dead = {name: mask & ~left[name] for name, mask in kept.items()}
+            if not any(bool(mask.any()) for mask in dead.values()):
+                break
+            alive = {name: mask & ~dead[name] for name, mask in alive.items()}
         if last and session.world.first:
             session.run.commit(plan.as_json(subject.prunable), folder, "plan.json")
         return kept
