@@ -126,6 +126,6 @@ def _check_config(root: str, config: Config) -> None:
     changed = settings.differences(before, config, ignore=OPERATIONAL)
     if changed:
         raise UserError(
-            f"run '{root}' was started with other settings ({'; '.join(changed)}): use another name=..., or remove "
-            "the folder to start over"
+            f"run '{root}' was started with other settings ({'; '.join(changed)}): use another name=..., also with "
+            f"start.from={before.name}:0 to take its dense network and scan, or remove the folder to start over"
         )
