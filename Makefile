@@ -46,7 +46,7 @@ bench: install
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 schema: install
-	$(BIN)/python -c 'import json; from pipeline.config import Config; print(json.dumps(Config.model_json_schema(), indent=1))' > configs/schema.json
+	$(BIN)/python -c 'import json; from pipeline.settings.config import Config; print(json.dumps(Config.model_json_schema(), indent=1))' > configs/schema.json
 
 lock: install
 	(echo "# Exact versions of everything that is installed; made by \`make lock\`."; \

@@ -25,19 +25,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline import attempts, rounds, stages, state
-from pipeline import config as settings
-from pipeline.config import Config
-from pipeline.console import Display, make_console, show_tables
-from pipeline.data import storage
-from pipeline.distributed import World, configure_process
+from pipeline import stages, storage
+from pipeline.base import stats
+from pipeline.cli.console import Display, make_console, show_tables
 from pipeline.local import LocalEngine
-from pipeline.results import stats
 from pipeline.results.tables import TextTable, percent, signed
-from pipeline.session import Session, open_session
-from pipeline.state import Run
-from pipeline.subject import open_subject
+from pipeline.rounds import attempts, method
+from pipeline.rounds.subject import open_subject
+from pipeline.run import state
+from pipeline.run.state import Run
+from pipeline.settings.config import Config, load_config
 from pipeline.train import checkpoint
+from pipeline.train.session import Session, open_session
+from pipeline.train.world import World, configure_process
 
 ALONE = World(0, 1, torch.device("cpu"))
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -106,7 +106,7 @@ def make_config(network: str, seed: int, runs: Path, more: list[str]) -> Config:
     """The config of a network's run, given the data's place."""
     path, overrides, _ = NETWORKS[network]
     here = [text.replace("{data}", os.environ["SECATEUR_DATA"]) for text in overrides]
-    return settings.load(CONFIGS / path, [*COMMON, *here, f"seed={seed}", f"runs_dir={runs / network}", *more])
+    return load_config(CONFIGS / path, [*COMMON, *here, f"seed={seed}", f"runs_dir={runs / network}", *more])
 
 
 def prepare(config: Config, progress: Any) -> None:
@@ -142,13 +142,13 @@ def prune(session: Session) -> Measured:
         density, name = goal.density, f"before-{goal.round:02d}.npy"
         if not session.run.has("answers", name):
             subject.load(dense)
-            plan = rounds.plan_round(subject, subject.everything, goal, {})
-            rounds.apply_masks(subject.model, rounds.shared_masks(subject, plan, subject.everything, {}))
+            plan = method.plan_round(subject, subject.everything, goal, {})
+            method.apply_masks(subject.model, method.shared_masks(subject, plan, subject.everything, {}))
         found.before[density] = answers(session, subject.model, name)
     subject.load(dense)
     alive = subject.everything
     for goal in goals:
-        alive = rounds.one_round(subject, alive, goal)
+        alive = method.one_round(subject, alive, goal)
         found.after[goal.density] = answers(session, subject.model, f"after-{goal.round:02d}.npy")
         found.densities[goal.density] = {name: float(mask.float().mean()) for name, mask in alive.items()}
     return found

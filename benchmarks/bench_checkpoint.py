@@ -21,13 +21,14 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import config as settings
-from pipeline import models
-from pipeline.data import storage
-from pipeline.distributed import World, choose_device
-from pipeline.state import Run
+from pipeline import storage
+from pipeline.network.build import build_network
+from pipeline.network.survey import survey
+from pipeline.run.state import Run
+from pipeline.settings.config import parse_config
 from pipeline.train import checkpoint, recipe
 from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.world import World, choose_device
 
 NETWORKS = (  # factory, image, batch
     ("lenet_300_100", (1, 28, 28), 128),
@@ -49,7 +50,7 @@ def measured(root: str) -> Table:
     table = Table("network", "MB", "seconds a checkpoint", "seconds a step", f"share at every {EVERY} steps")
     run = Run(root, 1)
     storage.write_json(run.path("lease.json"), {"fence": 1, "pid": 0, "host": "bench"})
-    world = World(0, 1, choose_device(settings.parse({"name": "bench"})))
+    world = World(0, 1, choose_device(parse_config({"name": "bench"})))
     for factory, image, batch in NETWORKS:
         table.add_row(*measure(run, world, factory, image, batch))
     storage.remove_tree(run.root)
@@ -58,10 +59,10 @@ def measured(root: str) -> Table:
 
 def measure(run: Run, world: World, factory: str, image: tuple[int, int, int], batch: int) -> list[str]:
     """A row of the table."""
-    config = settings.parse({"name": "bench", "model": {"factory": factory}})
+    config = parse_config({"name": "bench", "model": {"factory": factory}})
     classes = 1000 if image[0] == 3 else 10
-    model = models.build(config.model, classes, 0).to(world.device)
-    prunable, _ = models.survey(model, ["*"], [])
+    model = build_network(config.model, classes, 0).to(world.device)
+    prunable, _ = survey(model, ["*"], [])
     optimizer = recipe.make_optimizer(config.dense, list(model.parameters()))
     images = torch.randn(batch, *image, device=world.device)
     labels = torch.randint(0, classes, (batch,), device=world.device)

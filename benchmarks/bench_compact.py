@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pipeline import models
-from pipeline.cost import LAYERS
-from pipeline.prune.compact import compact
-from pipeline.results import export, latency
+from pipeline.export import export, latency
+from pipeline.network.build import load_weights
+from pipeline.network.compact import compact
+from pipeline.network.layers import LAYERS
+from pipeline.network.paper_networks import lenet_5
 
 THREADS = 1
 
@@ -35,9 +36,9 @@ def main() -> None:
         sys.exit("set SECATEUR_DATA to the folder of real weights")
     weights = Path(folder) / "weights"
     torch.manual_seed(0)
-    lenet, squeezenet = models.lenet_5(), torchvision.models.squeezenet1_1()
-    models.load_weights(lenet, weights / "lenet5_caffe_mnist.pth")
-    models.load_weights(squeezenet, weights / "squeezenet1_1_imagenet.pth")
+    lenet, squeezenet = lenet_5(), torchvision.models.squeezenet1_1()
+    load_weights(lenet, weights / "lenet5_caffe_mnist.pth")
+    load_weights(squeezenet, weights / "squeezenet1_1_imagenet.pth")
     columns = ("network", "form", "parameters", "kB", "batch", "ms", "10-90%", "peak kB", "difference")
     table = Table(*columns, title=f"cpu, {THREADS} thread")
     cases: list[tuple[str, nn.Module, Callable[[nn.Module], None], tuple[int, ...]]] = [

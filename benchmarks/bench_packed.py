@@ -23,7 +23,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.results import packed
+from pipeline.export import packed
 
 # Caffe's two-group AlexNet: shape and the density that the paper's table 4 gives
 ALEXNET = {

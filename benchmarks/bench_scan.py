@@ -31,16 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pipeline import config as settings
-from pipeline import cost, models
-from pipeline.config import Config
 from pipeline.data import images, sources
 from pipeline.data.loader import Batch
-from pipeline.models import Prunable
-from pipeline.prune import racing, sensitivity, suffix
+from pipeline.network import cost
+from pipeline.network.survey import Prunable, survey
+from pipeline.network.trace import graph_of
 from pipeline.prune.masks import top_mask
-from pipeline.prune.sensitivity import Answers
-from pipeline.prune.trace import graph_of
+from pipeline.scan import racing, suffix
+from pipeline.scan.levels import Answers, _drop, answers_of, scan_tensor, shuffled
+from pipeline.settings.config import Config, parse_config
 from pipeline.settings.pruning import Scan
 
 CPU = torch.device("cpu")
@@ -87,9 +86,9 @@ def main() -> None:
     console = Console(width=140)
     config = make_config(data, levels=LEVELS)
     for name in filter(None, given.networks.split(",")):
-        model, tensors = build(name, data, given.every)
+        model, tensors = make_network(name, data, given.every)
         batches = read(config, given.images)
-        dense, once = timed(lambda model=model, batches=batches: sensitivity.answers(model, batches, config, CPU))
+        dense, once = timed(lambda model=model, batches=batches: answers_of(model, batches, config, CPU))
         found, seconds = same_grid(model, tensors, batches, dense, config)
         share, ratio = suffix_share(model, tensors), seconds / found.seconds
         cells = (f"{found.seconds:.1f}", f"{seconds:.1f}", f"{ratio:.3f}", f"{share:.3f}", f"{ratio / share:.2f}")
@@ -110,7 +109,7 @@ def make_config(data: str, **scan: Any) -> Config:
         },
         "scan": scan,
     }  # fmt: skip
-    return settings.parse(tree)
+    return parse_config(tree)
 
 
 def read(config: Config, count: int) -> list[Batch]:
@@ -122,14 +121,14 @@ def read(config: Config, count: int) -> list[Batch]:
     return [Batch(*parts) for parts in zip(*(t.split(config.data.eval_batch) for t in whole), strict=True)]
 
 
-def build(name: str, data: str, every: int) -> tuple[nn.Module, list[Prunable]]:
+def make_network(name: str, data: str, every: int) -> tuple[nn.Module, list[Prunable]]:
     """A network, and its tensors or, of SqueezeNet, every so many of them."""
     torch.manual_seed(0)
     model: nn.Module = getattr(torchvision.models, name)().eval()
     if name == "squeezenet1_1":
         path = Path(data) / "weights/squeezenet1_1_imagenet.pth"
         model.load_state_dict(torch.load(path, weights_only=True))
-    return model, models.survey(model)[0][:: every if name == "squeezenet1_1" else 1]
+    return model, survey(model)[0][:: every if name == "squeezenet1_1" else 1]
 
 
 def same_grid(
@@ -142,7 +141,7 @@ def same_grid(
         theirs.answers[tensor.name] = found
         theirs.seconds += seconds
         levels, seconds = timed(
-            lambda tensor=tensor: list(sensitivity.scan_tensor(model, tensor.name, [], batches, dense, config, CPU))
+            lambda tensor=tensor: list(scan_tensor(model, tensor.name, [], batches, dense, config, CPU))
         )
         ours += seconds
         for level in levels:
@@ -159,7 +158,7 @@ def straightforward(model: nn.Module, name: str, batches: list[Batch], config: C
         keep = racing.kept(density, weight.numel())
         alive = torch.ones_like(weight, dtype=torch.bool)
         weight.data.mul_(top_mask(weight.detach().abs(), alive, keep))
-        found[density] = sensitivity.answers(copied, batches, config, CPU)
+        found[density] = answers_of(copied, batches, config, CPU)
     return found
 
 
@@ -185,20 +184,18 @@ def suffix_share(model: nn.Module, tensors: list[Prunable]) -> float:
 
 def race(data: str, count: int, every: int) -> Table:
     """The adaptive scan with racing: its time against a straightforward grid of 13 levels, and its coverage."""
-    model, tensors = build("squeezenet1_1", data, every)
+    model, tensors = make_network("squeezenet1_1", data, every)
     config, adaptive = make_config(data, levels=POINTS), make_config(data, levels=LEVELS, **ADAPTIVE)
     batches = read(config, count)
-    mixed = sensitivity.shuffled(batches, count, config.data.eval_batch, seed=0)
-    dense, once = timed(lambda: sensitivity.answers(model, mixed, config, CPU))
+    mixed = shuffled(batches, count, config.data.eval_batch, seed=0)
+    dense, once = timed(lambda: answers_of(model, mixed, config, CPU))
     theirs = Straightforward({}, 0.0)
     levels, seconds = [], 0.0
     for tensor in tensors:
         found, spent = timed(lambda name=tensor.name: straightforward(model, name, batches, config))
         theirs.answers[tensor.name] = found
         theirs.seconds += spent * len(LEVELS) / len(POINTS)
-        made, spent = timed(
-            lambda name=tensor.name: list(sensitivity.scan_tensor(model, name, [], mixed, dense, adaptive, CPU))
-        )
+        made, spent = timed(lambda name=tensor.name: list(scan_tensor(model, name, [], mixed, dense, adaptive, CPU)))
         levels += made
         seconds += spent
     widest = max((level.drop_high - level.drop_low) / 2 for level in levels)
@@ -217,7 +214,7 @@ def race(data: str, count: int, every: int) -> Table:
 
 def coverage(batches: list[Batch], model: nn.Module, theirs: Straightforward, config: Config) -> tuple[int, int, float]:
     """How many intervals hold the drop of all samples, over other orders of them: the answers are those measured."""
-    dense = sensitivity.answers(model, batches, config, CPU)
+    dense = answers_of(model, batches, config, CPU)
     count, inside, points, spent = len(dense.right), 0, 0, 0
     looks = racing.looks(count, racing=True)
     z, top1 = racing.critical(len(looks)), dense.figures()["top1"]
@@ -229,7 +226,7 @@ def coverage(batches: list[Batch], model: nn.Module, theirs: Straightforward, co
                 truth = top1 - given.figures()["top1"]
                 after = pick(given, order)
                 for look in looks:
-                    drop = sensitivity._drop(after.first(look), before, z)
+                    drop = _drop(after.first(look), before, z)
                     if racing.decided(drop["drop_low"], drop["drop_high"], top1, config.scan):
                         break
                 inside += drop["drop_low"] <= truth <= drop["drop_high"]

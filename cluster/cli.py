@@ -13,16 +13,19 @@ import typer
 from cluster import connect, submit
 from cluster.engine import RayEngine
 from cluster.packed_cli import packed_app
-from pipeline import commands, stages, state
-from pipeline import reproduce as paper
-from pipeline.commands import ConfigPath, Overrides
-from pipeline.console import Display, main_module, one_message, show_bench, show_scan
-from pipeline.data import push, shards, storage
-from pipeline.distributed import configure_process
-from pipeline.errors import UserError
+from pipeline import stages, storage
+from pipeline.base.errors import UserError
+from pipeline.cli import commands
+from pipeline.cli.commands import ConfigPath, Overrides
+from pipeline.cli.console import Display, main_module, one_message, show_bench, show_scan
+from pipeline.data import push, shards
+from pipeline.export.bench import bench_run
+from pipeline.paper import reproduce as paper
 from pipeline.results import final
 from pipeline.results import report as reports
-from pipeline.results.bench import bench_run
+from pipeline.run import state
+from pipeline.run.state import config_of
+from pipeline.train.world import configure_process
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 shards_app = typer.Typer(help="Make, take over and check WebDataset shards.", no_args_is_help=True)
@@ -85,7 +88,7 @@ def reproduce(
 @app.command()
 def report(run_dir: RunPath) -> None:
     """Write report.html of a finished run again."""
-    commands.config_of(run_dir)
+    config_of(run_dir)
     if not storage.exists(storage.join(run_dir, "result.json")):
         raise UserError(f"run '{run_dir}' has no result.json yet: run the command that started it again to finish it")
     print(reports.write(run_dir))
@@ -96,7 +99,7 @@ def bench(
     run_dir: RunPath, repeats: Annotated[int, typer.Option(help="Timed passes of each network.", min=5)] = 100
 ) -> None:
     """Measure dense, pruned, compact and CSR networks of a finished run on this machine, and export ONNX."""
-    config = commands.config_of(run_dir)
+    config = config_of(run_dir)
     configure_process(config)
     with state.open_run(config) as here:
         found = bench_run(here.root, repeats)
@@ -225,10 +228,10 @@ def _describe(manifest: shards.Manifest) -> None:
 def _checked(config: str, overrides: list[str] | None) -> list[str]:
     """Refuse relative paths in a job, whose working directory is gone when it ends."""
     if connect.in_job():
-        from pipeline import config as settings
+        from pipeline.settings.config import load_config
 
         connect.require_shared_paths(
-            settings.load(config, overrides),
+            load_config(config, overrides),
             "a job's working directory is temporary and the next submission does not see it",
         )
     return overrides or []

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.data import storage
-from pipeline.errors import UserError
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.run.state import Run
 from pipeline.settings.cluster import asked
-from pipeline.state import Run
+from pipeline.settings.config import Config
 
 # Read by Ray's processes when they start, so they must be set before Ray is imported.
 ENVIRONMENT = {

@@ -6,10 +6,10 @@ from typing import Any
 
 from cluster import connect, sweep
 from cluster import train as training
-from pipeline.config import Config
 from pipeline.engine import OnLevel, Together, Trials
-from pipeline.session import Progress
-from pipeline.state import Run
+from pipeline.run.state import Run
+from pipeline.settings.config import Config
+from pipeline.train.session import Progress
 
 
 class RayEngine:

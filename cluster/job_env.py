@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import Config
-from pipeline.data import storage
-from pipeline.errors import UserError
-from pipeline.names import hint
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.base.names import hint
+from pipeline.settings.config import Config
 
 # What a job does not need from the working directory: runs, and what tools leave behind.
 EXCLUDES = [

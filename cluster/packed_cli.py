@@ -9,9 +9,9 @@ import typer
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from pipeline.data import storage
-from pipeline.errors import UserError
-from pipeline.results import released
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.export import released
 
 packed_app = typer.Typer(help="Read and write files in the layout of the paper's authors.", no_args_is_help=True)
 

@@ -12,8 +12,8 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from cluster import connect
-from pipeline.config import Config
 from pipeline.settings.cluster import asked
+from pipeline.settings.config import Config
 
 UP = ("RunningState", "PreemptingState", "ShuttingDownState", "ErroredState", "FinishedState", "AbortedState")
 PAUSE_S = 0.5  # between two looks for room

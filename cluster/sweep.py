@@ -12,19 +12,19 @@ import numpy as np
 import torch
 
 from cluster import connect
-from pipeline import config as settings
-from pipeline import models
-from pipeline.config import Config
+from pipeline.base.errors import RunStopped
 from pipeline.data.loader import Batch
-from pipeline.distributed import World, choose_device, configure_process
 from pipeline.engine import OnLevel, Together, Trials
-from pipeline.errors import RunStopped
-from pipeline.local import scan_inputs
-from pipeline.prune import sensitivity
-from pipeline.prune.sensitivity import Answers
-from pipeline.prune.together import Keep, measure
-from pipeline.session import open_session, place
-from pipeline.state import Run
+from pipeline.network.build import build_network
+from pipeline.prune.budget import Keep
+from pipeline.run.state import Run
+from pipeline.scan import levels
+from pipeline.scan.inputs import scan_inputs
+from pipeline.scan.levels import Answers, answers_of
+from pipeline.scan.together import measure
+from pipeline.settings.config import Config, parse_config
+from pipeline.train.session import open_session, place
+from pipeline.train.world import World, choose_device, configure_process
 
 
 def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
@@ -112,10 +112,10 @@ class Inputs:
     """The shared inputs in a process of Ray's: settings, device, network, masks and batches."""
 
     def __init__(self, shared: dict[str, Any]) -> None:
-        self.settings = settings.parse(shared["config"])
+        self.settings = parse_config(shared["config"])
         configure_process(self.settings)
         self.device = choose_device(self.settings)
-        model = models.build(self.settings.model, shared["classes"], self.settings.seed)
+        model = build_network(self.settings.model, shared["classes"], self.settings.seed)
         # Arrays of the object store are read-only, and weights are changed in place: copied once here.
         model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in shared["weights"].items()})
         self.model = place(model, self.settings, self.device)
@@ -129,7 +129,7 @@ class Inputs:
 def answer(shared: dict[str, Any]) -> Answers:
     """The network's own answers, to which every level is compared."""
     given = Inputs(shared)
-    return sensitivity.answers(given.model, given.batches, given.settings, given.device)
+    return answers_of(given.model, given.batches, given.settings, given.device)
 
 
 def answer_pruned(shared: dict[str, Any], dense: Answers, keep: Keep) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def make_trial(ray: Any, tune: Any) -> type:
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.tensor = new_config["tensor"]
-            self.levels = sensitivity.scan_tensor(
+            self.levels = levels.scan_tensor(
                 self.given.model,
                 self.tensor,
                 new_config["known"][self.tensor],

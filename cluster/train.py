@@ -17,13 +17,12 @@ import torch
 
 from cluster import connect
 from cluster.connect import NoRoom
-from pipeline import config as settings
-from pipeline.config import Config
-from pipeline.distributed import choose_device, configure_process, current_world
-from pipeline.engine import work
-from pipeline.errors import Agreed, Leaving, RunStopped, UserError
-from pipeline.session import Progress, open_session
-from pipeline.state import Run
+from pipeline.base.errors import Agreed, Leaving, RunStopped, UserError
+from pipeline.run.state import Run
+from pipeline.settings.config import Config, parse_config
+from pipeline.stages import work
+from pipeline.train.session import Progress, open_session
+from pipeline.train.world import choose_device, configure_process, current_world
 
 
 def worker(job: dict[str, Any]) -> None:
@@ -31,7 +30,7 @@ def worker(job: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    config = settings.parse(job["config"])
+    config = parse_config(job["config"])
     configure_process(config)
     context = ray.train.get_context()
     board = job["board"]

@@ -6,12 +6,12 @@ import sys
 
 import typer
 
-from pipeline import commands
-from pipeline import reproduce as paper
-from pipeline.commands import ConfigPath, Overrides
-from pipeline.console import main_module, one_message
-from pipeline.distributed import configure_process, torchrun_world
+from pipeline.cli import commands
+from pipeline.cli.commands import ConfigPath, Overrides
+from pipeline.cli.console import main_module, one_message
 from pipeline.local import LocalEngine
+from pipeline.paper import reproduce as paper
+from pipeline.train.world import configure_process, torchrun_world
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -1,15 +1,14 @@
-"""What runs work on processes: the interface that `LocalEngine` and Ray's engine fill, and the work itself."""
+"""What runs work on processes: the interface that `LocalEngine` and Ray's engine fill."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from pipeline import figure5, rounds
-from pipeline.config import Config
-from pipeline.prune.together import Keep
-from pipeline.session import Progress, Session
-from pipeline.state import Run
+from pipeline.prune.budget import Keep
+from pipeline.run.state import Run
+from pipeline.settings.config import Config
+from pipeline.train.session import Progress
 
 # For each tensor, the levels measured so far.
 Trials = dict[str, list[dict[str, Any]]]
@@ -35,8 +34,3 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds."""
-
-
-def work(stage: str, opened: Session) -> None:
-    """What every worker of a training does, whichever engine started it."""
-    {"dense": rounds.dense, "rounds": rounds.prune, "figure5": figure5.measure}[stage](opened)

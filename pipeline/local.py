@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
-
-from pipeline import config as settings
-from pipeline import models, prepare
-from pipeline.config import Config
-from pipeline.data.loader import Batch, EvalLoader
-from pipeline.distributed import World
-from pipeline.engine import OnLevel, Together, Trials, work
-from pipeline.prune import sensitivity, together
-from pipeline.session import Progress, Session, open_session
-from pipeline.state import Run
-from pipeline.train import batch_norm, checkpoint
+from pipeline.engine import OnLevel, Together, Trials
+from pipeline.run.state import Run
+from pipeline.scan import levels, together
+from pipeline.scan.inputs import scan_inputs
+from pipeline.scan.levels import answers_of
+from pipeline.settings.config import Config, parse_config
+from pipeline.stages import work
+from pipeline.train.session import Progress, open_session
+from pipeline.train.world import World
 
 
 class LocalEngine:
@@ -36,9 +33,9 @@ class LocalEngine:
         device = self.world.device
         opened = open_session(config, World(0, 1, device), run, lambda event: None)
         model, alive, batches, calibration, statistics = scan_inputs(opened, source)
-        dense = sensitivity.answers(model, batches, config, device)
+        dense = answers_of(model, batches, config, device)
         for name, known in todo.items():
-            for level in sensitivity.scan_tensor(
+            for level in levels.scan_tensor(
                 model, name, known, batches, dense, config, device, alive, calibration, statistics
             ):
                 on_level(name, asdict(level))
@@ -50,7 +47,7 @@ class LocalEngine:
         model, _, batches, calibration, statistics = scan_inputs(
             open_session(config, World(0, 1, device), run, lambda event: None), source
         )
-        dense = sensitivity.answers(model, batches, config, device)
+        dense = answers_of(model, batches, config, device)
         return lambda keeps: together.measure(model, keeps, batches, dense, config, device, calibration, statistics)
 
     def close(self) -> None:
@@ -63,37 +60,9 @@ class LocalEngine:
             call = json.loads(self.world.broadcast(None))
             if call["stage"] is None:
                 return
-            config = settings.parse(call["config"])
+            config = parse_config(call["config"])
             run = Run(call["root"], call["fence"])
             work(call["stage"], open_session(config, self.world, run, lambda event: None))
 
     def _call(self, call: dict[str, Any]) -> None:
         self.world.broadcast(json.dumps(call).encode())
-
-
-class ScanInputs(NamedTuple):
-    """The network and masks of a checkpoint, the val batches (uint8) that levels are measured on, those of train that
-    batch norm is calibrated on, and the statistics of the weights that the criterion needs, by tensor."""
-
-    model: nn.Module
-    alive: dict[str, Tensor]
-    batches: list[Batch]
-    calibration: list[Batch]
-    statistics: dict[str, Tensor]
-
-
-def scan_inputs(opened: Session, source: str) -> ScanInputs:
-    """What every level of a scan of checkpoint `source` needs."""
-    config = opened.config
-    model, saved = opened.new_model(), checkpoint.load(opened.run, source)
-    model.load_state_dict(saved.weights)
-    loader = EvalLoader(opened.split("val"), config.data, limit=config.scan.samples, seed=config.seed)
-    if config.scan.interval is None:
-        batches = [*loader.batches(0, 1)]
-    else:
-        batches = sensitivity.shuffled(loader.batches(0, 1), len(loader), config.data.eval_batch, config.seed)
-    wanted = config.scan.bn_samples and batch_norm.norms(model)
-    calibration = [*opened.calibration(config.scan.bn_samples)] if wanted else []
-    prunable, _ = models.survey(model, config.prune.include, config.prune.exclude)
-    statistics = prepare.statistics(opened, model, [tensor.name for tensor in prunable])
-    return ScanInputs(model, saved.masks, batches, calibration, statistics)

@@ -6,23 +6,29 @@ several processes is handed to an engine: this process alone or torchrun's (`Loc
 
 from __future__ import annotations
 
+import importlib
 import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import attempts, cost, lineage, models, prepare, scans, session
-from pipeline.config import Config
+from pipeline.base.names import lookup
+from pipeline.calibrate import batch_norm
 from pipeline.data import shards
 from pipeline.engine import Engine
-from pipeline.models import Prunable
-from pipeline.names import lookup
-from pipeline.prune import allocation, campaign, criteria, round_plan
+from pipeline.network import cost
+from pipeline.network.build import build_network
+from pipeline.network.survey import Prunable
+from pipeline.network.survey import survey as survey_network
+from pipeline.prune import allocation, criteria, round_plan
 from pipeline.results import final
-from pipeline.results.mirror import Mirror, patience_s
-from pipeline.session import Progress
-from pipeline.state import Run, fingerprint, open_run
-from pipeline.train import batch_norm, phases
+from pipeline.rounds import attempts, before_retraining, branch, campaign
+from pipeline.run.state import Run, fingerprint, open_run
+from pipeline.scan import scan as scans
+from pipeline.settings.config import Config
+from pipeline.tracking.mirror import Mirror, patience_s
+from pipeline.train import phases, session
+from pipeline.train.session import Progress, Session
 
 
 def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
@@ -69,18 +75,18 @@ def check_network(config: Config, here: Run) -> None:
     Warns of settings that do nothing to this network.
     """
     classes = shards.load_manifest(session.data_root(config, here)).num_classes
-    model = models.build(config.model, classes, config.seed)
+    model = build_network(config.model, classes, config.seed)
     session.check_output(model, config, classes)
-    prunable, _ = models.survey(model, config.prune.include, config.prune.exclude)
+    prunable, _ = survey_network(model, config.prune.include, config.prune.exclude)
     sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, session.input_shape(config))
     round_plan.require_possible(config, sizes, flops)
     prices = round_plan.costs(config, sizes, flops)
-    begin = attempts.priced(config, lineage.origin(config, here, prunable), sizes, prices)
+    begin = attempts.priced(config, branch.origin(config, here, prunable), sizes, prices)
     campaign.require_room(config, begin, attempts.floor(config, prunable))
     if config.target.mode == "no-loss":
         campaign.require_enough(here.read("data.json")["val"], config.target)
     phases.require_layers(model, config.retrain.phases)
-    prepare.check(model, config, [tensor.name for tensor in prunable])
+    before_retraining.check(model, config, [tensor.name for tensor in prunable])
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
         if samples and not batch_norm.norms(model):
             warnings.warn(f"{name}.bn_samples={samples} is ignored: the network has no batch norm", stacklevel=2)
@@ -145,7 +151,7 @@ def dense_stage(made_from: str, config: Config, engine: Engine, here: Run, progr
         progress({"stage": "dense", "skipped": True})
         return made_from
     progress({"stage": "dense"})
-    lineage.take(config, here, survey(config, here))
+    branch.take(config, here, survey(config, here))
     progress({"note": f"taken from {config.start.source}: the dense network, and what the rounds begin with"})
     here.finish("dense", made_from, time.monotonic() - started)
     return made_from
@@ -196,8 +202,8 @@ def final_stage(made_from: str, config: Config, here: Run, progress: Progress) -
 def survey(config: Config, here: Run) -> list[Prunable]:
     """The prunable tensors of the run's network."""
     manifest = shards.load_manifest(session.data_root(config, here))
-    model = models.build(config.model, manifest.num_classes, config.seed)
-    return models.survey(model, config.prune.include, config.prune.exclude)[0]
+    model = build_network(config.model, manifest.num_classes, config.seed)
+    return survey_network(model, config.prune.include, config.prune.exclude)[0]
 
 
 def stage_settings(stage: str, config: Config) -> dict[str, Any]:
@@ -214,3 +220,17 @@ def stage_settings(stage: str, config: Config) -> dict[str, Any]:
         "rounds": {key: everything[key] for key in ("prune", "retrain", "target")},
     }
     return parts["rounds" if stage == "figure5" else stage]
+
+
+# What the workers of a stage do: a function of ours, imported where they run.
+WORK = {
+    "dense": "pipeline.rounds.method:dense",
+    "rounds": "pipeline.rounds.method:prune",
+    "figure5": "pipeline.paper.figure5:measure",
+}
+
+
+def work(stage: str, opened: Session) -> None:
+    """What every worker of a training does, whichever engine started it."""
+    module, _, function = WORK[stage].partition(":")
+    getattr(importlib.import_module(module), function)(opened)

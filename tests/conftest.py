@@ -21,14 +21,13 @@ from support import S3_ENVIRONMENT, free_port, start_moto
 from tiny_run import TINY, merged
 from tracking_server import TrackingServer
 
-from pipeline import config as settings
 from pipeline import stages
-from pipeline.config import Config
-from pipeline.data.storage import s3 as boto
-from pipeline.distributed import World
-from pipeline.session import Session, open_session
-from pipeline.state import open_run
+from pipeline.run.state import open_run
+from pipeline.settings.config import Config, parse_config
+from pipeline.storage import s3 as boto
 from pipeline.train.loop import Training
+from pipeline.train.session import Session, open_session
+from pipeline.train.world import World
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def tiny(tmp_path: Path) -> Callable[..., Config]:
     """Makes the config of a tiny run in a temporary folder; keyword `changes` holds `a.b` keys."""
 
     def make(**changes: Any) -> Config:
-        return settings.parse(merged({**TINY, "runs_dir": str(tmp_path / "runs")}, changes))
+        return parse_config(merged({**TINY, "runs_dir": str(tmp_path / "runs")}, changes))
 
     return make
 
@@ -44,7 +43,7 @@ def tiny(tmp_path: Path) -> Callable[..., Config]:
 @pytest.fixture(scope="session")
 def small_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     """The session of a tiny run on `small.network`, whose shards are built and nothing else."""
-    config = settings.parse(merged({**TINY, "runs_dir": str(tmp_path_factory.mktemp("small"))}, SMALL))
+    config = parse_config(merged({**TINY, "runs_dir": str(tmp_path_factory.mktemp("small"))}, SMALL))
     with open_run(config) as here:
         stages.shards_stage(config, here, lambda event: None)
         yield open_session(config, World(0, 1, torch.device("cpu")), here, lambda event: None)

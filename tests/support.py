@@ -54,20 +54,20 @@ S3_ENVIRONMENT = {
 # Programs for a network that S3 is in and the test is not.
 # Waits until a round has a whole checkpoint.
 WATCH = (
-    "import sys, time; from pipeline.data import storage\n"
+    "import sys, time; from pipeline import storage\n"
     "steps = sys.argv[1] + '/rounds/01/steps'\n"
     "def ready(): return any(storage.exists(f'{steps}/{n}/manifest.json') for n in storage.list_folders(steps))\n"
     "while not ready(): time.sleep(0.05)\n"
 )
 # Makes a bucket as soon as the server answers.
 MAKE_BUCKET = (
-    "from pipeline.data.storage import retry, s3\n"
+    "from pipeline.storage import retry, s3\n"
     "retry.call('s3://store', s3.judge, s3.ERRORS, lambda: s3.client().create_bucket(Bucket='store'))\n"
 )
 # And pushes shards into it.
 PREPARE = f"{MAKE_BUCKET}import sys; from pipeline.data import push\npush.push(sys.argv[1], 's3://store/shards')\n"
 FETCH = (
-    "import sys; from pathlib import Path; from pipeline.data import storage\n"
+    "import sys; from pathlib import Path; from pipeline import storage\n"
     "for name in sys.argv[3:]: Path(sys.argv[2], name.replace('/', '-')).write_bytes(\n"
     "    storage.read_bytes(f'{sys.argv[1]}/{name}'))\n"
 )

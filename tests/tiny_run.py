@@ -10,10 +10,10 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline import stages
-from pipeline.config import Config
-from pipeline.distributed import World, configure_process
 from pipeline.local import LocalEngine
-from pipeline.state import run_root
+from pipeline.run.state import run_root
+from pipeline.settings.config import Config
+from pipeline.train.world import World, configure_process
 
 # A whole run in a few seconds: real digits, two rounds, every stage.
 TINY: dict[str, Any] = {

@@ -15,8 +15,8 @@ from typing import Any
 
 from support import environment, free_port
 
-from pipeline.config import Config
-from pipeline.results import tracking
+from pipeline.settings.config import Config
+from pipeline.tracking import tracking
 
 AUTH = """[mlflow]
 default_permission = READ

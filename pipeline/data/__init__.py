@@ -1,0 +1,1 @@
+"""Images and labels: sources, shards, order, decoding."""

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.data import storage
-from pipeline.errors import UserError
+from pipeline import storage
+from pipeline.base.errors import UserError
 
 _checked: set[tuple[str, int]] = set()  # path and inode of the entries that this process has checked
 _ABANDONED_NS = 600 * 10**9  # a fetch that has written nothing for so long was killed

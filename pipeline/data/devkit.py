@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
-from pipeline.names import few
+from pipeline.base.errors import UserError
+from pipeline.base.names import few
 
 WNID = re.compile(r"n\d{8}")  # a WordNet id: n and eight digits
 

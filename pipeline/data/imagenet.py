@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import storage
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.base.names import few
 from pipeline.data.devkit import WNID, Devkit, ValList, read_devkit, read_list
 from pipeline.data.parts import IMAGE_ENDINGS, Entry, Part, Source, read_class_index, tar_files
-from pipeline.errors import UserError
-from pipeline.names import few
 from pipeline.settings.data import Data
 
 TRAIN, VAL, LIST = "ILSVRC2012_img_train", "ILSVRC2012_img_val", "val.txt"

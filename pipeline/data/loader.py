@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pipeline.base.errors import UserError
+from pipeline.base.seeding import derive, generator
 from pipeline.data import placement
 from pipeline.data.split import Batch, Numbers, Split, open_split
 from pipeline.data.stream import Raw
-from pipeline.errors import UserError
-from pipeline.seeding import derive, generator
 from pipeline.settings.data import Data
 
 __all__ = ["Batch", "EvalLoader", "Split", "TrainLoader", "open_split"]

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.data import storage
+from pipeline import storage
+from pipeline.base.errors import UserError
 from pipeline.data.parts import check_tar_end
 from pipeline.data.tar import SampleFiles
-from pipeline.errors import UserError
 
 NAME = "manifest.json"
 VERSION = 1

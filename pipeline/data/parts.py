@@ -10,8 +10,9 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data import storage, tar
-from pipeline.errors import UserError
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.data import tar
 
 IMAGE_ENDINGS = (".jpeg", ".jpg", ".png")
 _PACKED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.seeding import derive, generator, uniform
+from pipeline.base.seeding import derive, generator, uniform
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.data import storage
+from pipeline import storage
+from pipeline.base.errors import UserError
 from pipeline.data.manifest import NAME, SPLITS, Shard, load_manifest
 from pipeline.data.shards import Progress
 from pipeline.data.stream import ordered_map
-from pipeline.errors import UserError
 
 _AT_ONCE = 4  # shards sent at a time
 

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset import TarWriter
 
-from pipeline.data import images, placement, storage
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.base.seeding import generator
+from pipeline.data import images, placement
 from pipeline.data import sources as sources_module
 from pipeline.data.manifest import IMAGES, NAME, SPLITS, VERSION, Manifest, Shard, load_manifest, scan_shard
 from pipeline.data.parts import Part, Source
 from pipeline.data.stream import read_members
-from pipeline.errors import UserError
-from pipeline.seeding import generator
 from pipeline.settings.data import Data
 
 __all__ = ["Manifest", "Shard", "build", "index", "load_manifest", "verify"]

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data import imagenet, placement, storage
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.base.seeding import generator
+from pipeline.data import imagenet, placement
 from pipeline.data.images import shrink
 from pipeline.data.parts import IMAGE_ENDINGS, Entry, Part, Source, read_class_index, tar_files
-from pipeline.errors import UserError
-from pipeline.seeding import generator
 from pipeline.settings.data import Data
 
 

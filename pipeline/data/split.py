@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data import images, storage, stream
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.base.seeding import uniform
+from pipeline.data import images, stream
 from pipeline.data.cache import Cache, Entry
 from pipeline.data.images import Pixels
 from pipeline.data.manifest import Manifest
 from pipeline.data.stream import Piece, Raw
-from pipeline.errors import UserError
-from pipeline.seeding import uniform
 from pipeline.settings.data import Data
 
 Progress = Callable[[str, int, int], None]

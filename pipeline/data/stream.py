@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from webdataset import DataPipeline
 from webdataset.tariterators import group_by_keys
 
-from pipeline.data import storage
+from pipeline import storage
+from pipeline.base.errors import UserError
 from pipeline.data.cache import Cache
 from pipeline.data.manifest import IMAGES, Hashing, parse_label
 from pipeline.data.tar import SampleFiles
-from pipeline.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.cost import Quantity
-from pipeline.errors import UserError
-from pipeline.names import lookup
+from pipeline.base.errors import UserError
+from pipeline.base.names import lookup
+from pipeline.network.cost import Quantity
 from pipeline.prune.budget import Composed
 from pipeline.prune.limits import bounds, by_name, nearest, require_possible, spent
 from pipeline.prune.masks import as_array, as_bool, kth_largest
@@ -269,3 +269,8 @@ def _scales(
     scales = {name: sigmas[name] * (1.0 if qualities is None else qualities[name]) for name in scores}
     assert all(scale >= 0 and math.isfinite(scale) for scale in scales.values()), scales
     return scales
+
+
+def sigma(weight: Tensor) -> float:
+    """The standard deviation of a tensor's weights, over all of them (population form)."""
+    return float(weight.detach().double().std(correction=0))

@@ -207,3 +207,6 @@ def _most(cost: Cost, low: tuple[int, int], most: int, money: int) -> int:
         middle = (below + above + 1) // 2
         below, above = (middle, above) if cost(middle) <= limit else (below, middle - 1)
     return below
+
+
+Keep = dict[str, int]  # the weights that each tensor keeps

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.names import lookup
-from pipeline.seeding import derive
+from pipeline.base.names import lookup
+from pipeline.base.seeding import derive
 
 Criterion = Callable[[Tensor, str, int], Tensor]  # weight, the tensor's name, seed
 

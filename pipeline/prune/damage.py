@@ -4,7 +4,7 @@ The scan prunes one tensor alone. Together, small rises do not simply add up: wh
 clearly, the next one's error weighs more. So each tensor's damage is its rise to some power, damages add up, and the
 rise of all is the sum to 1 over that power. At 1 rises add up, as of errors that do not know of each other; at 1/2 the
 errors themselves do, as if all pointed one way. Which power holds depends on the network and on how much of it goes:
-the scan measures it (`pipeline.prune.together`). Pure functions of what scan.json holds.
+the scan measures it (`pipeline.scan.together`). Pure functions of what scan.json holds.
 """
 
 from __future__ import annotations

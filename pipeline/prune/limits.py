@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from pipeline.cost import Quantity
-from pipeline.errors import UserError
-from pipeline.names import hint
+from pipeline.base.errors import UserError
+from pipeline.base.names import hint
+from pipeline.network.cost import Quantity
 from pipeline.prune.budget import Cost
 
 

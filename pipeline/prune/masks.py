@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.base.errors import UserError
 
 
 def top_mask(scores: Tensor, alive: Tensor, keep: int) -> Tensor:

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline import cost
-from pipeline.config import Config
-from pipeline.models import Prunable
+from pipeline.network import cost
+from pipeline.network.survey import Prunable
 from pipeline.prune import allocation, criteria, damage, limits, schedules
 from pipeline.prune import budget as budgeting
+from pipeline.prune.allocation import sigma
 from pipeline.prune.budget import Composed, Cost, Held, Priced
-from pipeline.prune.one_tensor import sigma
+from pipeline.settings.config import Config
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.errors import UserError
-from pipeline.names import lookup
+from pipeline.base.errors import UserError
+from pipeline.base.names import lookup
 from pipeline.settings.pruning import Prune
 
 

@@ -1,0 +1,1 @@
+"""What a finished run says: result.json, report, plots, tables."""

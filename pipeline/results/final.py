@@ -13,13 +13,19 @@ import numpy as np
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from pipeline import attempts, cost, lineage, models, session
-from pipeline.config import Config
-from pipeline.data import shards, storage
-from pipeline.models import Prunable
-from pipeline.results import packed, report, schema, stats
-from pipeline.state import Run
-from pipeline.train import checkpoint
+from pipeline import storage
+from pipeline.base import stats
+from pipeline.data import shards
+from pipeline.export import packed
+from pipeline.network import cost
+from pipeline.network.build import build_network
+from pipeline.network.survey import Prunable
+from pipeline.results import report, schema
+from pipeline.rounds import attempts, branch
+from pipeline.run.layout import DENSE, standing, trail
+from pipeline.run.state import Run
+from pipeline.settings.config import Config
+from pipeline.train import checkpoint, session
 
 HISTOGRAM_BINS = 80
 PACKAGES = ("torch", "torchvision", "ray", "webdataset", "mlflow", "boto3", "numpy")
@@ -67,14 +73,14 @@ def assemble(
 ) -> dict[str, Any]:
     """The content of result.json; what is not built or not measured is null."""
     test = here.read("final", "test.json")
-    trail, folder = attempts.trail(here), attempts.standing(here)
+    tried, folder = trail(here), standing(here)
     judged = mcnemar(here, "dense_control" if "dense_control" in test else "dense")
     kept = {name: int(mask.sum()) for name, mask in masks.items()}
     layers = layer_rows(config, here, prunable, folder, kept, sizes)
     flops = sum(row["flops"] for row in layers)
     total, left = sum(mask.numel() for mask in masks.values()), sum(kept.values())
     # A network that is the dense one to the bit has lost nothing, however few images there are to show it.
-    same = folder == attempts.DENSE
+    same = folder == DENSE
     return {
         "name": config.name,
         "network": config.model.factory,
@@ -117,9 +123,9 @@ def assemble(
                 "val_top1": r["val"]["top1"],
                 "seconds": r["seconds"],
             }
-            for r in trail
+            for r in tried
         ],
-        "lineage": lineage.described(here),
+        "lineage": branch.described(here),
         "seconds": {stage: stage_seconds(here, stage) for stage in (*STAGES, "final")},
         "mlflow": None,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -133,11 +139,11 @@ def layer_rows(
 
     flops_density = density x input density (tables 2 to 5).
     """
-    plan = {"tensors": []} if folder == attempts.DENSE else here.read(folder, "plan.json")
+    plan = {"tensors": []} if folder == DENSE else here.read(folder, "plan.json")
     thresholds = {row["name"]: row["threshold"] for row in plan["tensors"]}
     activity = {row["name"]: row for row in here.read("final", "activity.json")}
     manifest = shards.load_manifest(session.data_root(config, here))
-    model = models.build(config.model, manifest.num_classes, config.seed)
+    model = build_network(config.model, manifest.num_classes, config.seed)
     flops = cost.flops(model, session.input_shape(config))
     return [
         {

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from pipeline.budgets import Options
+from pipeline.results.budgets import Options
 from pipeline.results.figures import GRID, INK, MUTED, PALETTE, new, styled
 
 Part = Mapping[str, Any]

@@ -12,10 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from pipeline.data import storage
-from pipeline.errors import UserError
+from pipeline import storage
+from pipeline.base.errors import UserError
 from pipeline.results import figures, plots
-from pipeline.results.contents import Contents, Json, read
+from pipeline.run.contents import Contents, Json, read
 
 NOT_MEASURED = "not measured"
 

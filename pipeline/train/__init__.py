@@ -1,0 +1,1 @@
+"""Training on one process or many: worlds, sessions, the loop, checkpoints."""

@@ -2,7 +2,7 @@
 
 A folder without a manifest, or with a file that does not match it, is torn: it is passed over with a
 warning and the checkpoint before it is used. Random state needs no file, since every draw is derived
-from the seed and the position (`pipeline.seeding`).
+from the seed and the position (`pipeline.base.seeding`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from pipeline.data import storage
-from pipeline.errors import UserError
+from pipeline import storage
+from pipeline.base.errors import UserError
 from pipeline.prune import masks as masking
-from pipeline.state import Run
+from pipeline.run.state import Run
 
 FORMAT = 1
 FILES = ("weights.safetensors", "optimizer.safetensors", "masks.bin", "state.json")  # the only ones that are read

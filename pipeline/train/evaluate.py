@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from pipeline.config import Config
-from pipeline.data.images import normalize
-from pipeline.data.loader import Batch, EvalLoader
-from pipeline.distributed import World
+from pipeline.data.loader import EvalLoader
+from pipeline.settings.config import Config
+from pipeline.task.classification import forward, judge
+from pipeline.train.world import World
 
 
 @dataclass(frozen=True)
@@ -39,36 +38,6 @@ class Answers:
             "loss": float(self.loss[self.valid].sum()) / count,
             "top1_present": None if self.right_present is None else share(self.right_present),
         }
-
-
-def forward(model: nn.Module, images: Tensor, config: Config, precision: str = "fp32") -> Tensor:
-    """Logits (n, classes) for uint8 images (n, channels, size, size) on the model's device.
-
-    float32, or float64 where the network gives that.
-    """
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        logits: Tensor = model(inputs(images, config))
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def inputs(images: Tensor, config: Config) -> Tensor:
-    """What the network takes, float32, for uint8 images (n, channels, size, size), on their device."""
-    channels_last = config.retrain.channels_last or config.dense.channels_last
-    return normalize(images, config.data.mean, config.data.std, channels_last)
-
-
-def judge(logits: Tensor, batch: Batch, present: Tensor | None) -> Tensor:
-    """Five rows for a batch: right, right in 5, right among the classes present, loss, valid; shape (5, n)."""
-    labels = batch.labels.to(logits.device)
-    top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    rows = torch.zeros(5, len(labels), dtype=torch.float64, device=logits.device)
-    rows[0] = (logits.argmax(1) == labels).double()
-    rows[1] = (top5 == labels[:, None]).any(1).double()
-    if present is not None:
-        rows[2] = (present[logits[:, present].argmax(1)] == labels).double()
-    rows[3] = F.cross_entropy(logits, labels, reduction="none").double()
-    rows[4] = batch.weights.to(logits.device).double()
-    return rows
 
 
 @torch.inference_mode()

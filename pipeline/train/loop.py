@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import seeding
+from pipeline.base import seeding
+from pipeline.base.errors import Agreed, Leaving
 from pipeline.data.loader import Batch, TrainLoader
-from pipeline.errors import Agreed, Leaving
-from pipeline.gradual import Gradual
 from pipeline.prune import masks as masking
-from pipeline.session import Session
+from pipeline.prune.gradual import Gradual
 from pipeline.settings.training import Retrain, Train
+from pipeline.task.classification import forward, losses
 from pipeline.train import allreduce, checkpoint, phases, recipe
 from pipeline.train.checkpoint import Checkpoint
-from pipeline.train.evaluate import forward
+from pipeline.train.session import Session
 
 KEPT_CHECKPOINTS = 2
 TELL_EVERY_S = 5.0  # how often a step within an epoch is told; an epoch of ImageNet takes an hour
@@ -170,7 +170,7 @@ class Training:
         labels, valid = batch.labels.to(device), batch.weights.to(device)
         images = batch.images.to(device, non_blocking=True)
         logits = forward(wrapped, images, self.config, self.settings.precision)
-        total = (recipe.losses(self.settings, logits, labels, self._taught(images)) * valid).sum()
+        total = (losses(self.settings, logits, labels, self._taught(images)) * valid).sum()
         # DDP averages gradients over ranks, which may hold unequal shares of the batch; a bad image counts as a
         # sample with loss 0, so the divisor is the same on every rank without another all-reduce.
         self.optimizer.zero_grad(set_to_none=True)

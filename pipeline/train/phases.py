@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from pipeline.cost import CONVOLUTIONS, LAYERS
-from pipeline.errors import UserError
+from pipeline.base.errors import UserError
+from pipeline.network.layers import CONVOLUTIONS, LAYERS
 
 
 def at(step: int, total: int, count: int) -> int:

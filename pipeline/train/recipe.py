@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.settings.training import Retrain, Train
 
@@ -60,21 +59,6 @@ def make_optimizer(recipe: Train, parameters: Sequence[nn.Parameter]) -> torch.o
         nesterov=recipe.nesterov,
         fused=True,
     )
-
-
-def losses(recipe: Train, logits: Tensor, labels: Tensor, taught: Tensor | None = None) -> Tensor:
-    """The loss of each sample, (n,), in nats: cross-entropy with the labels, mixed with that with `taught`.
-
-    `taught` are a teacher's logits of the same samples. Hinton et al. 2015, section 2: the Kullback-Leibler divergence
-    of both softmaxes at a temperature, times its square, so that the gradients do not shrink with it.
-    """
-    plain = F.cross_entropy(logits, labels, reduction="none", label_smoothing=recipe.label_smoothing)
-    if taught is None:
-        return plain
-    assert isinstance(recipe, Retrain)
-    ours, theirs = ((given / recipe.temperature).log_softmax(1) for given in (logits, taught))
-    apart = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1) * recipe.temperature**2
-    return (1.0 - recipe.distill) * plain + recipe.distill * apart
 
 
 def add_l1(weights: Sequence[nn.Parameter], strength: float) -> None:

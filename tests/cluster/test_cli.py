@@ -18,11 +18,11 @@ from support import ROOT, alone_on_the_network, environment, hearing_ctrl_c, pro
 from cluster.cli import command_line as cluster_main
 from pipeline import stages
 from pipeline.__main__ import command_line as pipeline_main
-from pipeline.config import Config
-from pipeline.distributed import World
-from pipeline.errors import UserError
+from pipeline.base.errors import UserError
 from pipeline.local import LocalEngine
-from pipeline.state import open_run
+from pipeline.run.state import open_run
+from pipeline.settings.config import Config
+from pipeline.train.world import World
 
 
 @pytest.mark.parametrize("module", ["cluster", "pipeline"])

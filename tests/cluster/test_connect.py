@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster import connect, submit
-from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.base.errors import UserError
+from pipeline.settings.config import Config
 
 
 def test_the_largest_stage_decides_what_is_needed(tiny: Callable[..., Config]) -> None:

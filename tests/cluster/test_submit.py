@@ -15,8 +15,8 @@ from aiohttp import web
 from support import free_port
 
 from cluster import job_env, submit
-from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.base.errors import UserError
+from pipeline.settings.config import Config
 
 
 @pytest.mark.parametrize(

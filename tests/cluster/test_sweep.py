@@ -7,14 +7,17 @@ from collections.abc import Callable
 import torch
 
 from cluster import sweep
-from pipeline import local, prepare, scans, stages
-from pipeline.config import Config
-from pipeline.distributed import World, configure_process
+from pipeline import stages
 from pipeline.local import LocalEngine
-from pipeline.prune import criteria, one_tensor
+from pipeline.prune import criteria
 from pipeline.prune.masks import top_mask
-from pipeline.session import open_session
-from pipeline.state import open_run
+from pipeline.rounds import before_retraining
+from pipeline.run.state import open_run
+from pipeline.scan import one_tensor, scan
+from pipeline.scan.inputs import scan_inputs
+from pipeline.settings.config import Config
+from pipeline.train.session import open_session
+from pipeline.train.world import World, configure_process
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -25,12 +28,12 @@ def test_trials_prune_by_the_statistics_that_a_scan_measures_once(tiny: Callable
     with open_run(config) as here:
         made_from = stages.shards_stage(config, here, lambda event: None)
         stages.train_stage("dense", made_from, config, LocalEngine(ALONE), here, lambda event: None)
-        given = sweep.Inputs(sweep.shared_inputs(config, here, scans.DENSE))
+        given = sweep.Inputs(sweep.shared_inputs(config, here, scan.DENSE))
         session = open_session(config, ALONE, here, lambda event: None)
-        expected = local.scan_inputs(session, scans.DENSE).statistics
+        expected = scan_inputs(session, scan.DENSE).statistics
     assert list(given.statistics) == ["fc1.weight", "fc2.weight", "fc3.weight"]
     assert all(torch.equal(statistic, given.statistics[name]) for name, statistic in expected.items())
-    again = prepare.statistics(session, given.model, [*expected])
+    again = before_retraining.statistics(session, given.model, [*expected])
     assert all(torch.equal(statistic, again[name]) for name, statistic in expected.items())
 
     tensor = one_tensor.OneTensor(given.model, "fc3.weight", config, ALONE.device, None, [], given.statistics)

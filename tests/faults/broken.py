@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pipeline.networks import lenet_300_100
+from pipeline.network.paper_networks import lenet_300_100
 
 
 class Broken(nn.Module):

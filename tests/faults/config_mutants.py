@@ -17,13 +17,13 @@ from faults.limits import command, main
 from pydantic.fields import FieldInfo
 from sklearn.datasets import load_digits
 
-from pipeline import commands, models
-from pipeline import config as settings
-from pipeline.config import Config
-from pipeline.distributed import World
+from pipeline.cli import commands
 from pipeline.local import LocalEngine
+from pipeline.network.build import build_network
 from pipeline.prune import round_plan
 from pipeline.settings.base import Section
+from pipeline.settings.config import Config, dump_config, load_config
+from pipeline.train.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = ("alexnet", "vgg", "resnet", "mobilenet", "squeezenet")  # names of networks that take seconds to build
@@ -204,8 +204,8 @@ def outcome(here: Path, overrides: list[str], what: str) -> str:
         assert named or "YAML" in message or "cannot be read" in message, message
         return "refused"
     config: Config = made["config"]
-    (here / "again.yaml").write_text(settings.dump(config))
-    assert settings.load(here / "again.yaml") == config, "dump and load"
+    (here / "again.yaml").write_text(dump_config(config))
+    assert load_config(here / "again.yaml") == config, "dump and load"
     if command(lambda: commands.show(config)) is not None:
         return "refused by the plan"
     if not small(config):
@@ -220,7 +220,7 @@ def small(config: Config) -> bool:
     """Whether a run of a few steps of it takes a moment."""
     if config.data.source not in ("digits", "idx") or config.tracking.enabled or config.threads > 2:
         return False
-    network = models.build(config.model, 10, 0)
+    network = build_network(config.model, 10, 0)
     levels = len(config.scan.levels) * (1 if config.scan.mode == "grid" else 3)
     return sum(p.numel() for p in network.parameters()) < SMALL_ENOUGH and levels < 60 and config.prune.rounds < 6
 
@@ -250,7 +250,7 @@ def check(config: Config, run: Path) -> None:
     assert (result["test"]["dense_control"] is None) == (not (config.prune.dense_control and accepted))
     total, kept = result["weights_total"], result["weights_kept"]
     assert kept == sum(layer["kept"] for layer in result["layers"]) > 0
-    assert settings.load(run / "config.yaml") == config
+    assert load_config(run / "config.yaml") == config
     if config.target.mode == "no-loss":
         assert accepted == sorted(accepted, reverse=True)
         assert result["density"] == ([1.0, *accepted])[-1]

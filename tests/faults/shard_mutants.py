@@ -21,9 +21,9 @@ from faults.limits import command, main
 from PIL import Image
 from tiny_run import TINY, merged
 
-from pipeline import config as settings
+from pipeline.base.errors import UserError
 from pipeline.data import loader, manifest, shards
-from pipeline.errors import UserError
+from pipeline.settings.config import parse_config
 from pipeline.settings.data import Data
 
 DIGITS = Data(source="digits", shard_samples=110, val_fraction=0.1)
@@ -213,7 +213,7 @@ def batches(root: Path, cache_bytes: int) -> dict[str, bytes]:
     values = merged(
         TINY, {"data.source": "shards", "data.root": str(root), "data.cache_bytes": cache_bytes, "data.lanes": 4}
     )
-    config = settings.parse({**values, "tracking": {"enabled": False}}).data
+    config = parse_config({**values, "tracking": {"enabled": False}}).data
     described = manifest.load_manifest(str(root))
     found: dict[str, bytes] = {}
     bad = 0

@@ -9,11 +9,10 @@ import mlflow
 import pytest
 import torch
 
-from pipeline import stages
-from pipeline.config import Config
-from pipeline.data import storage
-from pipeline.distributed import World
+from pipeline import stages, storage
 from pipeline.local import LocalEngine
+from pipeline.settings.config import Config
+from pipeline.train.world import World
 
 pytestmark = pytest.mark.faults
 

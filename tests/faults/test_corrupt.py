@@ -13,10 +13,10 @@ from faults.limits import command
 from faults.runs import Line, same_weights
 
 from pipeline import stages
-from pipeline.config import Config
 from pipeline.data import shards
-from pipeline.distributed import World
 from pipeline.local import LocalEngine
+from pipeline.settings.config import Config
+from pipeline.train.world import World
 
 pytestmark = pytest.mark.faults
 

@@ -14,8 +14,8 @@ from faults.runs import EVERY, SETTINGS, newest_step, resumed_at, same_weights
 from head import DASHBOARD, Head
 from support import ROOT, hearing_ctrl_c, program
 
-from pipeline import state
-from pipeline.config import Config, load
+from pipeline.run import state
+from pipeline.settings.config import Config, load_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 CONFIG = "configs/demo.yaml"
@@ -98,4 +98,4 @@ def test_a_live_run_is_not_started_twice_and_a_cancelled_one_is_kept_and_resumes
 
 
 def config_of(runs: Path) -> Config:
-    return load(runs / "job/config.yaml")
+    return load_config(runs / "job/config.yaml")

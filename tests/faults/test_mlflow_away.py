@@ -18,7 +18,8 @@ from support import ROOT, alone_on_the_network, program
 from tiny_run import TINY, merged
 from tracking_server import TrackingServer, everything, same_everywhere
 
-from pipeline import commands
+from pipeline.cli import commands
+from pipeline.run.state import config_of
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 # Rounds of some seconds, so that there is a middle.
@@ -102,7 +103,7 @@ def undisturbed(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory
 
 def of_this_run(run: LocalRun) -> dict[str, Any]:
     """What the run's server holds of it, by name."""
-    config = commands.config_of(run.folder)
+    config = config_of(run.folder)
     uid = json.loads((run.folder / "run.json").read_text())["uid"]
     held = {key: each for key, each in everything(config).items() if each["tags"]["secateur.uid"] == uid}
     return same_everywhere(held)
@@ -112,7 +113,7 @@ def from_scratch(run: LocalRun) -> dict[str, Any]:
     """What a server holds that has seen the run's folder only once, as it is now."""
     database = f"sqlite:///{run.root}/again.db"
     commands.sync(run.folder, database)
-    config = commands.config_of(run.folder)
+    config = config_of(run.folder)
     elsewhere = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": database})})
     return same_everywhere(everything(elsewhere))
 
@@ -263,7 +264,7 @@ def test_a_run_goes_on_in_the_same_mlflow_run_on_another_machine(
 
 def parent_id(run: LocalRun) -> str | None:
     """The one MLflow run that is this run's parent."""
-    config = commands.config_of(run.folder)
+    config = config_of(run.folder)
     uid = json.loads((run.folder / "run.json").read_text())["uid"]
     wanted = {"secateur.uid": uid, "secateur.kind": "run"}.items()
     found = [key for key, each in everything(config).items() if wanted <= each["tags"].items()]

@@ -30,13 +30,15 @@ from support import (
 )
 from tiny_run import TINY
 
-from pipeline import commands as pipeline_commands
-from pipeline import config as settings
-from pipeline.data import shards, storage
-from pipeline.distributed import World
-from pipeline.errors import UserError
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.cli import commands as pipeline_commands
+from pipeline.data import shards
 from pipeline.local import LocalEngine
-from pipeline.results import tracking
+from pipeline.run.state import config_of
+from pipeline.settings.config import parse_config
+from pipeline.tracking import tracking
+from pipeline.train.world import World
 
 SETTINGS = ["prune.allocation=uniform", "data.source=shards", "retrain.epochs=12", "retrain.checkpoint_steps=20"]
 
@@ -45,7 +47,7 @@ SETTINGS = ["prune.allocation=uniform", "data.source=shards", "retrain.epochs=12
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of the tiny run on disk."""
     root = tmp_path_factory.mktemp("shards")
-    loaded = settings.parse({**TINY, "runs_dir": "runs"})
+    loaded = parse_config({**TINY, "runs_dir": "runs"})
     shards.build(loaded.data.model_copy(update={"shard_samples": 200}), 0, str(root))
     return root
 
@@ -101,7 +103,7 @@ def test_a_run_without_ray_goes_on_after_sigkill_with_the_same_bits(
     assert storage.list_folders(f"{run}/rounds/01") == ["checkpoint"]
     assert "weights are those of the run's dense network" in secateur("plan", f"{run}/config.yaml")
     with pytest.raises(UserError, match=r"tracking\.uri is not set"):
-        tracking.sync(run, pipeline_commands.config_of(run))
+        tracking.sync(run, config_of(run))
     line("SIGKILL of a run on S3, without Ray", "identical", "<=20", seconds_to_resume(again.stdout))
 
 

@@ -16,9 +16,10 @@ from faults.runs import Line, Started
 from safetensors.torch import load
 from tiny_run import TINY
 
-from pipeline import config as settings
-from pipeline.data import push, shards, storage
-from pipeline.data.storage import s3 as boto
+from pipeline import storage
+from pipeline.data import push, shards
+from pipeline.settings.config import parse_config
+from pipeline.storage import s3 as boto
 
 pytestmark = pytest.mark.faults
 
@@ -77,7 +78,7 @@ class OnS3(Started):
 def shards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of the tiny run on disk."""
     root = tmp_path_factory.mktemp("shards")
-    shards.build(settings.parse(TINY).data.model_copy(update={"shard_samples": 200}), 0, str(root))
+    shards.build(parse_config(TINY).data.model_copy(update={"shard_samples": 200}), 0, str(root))
     return root
 
 

@@ -18,8 +18,8 @@ from faults.nodes import Network, Node, Submitted, network, possible
 from faults.runs import same_weights
 from support import FETCH, PREPARE, ROOT, WATCH, alone_on_the_network, environment
 
-from pipeline import config as settings
 from pipeline.data import shards
+from pipeline.settings.config import parse_config
 
 pytestmark = [
     pytest.mark.ray,
@@ -62,7 +62,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     root = tmp_path_factory.mktemp("lenet")
     mnist = Path(os.environ.get("SECATEUR_DATA", "")) / "mnist"
     source = {"source": "idx", "root": str(mnist)} if mnist.is_dir() else {"source": "digits"}
-    shards.build(settings.parse({"name": "shards", "data": source}).data, 0, str(root / "shards"))
+    shards.build(parse_config({"name": "shards", "data": source}).data, 0, str(root / "shards"))
     config = root / "job/lenet.yaml"
     config.parent.mkdir()
     config.write_text(yaml.safe_dump(LENET))

@@ -23,7 +23,7 @@ from referencing import Registry, Resource
 from support import ROOT
 
 from cluster import connect
-from pipeline import config as settings
+from pipeline.settings.config import load_config
 
 KUBERNETES = "1.37"
 OBJECTS = manifests()
@@ -191,7 +191,7 @@ def test_a_head_that_dies_is_followed_by_one_that_resumes() -> None:
     assert spec["shutdownAfterJobFinishes"]
     python, flag, module, command, config, *overrides = shlex.split(spec["entrypoint"])
     assert (python, flag, module, command) == ("python", "-m", "cluster", "run")
-    loaded = settings.load(ROOT / Path(config).relative_to("/app"), overrides)
+    loaded = load_config(ROOT / Path(config).relative_to("/app"), overrides)
     assert loaded.runs_dir.startswith("s3://")
     assert str(loaded.data.root).startswith("s3://")
     connect.require_shared_paths(loaded, "a job")
@@ -200,7 +200,7 @@ def test_a_head_that_dies_is_followed_by_one_that_resumes() -> None:
 def test_the_smallest_cluster_has_what_the_run_asks_for() -> None:
     spec = JOB["spec"]
     _, _, _, _, config, *overrides = shlex.split(spec["entrypoint"])
-    loaded = settings.load(ROOT / Path(config).relative_to("/app"), overrides)
+    loaded = load_config(ROOT / Path(config).relative_to("/app"), overrides)
     group = spec["rayClusterSpec"]["workerGroupSpecs"][0]
     assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]

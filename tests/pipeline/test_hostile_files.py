@@ -21,12 +21,13 @@ import webdataset as wds
 from PIL import Image
 from safetensors.torch import save
 
-from pipeline import config as settings
-from pipeline import models
-from pipeline.data import loader, shards, storage
-from pipeline.errors import UserError
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.data import loader, shards
+from pipeline.network.build import build_network, load_weights
+from pipeline.run.state import Run
+from pipeline.settings.config import load_config, parse_config
 from pipeline.settings.data import Data
-from pipeline.state import Run
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint, Torn
 
@@ -50,7 +51,7 @@ def marker(tmp_path: Path) -> Iterator[Path]:
 
 
 def network(path: Path) -> torch.nn.Module:
-    return models.build(settings.parse({"name": "a", "model": {"checkpoint": str(path)}}).model, 10)
+    return build_network(parse_config({"name": "a", "model": {"checkpoint": str(path)}}).model, 10)
 
 
 def test_the_payload_is_one(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_only_the_config_names_a_factory(tmp_path: Path, marker: Path, monkeypat
 
 
 def network_of_its_own(folder: Path, metadata: dict[str, str]) -> torch.nn.Module:
-    plain = models.build(settings.parse({"name": "a"}).model, 10)
+    plain = build_network(parse_config({"name": "a"}).model, 10)
     state = {**plain.state_dict(), "fc3.bias": torch.ones(10)}
     (folder / "a.safetensors").write_bytes(save(state, metadata))
     return network(folder / "a.safetensors")
@@ -123,9 +124,9 @@ def test_urls_that_are_commands(place: str, marker: Path, tmp_path: Path) -> Non
         lambda: storage.read_bytes(url),
         lambda: shards.load_manifest(url),
         lambda: shards.index(url),
-        lambda: network(Path(f"{url}.pth")) if "://" not in url else models.load_weights(torch.nn.Linear(1, 1), url),
-        lambda: settings.load(url),
-        lambda: settings.load(tmp_path / "none.yaml", [f"data.root={url}"]),
+        lambda: network(Path(f"{url}.pth")) if "://" not in url else load_weights(torch.nn.Linear(1, 1), url),
+        lambda: load_config(url),
+        lambda: load_config(tmp_path / "none.yaml", [f"data.root={url}"]),
     ):
         with pytest.raises((UserError, FileNotFoundError)):
             look()
@@ -184,7 +185,7 @@ def test_members_that_could_be_unpickled_are_left_alone(tmp_path: Path, marker: 
                 writer.write({"__key__": f"k{i}", "png": stream.getvalue(), "cls": b"1", **extra})
     described, _ = shards.index(str(tmp_path))
     assert shards.verify(str(tmp_path)) == []
-    config = settings.parse({"name": "a", "data": {"source": "shards", "root": str(tmp_path), "size": 8}}).data
+    config = parse_config({"name": "a", "data": {"source": "shards", "root": str(tmp_path), "size": 8}}).data
     split = loader.open_split(config, str(tmp_path), described, "train")
     assert [raw.data for raw in split.read(np.arange(4))] == [stream.getvalue()] * 4
     with pytest.raises(UserError, match=r"no \.json member"):

@@ -13,17 +13,21 @@ from small import SMALL
 from support import ROOT, program
 from tiny_run import ALONE, carry_out, equal, final_weights
 
-from pipeline import cost, models, seeding, stages
-from pipeline.config import Config
+from pipeline import stages
+from pipeline.base import seeding
+from pipeline.base.errors import RunStopped, UserError
 from pipeline.data import shards
-from pipeline.distributed import configure_process
-from pipeline.errors import RunStopped, UserError
+from pipeline.export import packed
 from pipeline.local import LocalEngine
-from pipeline.prune import campaign, round_plan
-from pipeline.results import packed
-from pipeline.state import run_root
+from pipeline.network import cost
+from pipeline.network.build import build_network
+from pipeline.prune import round_plan
+from pipeline.rounds import campaign
+from pipeline.run.state import run_root
+from pipeline.settings.config import Config
 from pipeline.train import checkpoint
 from pipeline.train.loop import Training
+from pipeline.train.world import configure_process
 
 
 def test_a_run_reaches_its_target_and_says_what_it_did(tiny: Callable[..., Config]) -> None:
@@ -238,7 +242,7 @@ def test_survivors_made_anew_keep_the_pattern_alone(tiny: Callable[..., Config])
         carry_out(config)
     for number in (1, 2):
         saved = checkpoint.load(stages.Run(run_root(anew), 1), f"rounds/0{number}/checkpoint")
-        fresh = models.build(anew.model, 10, seeding.derive(0, "survivors", number)).state_dict()
+        fresh = build_network(anew.model, 10, seeding.derive(0, "survivors", number)).state_dict()
         for name, weight in saved.weights.items():
             expected = fresh[name] * saved.masks[name] if name in saved.masks else fresh[name]
             torch.testing.assert_close(weight, expected)

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import Config
+from pipeline import storage
+from pipeline.base.errors import UserError
 from pipeline.data import cache as caching
-from pipeline.data import loader, push, shards, storage
+from pipeline.data import loader, push, shards
 from pipeline.data.cache import Cache, Entry
-from pipeline.data.storage import s3 as boto
-from pipeline.errors import UserError
+from pipeline.settings.config import Config
+from pipeline.storage import s3 as boto
 
 Tiny = Callable[..., Config]
 CONTENT = {name: name.encode() * 1000 for name in ("a", "b", "c")}  # 1,000 bytes each

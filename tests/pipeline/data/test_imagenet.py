@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from pipeline.base.errors import UserError
 from pipeline.data import images, loader, shards, sources
-from pipeline.errors import UserError
 from pipeline.settings.data import Data
 
 # In the devkit's own order: its ids are not the numbers of the sorted wnids.

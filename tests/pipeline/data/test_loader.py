@@ -14,8 +14,8 @@ import pytest
 import torch
 import webdataset as wds
 
+from pipeline.base.errors import UserError
 from pipeline.data import loader, placement, shards
-from pipeline.errors import UserError
 from pipeline.settings.data import Data
 
 DIGITS = Data(

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.base.seeding import generator
 from pipeline.data import placement
-from pipeline.seeding import generator
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from pipeline.base.errors import UserError
 from pipeline.data import images, loader, shards, sources
-from pipeline.errors import UserError
 from pipeline.settings.data import Data
 
 SMALL = Data(shard_samples=300)  # digits: 1,293 train, 144 val, 360 test

@@ -10,8 +10,8 @@ import tarfile
 import numpy as np
 import pytest
 
+from pipeline.base.errors import UserError
 from pipeline.data import images, sources
-from pipeline.errors import UserError
 from pipeline.settings.data import Data
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.base.errors import UserError
 from pipeline.prune.allocation import ALLOCATIONS, allocate, proportional, threshold, threshold_counts
 from pipeline.prune.budget import USUAL, Composed, Priced
 from pipeline.prune.damage import Curve

@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import cost
+from pipeline.network import cost
 from pipeline.prune import damage
 from pipeline.prune.allocation import allocate
 from pipeline.prune.budget import USUAL, Composed, Held, Priced, predicted, solve

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.base.errors import UserError
 from pipeline.prune.criteria import scores
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
+from pipeline.base.errors import UserError
 from pipeline.prune.masks import Applier, check, digest, pack_bits, top_mask, unpack_bits
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from run_files import LAYERS, begin, config, finals, put, result, round_done, scan, scores, whole
 
-from pipeline.errors import UserError
+from pipeline.base.errors import UserError
 from pipeline.results import figures, plots, report
 
 HOSTILE = '<script>alert("x")</script>&amp;$\\frac{$'

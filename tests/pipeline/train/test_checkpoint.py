@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from pipeline.state import Run
+from pipeline.base.errors import UserError
+from pipeline.run.state import Run
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.errors import Leaving
-from pipeline.session import Session
+from pipeline.base.errors import Leaving
 from pipeline.train import checkpoint, loop
 from pipeline.train.loop import LOOK_EVERY, Training
+from pipeline.train.session import Session
 
 
 def trained(session: Session, phase: str) -> nn.Module:

@@ -14,13 +14,13 @@ import torch.multiprocessing as mp
 from small import network
 from torch import Tensor, nn
 
-from pipeline import config as settings
-from pipeline.distributed import current_world
-from pipeline.errors import UserError
-from pipeline.session import Session, open_session
-from pipeline.state import Run
+from pipeline.base.errors import UserError
+from pipeline.run.state import Run
+from pipeline.settings.config import parse_config
 from pipeline.train import phases
 from pipeline.train.loop import Training
+from pipeline.train.session import Session, open_session
+from pipeline.train.world import current_world
 
 THREE = {"phases": ("fc", "conv", "all"), "epochs": 1, "steps": 10, "weight_decay": 0.01, "checkpoint_steps": 2}
 
@@ -140,7 +140,7 @@ PLAIN = {"norm": False, "dropout": 0.0}
 def in_two(rank: int, port: int, folder: str, config: dict[str, Any], run: Run) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    session = open_session(settings.parse(config), current_world(torch.device("cpu")), run, lambda event: None)
+    session = open_session(parse_config(config), current_world(torch.device("cpu")), run, lambda event: None)
     done = training(session, "two", masks_of(network(**PLAIN), 0.3))
     done.fit()
     torch.save(done.seen, f"{folder}/{rank}.pt")

@@ -14,13 +14,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pipeline import config as settings
-from pipeline.config import Config
-from pipeline.distributed import World, configure_process
-from pipeline.gradual import Gradual
-from pipeline.session import Session, open_session
-from pipeline.state import Run
+from pipeline.prune.gradual import Gradual
+from pipeline.run.state import Run
+from pipeline.settings.config import Config, parse_config
 from pipeline.train.loop import Training
+from pipeline.train.session import Session, open_session
+from pipeline.train.world import World, configure_process
 
 SIZES = (1, 2, 3, 4)
 STEPS = 50
@@ -105,7 +104,7 @@ def process(rank: int, folder: str, configs: list[Config], root: str, fence: int
 def train(session: Session, folder: Path, what: str, *changes: dict[str, Any]) -> list[dict[int, dict[str, Any]]]:
     """For each change of the config, what rank 0 of each world size found."""
     tree = session.config.model_dump(mode="json")
-    configs = [settings.parse({**tree, **change}) for change in changes]
+    configs = [parse_config({**tree, **change}) for change in changes]
     mp.spawn(process, (str(folder), configs, session.run.root, session.run.fence, what), nprocs=max(SIZES))
     return [
         {size: json.loads((folder / f"{number}-{size}-0.json").read_text()) for size in SIZES}

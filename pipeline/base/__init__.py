@@ -1,0 +1,1 @@
+"""What knows nobody: errors, names, seeds, environment, statistics of differences."""

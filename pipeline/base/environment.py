@@ -1,0 +1,22 @@
+"""Numbers that a user may set in the environment."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from pipeline.base.errors import UserError
+
+
+def number(name: str, default: float) -> float:
+    """The variable `name`, or `default`. Raises UserError where it is no finite number from 0 up."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"{name}={text} is not a number from 0 up: set it as in {name}={default:g}, or unset it")
+    return value

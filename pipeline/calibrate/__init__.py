@@ -1,0 +1,1 @@
+"""What is measured on samples without training: statistics, layer inputs, reconstruction, batch norm."""

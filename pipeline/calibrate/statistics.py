@@ -1,0 +1,189 @@
+"""What some criteria need to know of each weight besides its value, measured on train samples without augmentation.
+
+Every rank sums over its share of the batches, the sums are all-reduced, and all ranks go on with rank 0's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.base.errors import UserError
+from pipeline.calibrate import layer_inputs
+from pipeline.data.loader import Batch
+from pipeline.network.layers import layers_by_tensor
+from pipeline.network.modes import evaluating
+from pipeline.prune import criteria
+from pipeline.settings.config import Config
+from pipeline.task.classification import forward
+from pipeline.train.session import Session
+from pipeline.train.world import World
+
+GROUP = 8  # samples over whose mean loss one gradient is taken
+DAMPING = 0.01  # of the mean of the diagonal, added to it (Frantar et al. 2022 and others)
+
+Batches = Callable[[], Iterable[Batch]]  # this rank's share; called once for each pass
+
+
+def measure(
+    kind: str, model: nn.Module, names: Sequence[str], batches: Batches, config: Config, world: World
+) -> dict[str, Tensor]:
+    """The statistic `kind` of every weight of the named tensors, shaped like them, the same bits on every rank.
+
+    gradient: mean |g|, g the gradient of the mean cross-entropy over GROUP samples in a row, in evaluation mode.
+    curvature: 1 / [H⁻¹]_jj with H = X Xᵀ / samples of the inputs j of the layer (of the group,
+    in a grouped convolution), damped: how much the squared error of the layer's output, over its positions, grows for
+    each w² that is taken away while the other weights of its row make up for it. That of a tensor several layers share
+    is over the inputs of all of them. Unreadable images are left out.
+    """
+    with evaluating(model):
+        if kind == "curvature":
+            found = _curvatures(model, names, batches, config, world)
+        else:
+            found = _gradients(model, names, batches(), config, world)
+    return {name: world.from_first(statistic) for name, statistic in found.items()}
+
+
+def statistics_for(session: Session, model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """What prune.criterion needs of each weight of the named tensors, the same bits on every rank; else nothing."""
+    config = session.config
+    kind = criteria.statistic_of(config.prune.criterion)
+    if kind is None:
+        return {}
+
+    def share() -> Iterator[Batch]:
+        return session.calibration(config.prune.statistics_samples, share=True)
+
+    return measure(kind, model, names, share, config, session.world)
+
+
+def require_curvature(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise UserError for a tensor whose layer is too large, or computes in a way of its own, for the curvature."""
+    layers = layers_by_tensor(model)
+    for name in names:
+        for layer in layers[name]:
+            if not layer_inputs.is_plain(layer):
+                raise UserError(
+                    f"prune.criterion=obs: {name} belongs to a {type(layer).__name__}, which computes in a way of its "
+                    "own: choose another criterion, or name the tensor in prune.exclude"
+                )
+        if layer_inputs.gram_bytes(layers[name][0]) > layer_inputs.LARGEST_BYTES:
+            raise UserError(
+                f"prune.criterion=obs: {name} has so many inputs that their products with each other take more than "
+                f"{layer_inputs.LARGEST_BYTES / 2**30:g} GiB: choose another criterion, or name the tensor in "
+                "prune.exclude"
+            )
+
+
+def _readable(batches: Iterable[Batch], world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images (uint8) and labels of each batch that could be read, on this rank's device."""
+    for batch in batches:
+        good = batch.weights > 0
+        if bool(good.any()):
+            yield batch.images[good].to(world.device), batch.labels[good].to(world.device)
+
+
+def _gradients(
+    model: nn.Module, names: Sequence[str], batches: Iterable[Batch], config: Config, world: World
+) -> dict[str, Tensor]:
+    """The means of |g| over all groups of all ranks; a smaller group counts by its samples."""
+    parameters = dict(model.named_parameters())
+    weights = [parameters[name] for name in names]
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    sums = [torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) for weight in weights]  # contiguous
+    count = torch.zeros(1, dtype=torch.float64, device=world.device)
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        for images, labels in _readable(batches, world):
+            for part, wanted in zip(images.split(GROUP), labels.split(GROUP), strict=True):
+                with torch.enable_grad():
+                    loss = F.cross_entropy(forward(model, part, config), wanted)
+                for total, gradient in zip(sums, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+                    if gradient is not None:
+                        total += gradient.abs() * len(wanted)
+                count += len(wanted)
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    samples = _counted(count, world)
+    return {name: world.sum(total) / samples for name, total in zip(names, sums, strict=True)}
+
+
+def _curvatures(
+    model: nn.Module, names: Sequence[str], batches: Batches, config: Config, world: World
+) -> dict[str, Tensor]:
+    """1 / [H⁻¹]_jj for every weight, in as many passes as keep H of the tensors of one pass within LARGEST_BYTES."""
+    require_curvature(model, names)
+    layers = layers_by_tensor(model)
+    passes: list[list[str]] = []
+    held = layer_inputs.LARGEST_BYTES
+    for name in names:
+        size = layer_inputs.gram_bytes(layers[name][0])
+        if held + size > layer_inputs.LARGEST_BYTES:
+            passes.append([])
+            held = 0
+        passes[-1].append(name)
+        held += size
+    found: dict[str, Tensor] = {}
+    for part in passes:
+        grams, samples = _grams(model, {name: layers[name] for name in part}, batches(), config, world)
+        for name in part:
+            layer: Any = layers[name][0]
+            rest = _inverse_diagonal(grams.pop(name) / samples).reciprocal()
+            wide = rest[:, None, :].expand_as(layer_inputs.matrix(layer, layer.weight))
+            found[name] = wide.reshape(layer.weight.shape).to(layer.weight.dtype)
+    return found
+
+
+@torch.no_grad()
+def _grams(
+    model: nn.Module, layers: dict[str, list[nn.Module]], batches: Iterable[Batch], config: Config, world: World
+) -> tuple[dict[str, Tensor], float]:
+    """X Xᵀ of each tensor's inputs, (groups, inputs, inputs), over all positions and ranks; and the samples."""
+    grams: dict[str, Tensor] = {}
+
+    def add(name: str) -> Any:
+        def hook(layer: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = layer_inputs.rows(layer, given[0], config.seed)
+            every = output.numel() / layer.weight.shape[0]  # output positions, of which the rows are some
+            grams[name] += (rows.mT @ rows).double() * (every / rows.shape[1])
+
+        return hook
+
+    for name, users in layers.items():
+        first: Any = users[0]
+        groups, _, inputs = layer_inputs.matrix(first, first.weight).shape
+        grams[name] = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=world.device)
+    handles = [user.register_forward_hook(add(name)) for name, users in layers.items() for user in users]
+    count = torch.zeros(1, dtype=torch.float64, device=world.device)
+    try:
+        for images, labels in _readable(batches, world):
+            forward(model, images, config)
+            count += len(labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: world.sum(gram) for name, gram in grams.items()}, _counted(count, world)
+
+
+def _inverse_diagonal(gram: Tensor) -> Tensor:
+    """The diagonal of (gram + damping)⁻¹: (groups, inputs) of (groups, inputs, inputs)."""
+    factor = torch.linalg.cholesky(damped(gram))
+    return torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
+
+
+def damped(gram: Tensor, share: float = DAMPING) -> Tensor:
+    """The matrices with `share` of the mean of their diagonal added to it; positive definite also where all is 0."""
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    return gram + torch.diag_embed((share * mean)[:, None].expand(gram.shape[:2]))
+
+
+def _counted(count: Tensor, world: World) -> float:
+    samples = float(world.sum(count))
+    world.agree(None if samples else "none of the train samples that statistics are measured on can be read")
+    return samples

@@ -1,0 +1,143 @@
+"""What the command lines do, with Ray (`secateur`, `python -m cluster`) or without (`python -m pipeline`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from pipeline import stages, storage
+from pipeline.base.errors import UserError
+from pipeline.cli.console import Display, show_plan, show_result, show_tables
+from pipeline.engine import Engine
+from pipeline.results import budgets, figures, final, plots
+from pipeline.rounds import outlook
+from pipeline.run import lease
+from pipeline.run.state import Run, config_of, run_root
+from pipeline.settings.config import Config, load_config, parse_config
+from pipeline.settings.data import NO_ROOT
+from pipeline.tracking import mirror, tracking
+from pipeline.tracking.tracking import Synced
+from pipeline.train.world import configure_process
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/, or its URL.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
+Budgets = Annotated[
+    str | None, typer.Option(metavar="2,4,8", help="Show what several compressions would keep, solved from the scan.")
+]
+FigureFile = Annotated[str | None, typer.Option(metavar="FILE", help="Draw their curve, as .svg or .png.")]
+
+
+def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
+    """The config of a command, with local paths made absolute: workers may run in other folders.
+
+    Only a plan can do without ImageNet's files, whose numbers are known. Raises UserError.
+    """
+    config = load_config(path, overrides)
+    if needs_data and config.data.source == "imagenet" and config.data.root is None:
+        raise UserError(f"config '{path}': data: {NO_ROOT.format('imagenet')}")
+
+    def absolute(value: str | None) -> str | None:
+        return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))
+
+    data = config.data.model_copy(
+        update={"root": absolute(config.data.root), "class_index": absolute(config.data.class_index)}
+    )
+    model = config.model.model_copy(update={"checkpoint": absolute(config.model.checkpoint)})
+    start = config.start
+    if start.source is not None and "/" in start.run:  # else it is a name under runs_dir
+        start = start.model_copy(update={"source": absolute(start.source)})
+    parts = {"data": data, "model": model, "start": start}
+    return config.model_copy(update={"runs_dir": absolute(config.runs_dir), **parts})
+
+
+def leave(command_line: Callable[[], None]) -> NoReturn:
+    """Run a command line and end the process with its exit code.
+
+    A thread that still waits for MLflow would abort the interpreter's own end (it is within C++ then), so the process
+    leaves without it.
+    """
+    code: Any = 0
+    try:
+        command_line()
+    except SystemExit as error:
+        code = error.code or 0
+    if any(thread.name == mirror.THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    raise SystemExit(code)
+
+
+def run(config: Config, engine: Engine) -> dict[str, Any]:
+    """Carry a run to its end, show its progress and its result."""
+    configure_process(config)
+    with Display() as display:
+        try:
+            result = stages.run(config, engine, display)
+        finally:
+            engine.close()
+    show_result(result, storage.join(run_root(config), "report.html"))
+    return result
+
+
+def plan_command(
+    config: ConfigPath, overrides: Overrides = None, budgets: Budgets = None, figure: FigureFile = None
+) -> None:
+    """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
+    show(load(config, overrides, needs_data=False), budgets, figure)
+
+
+def show(config: Config, compressions: str | None = None, figure: str | None = None) -> None:
+    """Print what a run would do; or, of several compressions, what `prune.allocation=budget` would keep.
+
+    `figure` is a file (.svg or .png) that their curve is drawn into.
+    """
+    if compressions is not None:
+        show_options(config, compressions, figure)
+        return
+    if figure is not None:
+        raise UserError(f"--figure {figure} draws the curve of several budgets: give --budgets 2,4,8 too")
+    made = outlook.make(config)
+    outlook.require_plan_possible(made)
+    show_plan(made, config)
+
+
+def show_options(config: Config, compressions: str, figure: str | None) -> None:
+    """Print several budgets solved from the run's scan, and draw their curve into a file. Raises UserError."""
+    if figure is not None and not figure.endswith((".svg", ".png")):
+        raise UserError(f"--figure {figure}: is written as SVG or PNG; end the name in .svg or .png")
+    options = budgets.solve(config, budgets.parse(compressions))
+    show_tables([budgets.table(options)], budgets.bars(options))
+    if figure is not None:
+        drawn = plots.budgets(options)
+        label = "Predicted rise of the loss against compression"
+        made = figures.to_png(drawn) if figure.endswith(".png") else figures.to_svg(drawn, label).encode()
+        try:
+            storage.write_bytes(figure, made)
+        except OSError as error:
+            raise UserError(f"--figure {figure}: cannot be written: {error.strerror}") from error
+
+
+def sync(run_dir: str | Path, uri: str | None = None) -> Synced:
+    """Make the run's server, or another at `uri`, hold the run; twice is the same as once.
+
+    A finished run that could not learn its place in MLflow is told it now, as it would have been at its end.
+    """
+    config = config_of(run_dir)
+    if uri is not None:
+        values = config.model_dump(mode="json")
+        config = parse_config({**values, "tracking": {**values["tracking"], "uri": uri}}, origin="--uri")
+    synced = tracking.sync(run_dir, config)
+    result = storage.join(run_dir, "result.json")
+    if storage.exists(result) and storage.read_json(result)["mlflow"] is None:
+        with lease.hold(str(run_dir), config.cluster.lease_seconds, lambda: None, warnings.warn) as fence:
+            final.update(Run(str(run_dir), fence), mlflow=synced.place)
+        synced = tracking.sync(run_dir, config)
+    return synced

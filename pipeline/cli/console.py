@@ -1,0 +1,304 @@
+"""What a person sees: progress on a terminal or in a job's log, tables, and one message for an error."""
+
+from __future__ import annotations
+
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline import storage
+from pipeline.base.errors import RunStopped, UserError
+from pipeline.results import report
+from pipeline.results.tables import TextTable
+from pipeline.rounds.outlook import RunPlan
+from pipeline.settings.config import Config, dump_config
+
+LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
+STEPS_EVERY_S = 30.0  # and one of a training's steps, between the lines of its epochs
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
+LOG_WIDTH = 180  # columns of a table in a log
+TITLES = {
+    "shards": "shards",
+    "dense": "dense network",
+    "scan": "sensitivity scan",
+    "rounds": "rounds",
+    "figure5": "figure 5",
+    "final": "final",
+}
+
+
+def make_console(stderr: bool = False) -> Console:
+    """A console that writes whole lines: in a log, which has no width, tables are as wide as they need."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=LOG_WIDTH)
+
+
+class Display:
+    """Shows a run's events: bars on a terminal, plain lines in a log."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or make_console()
+        self.started = time.monotonic()
+        self.last_line = 0.0
+        self.bars: Progress | None = None
+        self.task: tuple[str, TaskID] | None = None
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bars = Progress(*columns, console=self.console, transient=True)
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event; `pipeline.stages` and `pipeline.rounds.method` say what events there are."""
+        if "warning" in event:
+            self.line(f"warning: {event['warning']}")
+        elif "note" in event:
+            self.line(event["note"])
+        elif "stage" in event:
+            state = "finished before, skipped" if event.get("skipped") else "started"
+            self.line(f"{TITLES[event['stage']]}: {state}")
+        elif "shards" in event:
+            self.count(f"shards: {event['shards']}", event["done"], event["total"])
+        elif "scan" in event:
+            self.count("scan", event["done"], event["total"])
+            if self.bars is None and event["done"] == event["total"]:
+                self.line(f"scan: {event['done']} levels measured")
+        elif "together" in event:
+            self.line(
+                f"scan: all tensors together at density {event['together']:.2%}: the loss rises by at least "
+                f"{event['rise']:.4f} (damages composed by the power {event['power']:g})"
+            )
+        elif "phase" in event:
+            self.phase(event)
+
+    def phase(self, event: dict[str, Any]) -> None:
+        """An event of a training: its start, its resumption, a step on the way, or the end of an epoch."""
+        name = event["phase"]
+        if "kept" in event:
+            kept = "kept in the end" if event["gradual"] else "kept"
+            self.line(
+                f"{name}: {event['kept']:,} weights {kept} ({event['density']:.2%}), val {event['before']:.2%}"
+                + (f", {event['dead']:,} of dead neurons gone" if event["dead"] else "")
+                + "".join(f", {path} drops {rate:.3g}" for path, rate in event["dropout"].items() if rate)
+            )
+        elif "resumed" in event:
+            workers = f" on {event['workers']} workers" if event["workers"] > 1 else ""
+            self.line(f"{name}: resumed at step {event['resumed']} of {event['steps']}{workers}")
+        elif "at" in event:
+            self.count(name, event["at"], event["steps"], every=STEPS_EVERY_S)
+        else:
+            if self.bars is not None:
+                self.count(name, event["step"], event["steps"])
+            self.line(
+                f"{name}: epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}, "
+                f"val {event['val_top1']:.2%}, {event['seconds']:.1f} s"
+            )
+
+    def count(self, text: str, done: int, total: int, every: float = LOG_EVERY_S) -> None:
+        """A running count: a bar, or now and then a line."""
+        if self.bars is not None:
+            if self.task is None or self.task[0] != text:
+                if self.task is not None:
+                    self.bars.remove_task(self.task[1])
+                self.task = (text, self.bars.add_task(text, total=total))
+            self.bars.update(self.task[1], completed=done, total=total)
+        elif done == total or time.monotonic() - self.last_line >= every:
+            self.line(f"{text}: {done}/{total}")
+
+    def line(self, text: str) -> None:
+        """One line, with the seconds since the start."""
+        self.last_line = time.monotonic()
+        self.console.print(f"[{self.last_line - self.started:7.1f} s] {storage.hide(text)}", markup=False)
+
+
+class Told(SystemExit):
+    """An end of which the user has been told in other words."""
+
+
+@contextmanager
+def one_message(resume: str | None = None) -> Iterator[None]:
+    """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; Ctrl-C into 130."""
+    err = make_console(stderr=True)
+
+    def say(text: str) -> None:
+        err.print(storage.hide(text), markup=False)
+
+    previous = signal.signal(signal.SIGTERM, _interrupt) if _main_thread() else None
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+            yield
+    except (UserError, RunStopped) as error:
+        say(f"error: {error}")
+        raise SystemExit(2) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        text = "not enough memory: lower batch_size, data.eval_batch, data.cache_bytes or data.size, or add memory"
+        err.print(f"error: {text} ({' '.join(str(error).split())[:200]})", markup=False)
+        raise SystemExit(2) from error
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
+            raise  # Typer makes INTERRUPTED of Ctrl-C
+        say("stopped; what is finished is kept.")
+        if resume:
+            say(f"To go on: {resume}")
+        raise SystemExit(INTERRUPTED) from error
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether this is a lack of memory: Python's, NumPy's, or torch's on a GPU or a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM, which a job gets when it is cancelled, ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def show_plan(plan: RunPlan, config: Config, console: Console | None = None) -> None:
+    """Print a plan: the resolved config, every tensor, every round."""
+    console = console or make_console()
+    console.print(dump_config(config).rstrip(), markup=False)
+    counts = plan.counts
+    console.print(
+        f"\ndata: {counts.train:,} train, {counts.val:,} val, {counts.test:,} test samples, {counts.classes} classes"
+    )
+    console.print(_tensor_table(plan))
+    if plan.left_out:
+        table = Table("left out", "shape", "reason", title="tensors that stay dense")
+        for tensor in plan.left_out:
+            table.add_row(tensor.name, "x".join(map(str, tensor.shape)), tensor.reason)
+        console.print(table)
+    total = sum(tensor.weights for tensor in plan.prunable)
+    table = Table(title=f"rounds (dense training before them: {plan.dense_steps:,} steps)")
+    predicted = any(row.rise is not None for row in plan.rounds)
+    for title in ("round", "density", "weights kept", "compression", "FLOPs", "bytes", "steps"):
+        table.add_column(title, justify="right")
+    if predicted:
+        table.add_column("predicted rise of the loss", justify="right")
+    for row in plan.rounds:
+        cells = (f"{row.density:.3%}", f"{row.kept:,}", f"{total / row.kept:.2f}x", f"{row.flops:,}", f"{row.bytes:,}")
+        rise = [] if not predicted else ["-" if row.rise is None else f"{row.rise:.4f}"]
+        table.add_row(str(row.round), *cells, f"{row.steps:,}", *rise)
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _tensor_table(plan: RunPlan) -> Table:
+    table = Table(title="prunable tensors")
+    for title, side in (("tensor", "left"), ("kind", "left"), ("shape", "left")):
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    for title in ("weights", "FLOPs", "planned density", "planned weights"):
+        table.add_column(title, justify="right")
+    for tensor in plan.prunable:
+        density = plan.densities.get(tensor.name)
+        table.add_row(
+            ", ".join((tensor.name, *tensor.aliases)),
+            tensor.kind,
+            "x".join(map(str, tensor.shape)),
+            f"{tensor.weights:,}",
+            f"{plan.flops[tensor.name]:,}",
+            "-" if density is None else f"{density:.2%}",
+            "-" if density is None else f"{round(density * tensor.weights):,}",
+        )
+    total = sum(tensor.weights for tensor in plan.prunable)
+    table.add_row("total", "", "", f"{total:,}", f"{sum(plan.flops.values()):,}", "", "", style="bold")
+    return table
+
+
+def show_result(result: dict[str, Any], report_path: str, console: Console | None = None) -> None:
+    """Print the result of a run as a table."""
+    console = console or make_console()
+    table = Table("", "", title=f"{result['name']} ({result['network']})", show_header=False)
+    for label, value in report.summary_rows(result):
+        table.add_row(label, value)
+    table.add_row("report", report_path)
+    console.print(table)
+
+
+def main_module(argv: list[str]) -> str:
+    """The command as it was typed, for a message that says how to go on."""
+    return " ".join([argv[0].rsplit("/", 1)[-1], *argv[1:]])
+
+
+def show_scan(scan: dict[str, Any], console: Console | None = None) -> None:
+    """Print the accuracy of each tensor at each density, the samples it took, and the quality that follows."""
+    console = console or make_console()
+    what = "dense" if scan["after"] is None else f"after round {scan['after']}"
+    table = Table(title=f"val accuracy with one tensor pruned ({what} {scan['dense']['top1']:.2%})")
+    grids = [[level["density"] for level in tensor["levels"]] for tensor in scan["tensors"]]
+    same = all(grid == grids[0] for grid in grids)
+    table.add_column("tensor")
+    for title in [f"{density:.3g}%" for density in (100 * d for d in grids[0])] if same else ["density: accuracy"]:
+        table.add_column(title, justify="right" if same else "left")
+    for title in ("samples a level", "shared by", "quality"):
+        table.add_column(title, justify="right")
+    for tensor in scan["tensors"]:
+        levels = tensor["levels"]
+        cells = [f"{level['top1']:.1%}" for level in levels]
+        if not same:
+            pairs = zip(levels, cells, strict=True)
+            cells = ["  ".join(f"{100 * level['density']:.3g}%: {cell}" for level, cell in pairs)]
+        samples = sum(level["samples"] for level in levels) / len(levels)
+        table.add_row(tensor["name"], *cells, f"{samples:,.0f}", tensor["method"], f"{tensor['quality']:.3f}")
+    console.print(table)
+
+
+def show_bench(found: dict[str, Any], console: Console | None = None) -> None:
+    """Print latency and memory of each form of the network, and what they come to in words."""
+    console = console or make_console()
+    table = Table(title="median latency (10-90% of the passes)")
+    for title, side in (("network", "left"), ("batch", "right"), ("ms", "right"), ("parameters", "right")):
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    for row in found["rows"]:
+        spread = f"{row['median_ms']:.3f} ({row['p10_ms']:.3f}-{row['p90_ms']:.3f})"
+        table.add_row(row["name"], str(row["batch"]), spread, f"{row['parameter_bytes'] / 1000:,.0f} kB")
+    console.print(table)
+    removed = ", ".join(f"{layer} {count}" for layer, count in found["removed"].items() if count)
+    console.print(f"units removed from the compact network: {removed or 'none'}", markup=False)
+    for note in found["notes"]:
+        console.print(f"note: {note}", markup=False)
+    console.print(found["verdict"], markup=False)
+
+
+def show_tables(
+    tables: Sequence[TextTable], said: Sequence[str], page: str | None = None, console: Console | None = None
+) -> None:
+    """Print tables, what they come to, and where the page with the figures is, if there is one."""
+    console = console or make_console()
+    for each in tables:
+        table = Table(title=each.title, title_justify="left")
+        for number, column in enumerate(each.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in each.rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in said:
+        console.print(line, markup=False)
+    if page is not None:
+        console.print(f"page: {page}", markup=False)

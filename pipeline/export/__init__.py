@@ -1,0 +1,1 @@
+"""The files that a finished run hands over, and what they cost in bytes and milliseconds."""

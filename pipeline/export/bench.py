@@ -1,0 +1,109 @@
+"""`secateur bench RUN`: the compact network and the ONNX files of a finished run, checked, and what they gain here."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.data import loader, shards
+from pipeline.data.images import normalize
+from pipeline.data.shards import Manifest
+from pipeline.export import export, latency
+from pipeline.network.build import build_network, load_weights
+from pipeline.network.compact import Compacted, compact
+from pipeline.run.state import Run, config_of
+from pipeline.settings.config import Config
+from pipeline.train import checkpoint, session
+from pipeline.train.world import choose_device
+
+BATCHES = (1, 64)
+SAMPLES = 64  # random and real inputs each, on which the compact network and the ONNX files are checked
+TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that passes for rounding of float32
+
+
+def bench_run(run_dir: str | Path, repeats: int = 100) -> dict[str, Any]:
+    """Write final/{compact.safetensors, model.onnx, compact.onnx, fc.csr.safetensors, latency.json}; returns the last.
+
+    latency.json holds `rows` (fields of latency.Latency; dense, pruned, compact, and CSR: the pruned network with CSR
+    matrices), the `verdict`, largest output `differences` from the pruned network, `removed` units by layer, `notes`
+    on what compaction left alone, and `summary`: result.json's latency_ms, at batch 1. Measured on config.device with
+    config.threads. Raises UserError for a run that is not finished, and where onnxscript or onnxruntime is missing.
+    """
+    config = config_of(run_dir)
+    here = Run(str(run_dir), 0)
+    if not here.has("final", "model.safetensors"):
+        raise UserError(f"'{run_dir}' has no final/model.safetensors: carry the run to its end first (secateur run)")
+    manifest = shards.load_manifest(session.data_root(config, here))
+    pruned = build_network(config.model, manifest.num_classes, config.seed).eval()
+    dense = copy.deepcopy(pruned)
+    load_weights(pruned, here.path("final", "model.safetensors"))
+    dense.load_state_dict(checkpoint.load(here, "dense/checkpoint").weights)
+    inputs = check_inputs(config, here, manifest)
+    found = compact(pruned, inputs[:2])
+    differences = write_files(here, pruned, found, inputs)
+    device = choose_device(config)
+    rows = latency.measure(
+        {"dense": dense, "pruned": pruned, "compact": found.model, "CSR": export.to_csr(pruned)},
+        session.input_shape(config), BATCHES, config.threads, repeats, device=device,
+    )  # fmt: skip
+    where = device_name(device, config.threads)
+    verdict = latency.verdict(rows, where)
+    single = {row.name: row.median_ms for row in rows if row.batch == BATCHES[0]}
+    summary = {"device": where, "batch": BATCHES[0], **{name: single[name] for name in ("dense", "pruned", "compact")}}
+    report = {
+        "rows": [asdict(row) for row in rows],
+        "verdict": verdict,
+        "differences": differences,
+        "removed": found.removed,
+        "notes": found.notes,
+        "summary": {**summary, "verdict": verdict},
+    }
+    storage.write_json(here.path("final", "latency.json"), report)
+    return report
+
+
+def check_inputs(config: Config, here: Run, manifest: Manifest) -> Tensor:
+    """Random inputs and then real ones, of val (never test), float32 (at most 2 * SAMPLES, channels, height, width)."""
+    split = loader.open_split(config.data, session.data_root(config, here), manifest, "val")
+    batch = next(loader.EvalLoader(split, config.data, SAMPLES, config.seed).batches(0, 1))
+    real = normalize(batch.images[:SAMPLES], config.data.mean, config.data.std)
+    noise = torch.randn(SAMPLES, *real.shape[1:], generator=torch.Generator().manual_seed(config.seed))
+    return torch.cat([noise, real])
+
+
+def write_files(here: Run, pruned: nn.Module, found: Compacted, inputs: Tensor) -> dict[str, float]:
+    """Export and check; the largest absolute difference of outputs from the pruned network's, by file.
+
+    Raises UserError where a difference is more than rounding: the file is then not to be used.
+    """
+    with torch.no_grad():
+        wanted = pruned(inputs)
+        differences = {"compact.safetensors": float((found.model(inputs) - wanted).abs().max())}
+    export.save_compact(found, here.path("final", "compact.safetensors"))
+    export.save_csr(pruned, here.path("final", "fc.csr.safetensors"))
+    for name, model in (("model.onnx", pruned), ("compact.onnx", found.model)):
+        export.to_onnx(model, inputs[:2], here.path("final", name))
+        differences[name] = export.check_onnx(here.path("final", name), pruned, inputs)
+    limit = TOLERANCE * max(1.0, float(wanted.abs().max()))
+    for name, difference in differences.items():
+        if not difference <= limit:
+            raise UserError(
+                f"final/{name} differs from the pruned network by {difference:.3g}, more than rounding; do not use it, "
+                "use final/model.safetensors, and report this with the network's code"
+            )
+    return differences
+
+
+def device_name(device: torch.device, threads: int) -> str:
+    """The device in words: a GPU's name, or the processor's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"

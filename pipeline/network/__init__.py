@@ -1,0 +1,1 @@
+"""The network that is pruned: built, surveyed, counted, followed and made smaller."""

@@ -1,0 +1,205 @@
+"""Removes dead units: neurons and channels that nobody reads, or that are fed by nothing and so never change.
+
+Han et al. 2015, section 3.5: a neuron with no input or no output connection is dead and goes with all its connections.
+One with no input is not 0 but constant: what it adds to the next layer moves into that layer's bias, exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pipeline.base.errors import UserError
+from pipeline.network.build import load_weights
+from pipeline.network.follow import Follower
+from pipeline.network.layers import CONVOLUTIONS, LAYERS
+from pipeline.network.operations import BATCH_NORMS
+from pipeline.network.signals import Layer, Units, constant_part
+from pipeline.network.trace import Traced, flatten_calls, graph_of, traced
+
+FORMAT = "secateur compact 1"
+Alive = NDArray[np.bool_]
+
+
+@dataclass
+class Compacted:
+    """A smaller network that computes the same.
+
+    `removed` and `kept_units` count each linear and convolution layer's output units, by layer. `notes` says what was
+    left alone and why. `flattened` names the calls of view that had the number of features written in the code and are
+    now torch.flatten: only where there are such is `model` a torch.fx.GraphModule, else it is the network's own class.
+    """
+
+    model: nn.Module
+    removed: dict[str, int]
+    kept_units: dict[str, int]
+    notes: list[str]
+    flattened: list[str]
+
+
+def compact(model: nn.Module, example: Tensor) -> Compacted:
+    """A copy of `model` without its dead units, in evaluation mode; `model` stays as it is.
+
+    Pruned weights must be exactly 0. `example`, (batch, ...), is an input; its values do not matter. The outputs equal
+    the model's in evaluation mode, but for rounding; inputs and outputs keep their size. Every layer keeps at least one
+    unit. Channels that cannot be followed are left alone, which a note says.
+    """
+    work = copy.deepcopy(model).eval()
+    graph = traced(work, example)
+    if not isinstance(graph, Traced):
+        sizes = {name: len(part.weight) for name, part in work.named_modules() if isinstance(part, LAYERS)}
+        return Compacted(work, dict.fromkeys(sizes, 0), sizes, graph, [])
+    found = Follower(graph)
+    alive = settle(found.layers, found.units)
+    removed, kept = {}, {}
+    for layer in found.layers:
+        outputs = alive[found.units.roots(layer.outputs)]
+        removed[layer.name], kept[layer.name] = int((~outputs).sum()), int(outputs.sum())
+        _cut_layer(layer, alive[found.units.roots(layer.inputs)], outputs)
+    for carrier in found.carriers:
+        _keep_rows(carrier.module, alive[found.units.roots(carrier.units)])
+    if graph.hard_coded:
+        work = graph.module.eval()
+    return Compacted(work, removed, kept, [*graph.notes, *found.notes], graph.hard_coded)
+
+
+def settle(layers: list[Layer], units: Units) -> Alive:
+    """Which units stay, by root.
+
+    The least set with the pinned ones and, for each layer, the inputs that its staying outputs read and that are no
+    constants to fold. Beyond these, units stay (read by nobody) so that no layer is empty and that each group of a
+    grouped convolution keeps as many channels as the others.
+    """
+    needed = np.zeros(len(units), dtype=np.bool_)
+    needed[units.pinned()] = True
+    inputs = [units.roots(layer.inputs) for layer in layers]
+    outputs = [units.roots(layer.outputs) for layer in layers]
+    depends = [layer.reads & ~layer.fold.view(len(layer.reads), 1, -1) for layer in layers]
+    count = -1
+    while count != (count := int(needed.sum())):
+        for i in reversed(range(len(layers))):
+            if not layers[i].depthwise:
+                rows = torch.from_numpy(needed[outputs[i]]).view(*depends[i].shape[:2], 1)
+                needed[inputs[i][(depends[i] & rows).any(1).flatten().numpy()]] = True
+    alive = needed.copy()
+    count = -1
+    while count != (count := int(alive.sum())):
+        for i, layer in enumerate(layers):
+            if not alive[outputs[i]].any():
+                alive[outputs[i][0]] = True
+            if len(layer.reads) > 1 and not layer.depthwise:
+                _level(alive, inputs[i].reshape(len(layer.reads), -1))
+                _level(alive, outputs[i].reshape(len(layer.reads), -1))
+    return alive
+
+
+def rebuild(model: nn.Module, path: str | Path) -> nn.Module:
+    """The compact network in a file that `pipeline.export.export.save_compact` wrote; in evaluation mode.
+
+    `model` is the whole network as its factory makes it, whose layers shrink (in place) to the sizes of the file's
+    tensors. Raises UserError for a file that is damaged, is no compact network, or is of another one.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{path}' cannot be read as a compact network: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"'{path}' holds no compact network (format {metadata.get('format')!r}); give the path of a "
+                        "compact.safetensors")  # fmt: skip
+    resize(model, shapes)
+    model.eval()
+    names = [name for name in metadata["flattened"].split(",") if name]
+    if names:
+        graph, notes = graph_of(model)
+        if graph is None:
+            raise UserError(f"'{path}' is not of this network: {'; '.join(notes)}")
+        flatten_calls(graph, names)
+        model = graph
+    load_weights(model, path)
+    return model
+
+
+def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give every linear, convolution, batch norm and PReLU layer the sizes of the tensors named in `shapes`."""
+    for name, part in model.named_modules():
+        if type(part) not in (*LAYERS, *BATCH_NORMS, nn.PReLU):
+            continue
+        for held in ("weight", "bias", "running_mean", "running_var"):
+            shape = shapes.get(f"{name}.{held}" if name else held)
+            before: Any = getattr(part, held, None)
+            if shape is not None and (before is None or tuple(before.shape) != shape):
+                like = before if before is not None else part.weight
+                assert isinstance(like, Tensor)
+                _put(part, held, like.new_zeros(shape))
+        _refit(part)
+
+
+def _level(alive: Alive, groups: NDArray[np.int64]) -> None:
+    """Let every group, (groups, channels of a group), keep as many units as the one that keeps most."""
+    most = int(alive[groups].sum(1).max())
+    for group in groups:
+        missing = most - int(alive[group].sum())
+        alive[group[~alive[group]][: max(missing, 0)]] = True
+
+
+def _cut_layer(layer: Layer, inputs: Alive, outputs: Alive) -> None:
+    """Fold the inputs that go into the bias, then take the rows and columns that stay."""
+    module = layer.module
+    groups, rows, columns = layer.reads.shape
+    if not layer.depthwise:
+        added = constant_part(module, layer.fold & torch.from_numpy(~inputs), layer.value)
+        if module.bias is not None:
+            _put(module, "bias", (module.bias.double() + added.to(module.bias.device)).to(module.bias.dtype))
+        elif bool(added.any()):
+            _put(module, "bias", added.to(module.weight))
+        if not inputs.all():
+            # Rows read the inputs of their own group only, and each group keeps as many of these as the others.
+            chosen = torch.from_numpy(inputs.reshape(groups, columns)).to(module.weight.device)
+            parts = [part[:, keep] for part, keep in zip(module.weight.split(rows), chosen, strict=True)]
+            _put(module, "weight", torch.cat(parts))
+    _keep_rows(module, outputs)
+
+
+def _keep_rows(module: nn.Module, keep: Alive) -> None:
+    """Of every tensor with a row for each channel, those that stay."""
+    if not keep.all():
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensor: Any = getattr(module, name, None)
+            if tensor is not None:
+                _put(module, name, tensor[torch.from_numpy(keep).to(tensor.device)])
+    _refit(module)
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter (one that stays trainable if it was) or a buffer."""
+    if name in module._buffers:
+        module._buffers[name] = tensor.detach().clone()
+        return
+    before = module._parameters.get(name)
+    trains = before.requires_grad if before is not None else True
+    module.register_parameter(name, nn.Parameter(tensor.detach().clone(), requires_grad=trains))
+
+
+def _refit(module: Any) -> None:
+    """Make a layer's own account of its sizes agree with its tensors."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, CONVOLUTIONS):
+        if module.groups > 1 and module.groups == module.in_channels:  # depthwise
+            module.groups = len(module.weight) // (module.out_channels // module.in_channels)
+        module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
+    elif isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+        module.num_features = len(module.running_mean)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)

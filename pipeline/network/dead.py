@@ -1,0 +1,73 @@
+"""Dead neurons in masks: a unit without input or output connections loses those it has left (paper, section 3.5)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.network.compact import Alive, settle
+from pipeline.network.follow import Follower
+from pipeline.network.signals import Layer, constant_part
+from pipeline.network.trace import Traced, traced
+
+
+@torch.no_grad()
+def remove(
+    model: nn.Module, masks: Mapping[str, Tensor], example: Tensor, min_weights: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The masks without the connections of dead units, and notes that say why nothing could be followed.
+
+    A unit without input is a constant: what it adds to the next layer moves, in `model`, into that layer's bias, so the
+    network's outputs in evaluation mode stay as the masks have them, but for rounding. As in compaction, a constant
+    stays where zero padding would change it at the border. A next layer that has no bias loses it, which retraining (or
+    prune.bn_samples) makes up for. A kept weight that happens to be 0 is a connection. A tensor that would fall below
+    `min_weights` is left alone. `model` need not be masked; `example` is an input, (batch, ...), values do not matter.
+    """
+    work = copy.deepcopy(model).eval()
+    parameters = dict(work.named_parameters())
+    left = {name: mask.clone() for name, mask in masks.items()}
+    changed = True
+    while changed:
+        changed = False
+        for name, mask in left.items():
+            weight = parameters[name].data
+            weight[mask & (weight == 0)] = torch.finfo(weight.dtype).tiny
+            weight[~mask] = 0
+        graph = traced(work, example)
+        if not isinstance(graph, Traced):
+            return dict(masks), graph
+        found = Follower(graph)
+        alive = settle(found.layers, found.units)
+        for layer in found.layers:
+            name = f"{layer.name}.weight"
+            if name in left:
+                inputs = alive[found.units.roots(layer.inputs)]
+                connected = _connected(layer, inputs, alive[found.units.roots(layer.outputs)]).to(left[name].device)
+                fewer = left[name] & connected
+                if left[name].sum() > fewer.sum() >= min_weights:
+                    left[name], changed = fewer, True
+                    _fold(layer, inputs)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.copy_(parameters[name])
+    return left, []
+
+
+def _connected(layer: Layer, inputs: Alive, outputs: Alive) -> Tensor:
+    """Which entries of a layer's weight join two living units; bool, broadcastable to the weight."""
+    groups, rows, columns = layer.reads.shape
+    joined = torch.from_numpy(outputs).view(groups, rows, 1)
+    if not layer.depthwise:
+        joined = joined & torch.from_numpy(inputs).view(groups, 1, columns)
+    return joined.reshape(groups * rows, -1, *[1] * (layer.module.weight.ndim - 2))
+
+
+def _fold(layer: Layer, inputs: Alive) -> None:
+    """Move what dead constant inputs add into the layer's bias, where it has one."""
+    bias = layer.module.bias
+    if bias is not None:
+        added = constant_part(layer.module, layer.fold & torch.from_numpy(~inputs), layer.value)
+        bias.data.copy_(bias.double() + added.to(bias.device))

@@ -1,0 +1,306 @@
+"""Follows channels through a network: which are one and the same unit, and which always hold one number.
+
+A unit is a channel (or a feature) wherever it goes: through norms, activations, pooling, flatten (one channel becomes
+a block of features), concatenation, and into what it is added to or multiplied with, whose channels become the same
+unit, since they can only go together. Only linear and convolution layers make new units.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from pipeline.network.layers import ACTIVATIONS, LAYERS
+from pipeline.network.operations import (
+    ADAPTIVE_FUNCTIONS,
+    ADAPTIVE_POOLS,
+    AVG_ARGUMENTS,
+    AVG_POOLS,
+    BATCH_NORMS,
+    BINARY,
+    CONCATENATIONS,
+    DROPOUT_FUNCTIONS,
+    MAX_ARGUMENTS,
+    MAX_POOLS,
+    POINTWISE,
+    PRODUCTS,
+    SAME,
+    as_function,
+    in_place,
+    is_shape,
+    not_channels,
+)
+from pipeline.network.signals import (  # fmt: skip
+    Carrier,
+    Layer,
+    Signal,
+    Units,
+    average_keeps,
+    bind,
+    constant_part,
+    max_keeps,
+    tied,
+    zero_padded,
+)
+from pipeline.network.trace import Traced
+
+
+class Follower:
+    """Walks the graph once, in order; afterwards `units`, `layers`, `carriers` and `notes` tell what was found."""
+
+    def __init__(self, graph: Traced) -> None:
+        self.units = Units()
+        self.layers: list[Layer] = []
+        self.carriers: list[Carrier] = []
+        self.notes: list[str] = []
+        self._graph = graph
+        self._signals: dict[fx.Node, Signal] = {}
+        self._calls = Counter(node.target for node in graph.module.graph.nodes if node.op == "call_module")
+        self._tied = tied(graph.module)
+        for node in graph.module.graph.nodes:
+            self._visit(node)
+        for name, part in graph.module.named_modules():
+            if isinstance(part, LAYERS) and not any(f"{name}.".startswith(f"{target}.") for target in self._calls):
+                self.notes.append(f"{name} is never called in evaluation: it is left alone")
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                self._pin(source)
+            return
+        if node.op == "placeholder":
+            self._fresh(node, node)
+        elif node.op == "get_attr":
+            self.notes.append(f"{node.target} is used directly, not by a layer: what it meets is left alone")
+            self._fresh(node, node)
+        elif not self._only_reads_size(node) and not self._follow(node):
+            self._leave(node)
+
+    def _follow(self, node: fx.Node) -> bool:
+        """Handle a step; False if it is of no kind that can be followed."""
+        if node not in self._graph.shapes:
+            return False
+        if node.op == "call_function" and node.target in CONCATENATIONS:
+            return self._concatenate(node)
+        x = self._signals.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if x is None:
+            return False
+        if node.op == "call_module":
+            return len(node.args) == 1 and not node.kwargs and self._module(node, x)
+        return self._function(node, x)
+
+    def _module(self, node: fx.Node, x: Signal) -> bool:
+        module: Any = self._graph.module.get_submodule(str(node.target))
+        kind = type(module)
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if kind in SAME:
+            return self._carry(node, x, same=True)
+        if kind in ACTIVATIONS and kind is not nn.PReLU:
+            return self._pointwise(node, x, module, module.__dict__.get("inplace", False))
+        if kind in MAX_POOLS:
+            return not module.return_indices and self._carry(node, x, max_keeps(module.padding, module.dilation))
+        if kind in AVG_POOLS:
+            keeps = average_keeps(module.padding, module.count_include_pad, getattr(module, "divisor_override", None))
+            return self._carry(node, x, keeps)
+        if kind in ADAPTIVE_POOLS:
+            return not getattr(module, "return_indices", False) and self._carry(node, x)
+        if kind is nn.Flatten:
+            return self._flatten(node, x, module.start_dim, module.end_dim)
+        if self._calls[node.target] > 1 or id(module) in self._tied:
+            return False
+        if kind in LAYERS:
+            return self._layer(node, x, module)
+        if kind in BATCH_NORMS:
+            return self._batch_norm(node, x, module)
+        return kind is nn.PReLU and self._prelu(node, x, module)
+
+    def _function(self, node: fx.Node, x: Signal) -> bool:
+        target, others = node.target, node.args[1:]
+        if target in BINARY and len(others) == 1 and isinstance(others[0], fx.Node):
+            return self._join(node, x, others[0])
+        if any(source is not node.args[0] for source in node.all_input_nodes):
+            return False
+        if target in POINTWISE or target in BINARY:
+            call = as_function(target)
+            return self._pointwise(node, x, lambda value: call(value, *others, **node.kwargs), in_place(node))
+        if target in DROPOUT_FUNCTIONS:
+            given = bind(node, ("input", "p", "training", "inplace"))
+            return given.get("training", True) is False and self._carry(node, x, same=True)
+        if target is F.max_pool2d:
+            given = bind(node, MAX_ARGUMENTS)
+            keeps = max_keeps(given.get("padding", 0), given.get("dilation", 1))
+            return not given.get("return_indices", False) and self._carry(node, x, keeps)
+        if target is F.avg_pool2d:
+            given = bind(node, AVG_ARGUMENTS)
+            padding, divisor = given.get("padding", 0), given.get("divisor_override")
+            return self._carry(node, x, average_keeps(padding, given.get("count_include_pad", True), divisor))
+        if target in ADAPTIVE_FUNCTIONS:
+            given = bind(node, ("input", "output_size", "return_indices"))
+            return not given.get("return_indices", False) and self._carry(node, x)
+        if target in (torch.flatten, "flatten"):
+            given = bind(node, ("input", "start_dim", "end_dim"))
+            return self._flatten(node, x, given.get("start_dim", 0), given.get("end_dim", -1))
+        return target in (torch.mean, "mean") and self._mean(node, x)
+
+    def _layer(self, node: fx.Node, x: Signal, layer: Any) -> bool:
+        """Linear and convolution: reads units, makes new ones (depthwise: the same ones)."""
+        weight = layer._parameters.get("weight")
+        before = self._graph.shapes[node.all_input_nodes[0]]
+        if weight is None or not weight.is_floating_point() or len(before) != weight.ndim:
+            return False
+        groups = getattr(layer, "groups", 1)
+        padded = zero_padded(layer)
+        reads = (weight.detach() != 0).flatten(2).any(2) if weight.ndim > 2 else weight.detach() != 0
+        reads = reads.reshape(groups, -1, weight.shape[1]).cpu()
+        fold = x.known & ((x.value == 0) | (not padded))
+        known = ~(reads & ~fold.view(groups, 1, -1)).any(2).flatten()
+        bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
+        value = bias.cpu() + constant_part(layer, fold, x.value)
+        depthwise = groups > 1 and groups == len(x.units)
+        made = np.repeat(x.units, len(weight) // groups) if depthwise else self.units.new(len(weight))
+        self._signals[node] = Signal(made, known, value, node)
+        self.layers.append(Layer(str(node.target), layer, x.units, made, reads, fold, x.value, depthwise))
+        stuck = int((x.known & ~fold & reads.any(1).flatten()).sum())
+        if stuck:
+            self.notes.append(f"{node.target}: {stuck} constant inputs are not 0 and stay: the layer pads with zeros, "
+                              "so what they add differs at the border")  # fmt: skip
+        return True
+
+    def _batch_norm(self, node: fx.Node, x: Signal, norm: Any) -> bool:
+        """In evaluation: value -> (value - mean) / sqrt(var + eps) * weight + bias; where weight is 0, the bias."""
+        if norm.running_mean is None or norm.running_var is None:
+            return False
+        stats = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+        mean, var, weight, bias = (None if t is None else t.detach().double().cpu() for t in stats)
+        value = F.batch_norm(x.value.view(1, -1), mean, var, weight, bias, False, 0.0, norm.eps).view(-1)
+        known = x.known if weight is None else x.known | (weight == 0)
+        if weight is not None:
+            value = torch.where(weight == 0, 0.0 if bias is None else bias, value)
+        self._signals[node] = Signal(x.units, known, value, node)
+        self.carriers.append(Carrier(str(node.target), norm, x.units))
+        return True
+
+    def _prelu(self, node: fx.Node, x: Signal, module: nn.PReLU) -> bool:
+        value = F.prelu(x.value.view(1, -1), module.weight.detach().double().cpu()).view(-1)
+        self._signals[node] = Signal(x.units, x.known, value, node)
+        if module.num_parameters > 1:
+            self.carriers.append(Carrier(str(node.target), module, x.units))
+        return True
+
+    def _pointwise(self, node: fx.Node, x: Signal, call: Callable[[Tensor], Tensor], changes: bool) -> bool:
+        with torch.no_grad():
+            value = call(x.value.clone().view(1, -1)).view(-1)
+        same = changes or node.target == "contiguous"
+        self._signals[node] = Signal(x.units, x.known, value, x.storage if same else node)
+        if changes:
+            self._forget(x.storage, but=node)
+        return True
+
+    def _carry(self, node: fx.Node, x: Signal, keeps: bool = True, same: bool = False) -> bool:
+        """A step that leaves each channel to itself; without `keeps` only a constant 0 stays one."""
+        known = x.known if keeps else x.known & (x.value == 0)
+        self._signals[node] = Signal(x.units, known, x.value, x.storage if same else node)
+        return True
+
+    def _flatten(self, node: fx.Node, x: Signal, start: Any, end: Any) -> bool:
+        shape = self._graph.shapes[node.all_input_nodes[0]]
+        if start != 1 or end not in (-1, len(shape) - 1):
+            return False
+        block = math.prod(shape[2:])
+        units, known, value = np.repeat(x.units, block), x.known.repeat_interleave(block), x.value
+        self._signals[node] = Signal(units, known, value.repeat_interleave(block), x.storage)
+        return True
+
+    def _mean(self, node: fx.Node, x: Signal) -> bool:
+        rank = len(self._graph.shapes[node.all_input_nodes[0]])
+        axes = bind(node, ("input", "dim", "keepdim")).get("dim")
+        axes = [axes] if isinstance(axes, int) else axes
+        if not isinstance(axes, list | tuple) or any(axis % rank < 2 for axis in axes):
+            return False
+        return self._carry(node, x)
+
+    def _concatenate(self, node: fx.Node) -> bool:
+        given = bind(node, ("tensors", "dim"))
+        parts = [self._signals.get(part) for part in given["tensors"]]
+        rank = len(self._graph.shapes[node])
+        if given.get("dim", 0) % rank != 1 or any(part is None for part in parts):
+            return False
+        found = [part for part in parts if part is not None]
+        units = np.concatenate([part.units for part in found])
+        known, value = torch.cat([part.known for part in found]), torch.cat([part.value for part in found])
+        self._signals[node] = Signal(units, known, value, node)
+        return True
+
+    def _join(self, node: fx.Node, x: Signal, other: fx.Node) -> bool:
+        """Two tensors, channel by channel: the units become one."""
+        y, shapes = self._signals.get(other), self._graph.shapes
+        first, second = shapes[node.all_input_nodes[0]], shapes.get(other, ())
+        if y is None or len(first) != len(second) or first[:2] != second[:2]:
+            return False
+        self.units.join(x.units, y.units)
+        value = as_function(node.target)(x.value.clone().view(1, -1), y.value.view(1, -1), **node.kwargs).view(-1)
+        known = x.known & y.known
+        if node.target in PRODUCTS:
+            known = known | (x.known & (x.value == 0)) | (y.known & (y.value == 0))
+        self._signals[node] = Signal(x.units, known, value, x.storage if in_place(node) else node)
+        if in_place(node):
+            self._forget(x.storage, but=node)
+        return True
+
+    def _leave(self, node: fx.Node) -> None:
+        """A step that cannot be followed: whatever goes in or comes out stays, and may have been changed in place."""
+        module: Any = self._graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        touched = [source for source in node.all_input_nodes if source in self._signals]
+        if touched:
+            kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
+            reason = ""
+            if module is not None and self._calls[node.target] > 1:
+                reason = " is called more than once"
+            elif id(module) in self._tied:
+                reason = " shares its weights"
+            where = node.name if module is None else node.target
+            self.notes.append(f"{where} ({kind}){reason}: the channels that it touches are left alone")
+        for source in touched:
+            self._pin(source)
+            self._forget(self._signals[source].storage)
+        self._fresh(node, self._signals[touched[0]].storage if touched else node)
+
+    def _fresh(self, node: fx.Node, storage: fx.Node) -> None:
+        """New units that stay, of which nothing is known."""
+        shape = self._graph.shapes.get(node, ())
+        if len(shape) >= 2:
+            units, nothing = self.units.new(shape[1]), torch.zeros(shape[1], dtype=torch.float64)
+            self.units.pin(units)
+            self._signals[node] = Signal(units, nothing.bool(), nothing, storage)
+
+    def _pin(self, node: fx.Node) -> None:
+        if node in self._signals:
+            self.units.pin(self._signals[node].units)
+
+    def _forget(self, storage: fx.Node, but: fx.Node | None = None) -> None:
+        """What lies in this memory was changed in place: later readers find no constant there."""
+        for node, signal in self._signals.items():
+            if node is not but and signal.storage is storage:
+                signal.known = torch.zeros_like(signal.known)
+
+    def _only_reads_size(self, node: fx.Node) -> bool:
+        """Whether a step asks for a size, a type or a device that compaction does not change."""
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        rank = len(self._graph.shapes.get(source, ())) if source is not None else 0
+        if node.target is operator.getitem and source is not None and is_shape(source):
+            return True  # judged where the whole shape was read
+        if node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+            return not_channels(node.args[1], rank)
+        if node.target is getattr and node.args[1] in ("dtype", "device", "ndim"):
+            return True
+        picked = [user.args[1] for user in node.users if user.target is operator.getitem]
+        return is_shape(node) and len(picked) == len(node.users) and all(not_channels(i, rank) for i in picked)

@@ -1,0 +1,143 @@
+"""Several budgets from one scan: what each tensor would keep, and what it would cost. Nothing is scanned again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.base.errors import UserError
+from pipeline.network import cost
+from pipeline.network.build import build_network
+from pipeline.prune import damage, limits, round_plan, schedules
+from pipeline.prune.budget import Solution
+from pipeline.results.tables import TextTable, percent
+from pipeline.rounds import outlook
+from pipeline.run import state
+from pipeline.settings.config import Config
+from pipeline.train import session
+
+CURVE = 25  # compressions of the curve
+BAR = 60  # characters of its longest bar
+
+
+@dataclass(frozen=True)
+class Option:
+    """One budget, solved. `flops` and `bytes` are of the prunable tensors; `seconds` are those of solving alone."""
+
+    compression: float
+    budget: int
+    solution: Solution
+    kept: int
+    flops: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """Budgets asked for, and a curve of others between none and the largest of them.
+
+    `weights` are each tensor's; `chance` is the rise of the loss (nats) at which the network guesses; `seconds` those
+    of making the curves and a hull of each, once for all budgets; `together` says whether the scan also pruned all
+    tensors together.
+    """
+
+    unit: cost.Quantity
+    weights: dict[str, int]
+    asked: list[Option]
+    curve: list[Option]
+    chance: float
+    seconds: float
+    together: bool
+
+
+def parse(text: str) -> list[float]:
+    """The compressions in "2,4,8". Raises UserError for anything else."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [0.0]
+    if not all(1.0 <= each < float("inf") for each in found):
+        raise UserError(f"--budgets {text}: takes compressions of 1 or more, as in --budgets 2,4,8,16")
+    return found
+
+
+def solve(config: Config, compressions: Sequence[float]) -> Options:
+    """Solve `prune.allocation=budget` from the scan of the config's run for several compressions.
+
+    Raises UserError where there is no scan, or limits rule a budget out.
+    """
+    run = state.Run(state.run_root(config), 0)
+    if not run.has("scan", "scan.json"):
+        raise UserError(f"--budgets needs a scan, and '{run.root}' has none yet: `secateur scan CONFIG` makes it")
+    scan, classes = run.read("scan", "scan.json"), outlook.count_samples(config).classes
+    model = build_network(config.model, classes, config.seed)
+    flops = cost.flops(model, session.input_shape(config))
+    weights = {tensor["name"]: int(tensor["weights"]) for tensor in scan["tensors"]}
+    if missing := weights.keys() - flops.keys():
+        raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")
+    prune, unit, started = config.prune, config.target.budget, time.perf_counter()
+    scanned = round_plan.scanned(config, scan, classes, flops)
+    floors, caps = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
+    total, least, most = (limits.spent(counts, scanned.prices) for counts in (weights, floors, caps))
+    spend = scanned.damages.within(floors, caps)
+    spend(most)
+    ready = time.perf_counter() - started
+
+    def option(compression: float) -> Option:
+        money = schedules.budgets([1 / compression], total, compression)[0]
+        limits.require_possible(money, least, max(most, money), prune.min_weights, len(weights), unit)
+        clock = time.perf_counter()
+        found = spend(min(money, most))
+        seconds = time.perf_counter() - clock
+
+        def amount(of: cost.Quantity) -> int:
+            return sum(cost.price(of, weights[name], flops[name])(count) for name, count in found.keep.items())
+
+        return Option(compression, money, found, amount("weights"), amount("flops"), amount("bytes"), seconds)
+
+    asked = [option(each) for each in compressions]
+    between = np.geomspace(1.0, max(*compressions, 1.01), CURVE)
+    curve = [option(float(each)) for each in between]
+    return Options(unit, weights, asked, curve, damage.chance_rise(scan, classes), ready, bool(scan.get("together")))
+
+
+def table(options: Options) -> TextTable:
+    """A column a budget: its size, the damage that the scan predicts, and the density of each tensor."""
+    asked, total = options.asked, sum(options.weights.values())
+    rows = [
+        ["weights kept", *(f"{each.kept:,}" for each in asked)],
+        ["compression in weights", *(f"{total / each.kept:.2f}x" for each in asked)],
+        ["FLOPs", *(f"{each.flops:,}" for each in asked)],
+        ["bytes, packed", *(f"{each.bytes:,}" for each in asked)],
+        ["damages composed by the power", *(f"{each.solution.held.power:g}" for each in asked)],
+        ["predicted rise of the loss", *(_rise(each, options) for each in asked)],
+        ["at most above the optimum", *(f"{each.solution.gap:.2g}" for each in asked)],
+        ["solved in", *(f"{1000 * (options.seconds + each.seconds):.0f} ms" for each in asked)],
+    ]
+    for name, size in options.weights.items():
+        rows.append([name, *(percent(each.solution.keep[name] / size, 2) for each in asked)])
+    title = f"least predicted damage, by compression in {options.unit}"
+    return TextTable(title, ["", *(f"{each.compression:g}x" for each in asked)], rows)
+
+
+def bars(options: Options) -> list[str]:
+    """The curve as lines of text, under a title, and what it rests on where that is less than it could."""
+    lines = [f"predicted rise of the loss (nats) before retraining; a full bar is chance, {options.chance:.2f}"]
+    for each in options.curve:
+        length = round(BAR * min(1.0, each.solution.rise / options.chance))
+        lines.append(f"{each.compression:8.2f}x {_rise(each, options):>8} {'#' * length}".rstrip())
+    if not options.together:
+        lines.append(
+            "this scan pruned each tensor alone, so how damages compose is assumed: `secateur scan CONFIG "
+            "prune.allocation=budget` measures it"
+        )
+    return lines
+
+
+def _rise(option: Option, options: Options) -> str:
+    """A predicted rise; beyond chance its size says nothing more."""
+    return f"{option.solution.rise:.4f}" if option.solution.rise < options.chance else "chance"

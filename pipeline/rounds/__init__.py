@@ -1,0 +1,1 @@
+"""Prune, retrain, judge, again: the rounds of a run."""

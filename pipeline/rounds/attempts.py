@@ -1,0 +1,157 @@
+"""A run's attempts at its rounds, as they lie in its folder: which there were, what comes next, how one is undone.
+
+Round n lies in rounds/NN. An attempt that is undone leaves its plan and metrics in rounds/NN/attempt-K, and rounds/NN
+to the next one. Rank 0 decides from committed files alone, so a run that was killed anywhere decides the same again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline import storage
+from pipeline.network.survey import Prunable
+from pipeline.prune import limits
+from pipeline.prune.budget import Cost
+from pipeline.prune.round_plan import Goal
+from pipeline.rounds import campaign
+from pipeline.rounds.before_retraining import PRUNED
+from pipeline.rounds.campaign import Origin, Tried
+from pipeline.rounds.subject import Subject
+from pipeline.run.layout import START, attempt_folder, round_folder, standing, trail
+from pipeline.run.state import Run
+from pipeline.settings.config import Config
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.evaluate import Answers
+from pipeline.train.session import Session
+
+ANSWERS = "dense_val.npz"  # the dense network's answers on val, by which a campaign judges
+
+
+def standing_checkpoint(run: Run, prunable: Sequence[Prunable]) -> Checkpoint:
+    """The network as it stands; its masks keep everything where nothing is pruned yet."""
+    saved = checkpoint.load(run, f"{standing(run)}/checkpoint")
+    if not saved.masks:
+        saved.masks = {t.name: torch.ones(t.shape, dtype=torch.bool) for t in prunable}
+    return saved
+
+
+def origin(run: Run, prunable: Sequence[Prunable]) -> Origin:
+    """Where the first round of a run begins, from what it took of another run, if it did."""
+    total = sum(tensor.weights for tensor in prunable)
+    if not run.has(START, "start.json"):
+        return Origin(total, total)
+    start = run.read(START, "start.json")
+    return Origin(start["kept"], total, start["generation"])
+
+
+def priced(config: Config, begin: Origin, sizes: Mapping[str, int], prices: Mapping[str, Cost]) -> Origin:
+    """Where the first round begins, in what target.budget counts; the config allows others than weights for whole runs.
+
+    `sizes` and `prices` are those of the prunable tensors.
+    """
+    if config.target.budget == "weights":
+        return begin
+    total = limits.spent(sizes, prices)
+    return Origin(total, total, begin.generation)
+
+
+def beginning(subject: Subject) -> Origin:
+    """Where the first round of the run begins, in what target.budget counts: others than weights rest on the scan."""
+    sizes = {tensor.name: tensor.weights for tensor in subject.prunable}
+    begin = origin(subject.session.run, subject.prunable)
+    return priced(subject.session.config, begin, sizes, subject.scan.prices if subject.scan else {})
+
+
+def outlook(subject: Subject) -> list[Goal]:
+    """All rounds of the run if each of them is accepted."""
+    config = subject.session.config
+    return campaign.outlook(config, beginning(subject), floor(config, subject.prunable))
+
+
+def floor(config: Config, prunable: Sequence[Prunable]) -> int:
+    """The fewest weights that prune.min_weights allows."""
+    return sum(min(config.prune.min_weights, tensor.weights) for tensor in prunable)
+
+
+def following(subject: Subject) -> Goal | None:
+    """What is to be tried next, the same on every rank; None where the rounds are over."""
+    session, text = subject.session, None
+    if session.world.first:
+        run, config = session.run, session.config
+        tried = [Tried(m["planned_density"], m["kept"], m["accepted"]) for m in trail(run)]
+        goal = campaign.following(config, beginning(subject), floor(config, subject.prunable), tried)
+        text = json.dumps(None if goal is None else asdict(goal)).encode()
+        if goal is None and not any(each.accepted for each in tried):
+            session.progress({"note": "no round was accepted: the network stays as it was before the first one"})
+    goal_or_none = json.loads(session.world.broadcast(text))
+    return None if goal_or_none is None else Goal(**goal_or_none)
+
+
+def note_dense_answers(session: Session, model: nn.Module) -> None:
+    """Keep the answers on val of the dense network, which `model` holds, for a campaign to judge by."""
+    if session.config.target.mode != "no-loss" or session.run.has("rounds", ANSWERS):
+        return
+    answers = session.evaluate(model, "val")
+    if session.world.first:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, right=answers.right, valid=answers.valid)
+        session.run.commit_bytes(buffer.getvalue(), "rounds", ANSWERS)
+    session.world.barrier()
+
+
+def judge(session: Session, answers: Answers) -> dict[str, Any]:
+    """What metrics.json says of a round's answers on val: whether it is accepted, and in a campaign why."""
+    if session.config.target.mode != "no-loss":
+        return {"accepted": True}
+    with np.load(io.BytesIO(storage.read_bytes(session.run.path("rounds", ANSWERS))), allow_pickle=False) as dense:
+        both = dense["valid"] & answers.valid
+        found = asdict(campaign.judge(dense["right"][both], answers.right[both], session.config.target))
+    return {"accepted": found.pop("accepted"), "against_dense": found}
+
+
+def settle(session: Session) -> bool:
+    """Undo the last attempt if it was refused, or its undoing was interrupted; False where there was such a one.
+
+    Its plan and metrics are kept; its checkpoints go. metrics.json goes last, so that a killed run finds it again.
+    """
+    undone = b""
+    if session.world.first:
+        run = session.run
+        last = trail(run)[-1:]
+        folder = round_folder(last[0]["round"]) if last else ""
+        if last and not last[0]["accepted"] and run.has(folder, "metrics.json"):
+            undone = b"undone"
+            _undo(run, last[0], folder)
+            _tell(session, last[0])
+    undone = session.world.broadcast(undone)
+    return not undone
+
+
+def _undo(run: Run, metrics: dict[str, Any], folder: str) -> None:
+    record = attempt_folder(metrics["round"], metrics["attempt"])
+    if not run.has(record, "metrics.json"):
+        run.commit(run.read(folder, "plan.json"), record, "plan.json")
+        run.commit(metrics, record, "metrics.json")
+    run.check_fence()
+    for part in ("checkpoint", "steps", PRUNED):
+        storage.remove_tree(run.path(folder, part))
+    for name in ("plan.json", "metrics.json"):
+        storage.remove(run.path(folder, name))
+
+
+def _tell(session: Session, metrics: dict[str, Any]) -> None:
+    found, target = metrics["against_dense"], session.config.target
+    lost = f"lost {100 * found['drop']:.2f} points on val"
+    if target.confidence > 0.5:
+        lost += f", and may have lost {100 * found['drop_high']:.2f}"
+    place = f"{round_folder(metrics['round'])} at density {metrics['density']:.2%}"
+    session.progress({"note": f"{place} is undone: it {lost}, more than the {100 * target.allowed:.2f} allowed"})

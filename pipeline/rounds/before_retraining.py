@@ -1,0 +1,177 @@
+"""What a pruned network goes through before it is retrained, each part a setting; every rank does the same."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline import storage
+from pipeline.base import seeding
+from pipeline.base.errors import Agreed, UserError
+from pipeline.calibrate import batch_norm, statistics
+from pipeline.calibrate import reconstruct as reconstruction
+from pipeline.network import dead, dropout
+from pipeline.network.build import build_network
+from pipeline.network.modes import evaluating
+from pipeline.network.trace import graph_of
+from pipeline.prune import criteria, masks
+from pipeline.prune.round_plan import RoundPlan
+from pipeline.settings.config import Config
+from pipeline.settings.training import Retrain
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.session import Session, input_shape
+
+PRUNED = "pruned"  # the folder, in that of a round, of the network before its retraining
+
+
+class Pruned(NamedTuple):
+    """A round before its retraining, beside the network: plan, masks by tensor, and what reconstruction won."""
+
+    plan: RoundPlan
+    kept: dict[str, Tensor]
+    fits: list[dict[str, Any]]
+
+
+def rests_on_samples(config: Config) -> bool:
+    """Whether masks or survivors follow from sums over samples, whose last bits depend on the number of ranks."""
+    return bool(config.prune.reconstruct_samples or criteria.statistic_of(config.prune.criterion))
+
+
+def check(model: nn.Module, config: Config, names: list[str]) -> None:
+    """Raise UserError if this network cannot be given the statistics or the reconstruction that the config wants."""
+    if criteria.statistic_of(config.prune.criterion) == "curvature":
+        statistics.require_curvature(model, names)
+    if config.prune.reconstruct_samples:
+        with evaluating(model):
+            graph, notes = graph_of(model)
+        if graph is None:
+            raise UserError(
+                f"prune.reconstruct_samples={config.prune.reconstruct_samples} needs a network that can be run step by "
+                f"step, but {notes[0]}; set it to 0"
+            )
+
+
+def keep(session: Session, model: nn.Module, folder: str, pruned: Pruned) -> None:
+    """Keep a pruned network that another number of ranks would not make again to the bit, until it is retrained."""
+    if session.world.first and rests_on_samples(session.config):
+        state = {"plan": dataclasses.asdict(pruned.plan), "fits": pruned.fits}
+        saved = Checkpoint(dict(model.state_dict()), pruned.kept, state=state)
+        checkpoint.save(session.run, f"{folder}/{PRUNED}", saved)
+    session.world.barrier()
+
+
+def kept_before(session: Session, model: nn.Module, folder: str) -> Pruned | None:
+    """The pruned network of a round whose retraining was stopped, set in `model`; None where there is none."""
+    where = f"{folder}/{PRUNED}"
+    if not rests_on_samples(session.config) or not session.run.has(where, "manifest.json"):
+        return None
+    saved = checkpoint.load(session.run, where)
+    model.load_state_dict(saved.weights)
+    kept = {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
+    return Pruned(RoundPlan(**saved.state["plan"]), kept, saved.state["fits"])
+
+
+def drop(session: Session, folder: str) -> None:
+    """Remove what `keep` kept."""
+    storage.remove_tree(session.run.path(folder, PRUNED))
+
+
+def remove_dead(
+    session: Session, model: nn.Module, plan: RoundPlan, kept: dict[str, Tensor]
+) -> tuple[RoundPlan, dict[str, Tensor]]:
+    """prune.dead_neurons: the plan and masks without the connections of dead units, counted in the plan's `dead`."""
+    if not session.config.prune.dead_neurons:
+        return plan, kept
+    left = without_dead(session, model, kept, plan.round, set())
+    keep = {name: int(mask.sum()) for name, mask in left.items()}
+    lost = {name: plan.keep[name] - count for name, count in keep.items()}
+    return dataclasses.replace(plan, keep=keep, dead=lost), left
+
+
+def without_dead(
+    session: Session, model: nn.Module, kept: dict[str, Tensor], number: int, told: set[str]
+) -> dict[str, Tensor]:
+    """The masks of round `number` without the connections of dead units; all of them, and a warning, where the network
+    cannot be followed. What is in `told` is not said again.
+
+    Constants of dead units go into biases of `model`. Raises Agreed if the ranks' masks differ.
+    """
+    example = torch.zeros(2, *input_shape(session.config), device=session.world.device)
+    left, notes = dead.remove(model, kept, example, session.config.prune.min_weights)
+    for note in notes:
+        if note not in told:
+            session.progress({"warning": f"prune.dead_neurons: nothing is removed in round {number}: {note}"})
+    told.update(notes)
+    if not session.world.same(masks.digest(left)):
+        raise Agreed(f"round {number}: the ranks found different dead neurons (their masks' hashes differ)")
+    return left
+
+
+def reference(session: Session, model: nn.Module) -> nn.Module | None:
+    """The network as it is, for `reconstruct` after the prune; None where prune.reconstruct_samples is 0."""
+    return copy.deepcopy(model) if session.config.prune.reconstruct_samples else None
+
+
+def reconstruct(
+    session: Session, model: nn.Module, before: nn.Module | None, kept: dict[str, Tensor]
+) -> list[dict[str, Any]]:
+    """prune.reconstruct_samples: survivors that make each layer give what it gave in the network `before` the prune.
+
+    Returns what was won, a row for each tensor; nothing where it is off.
+    """
+    if before is None:
+        return []
+    samples = session.config.prune.reconstruct_samples
+    batches = [batch for batch in session.calibration(samples, share=True) if bool((batch.weights > 0).any())]
+    fits, notes = reconstruction.reconstruct(model, before, kept, batches, session.config, session.world)
+    for note in notes:
+        session.progress({"warning": f"prune.reconstruct_samples: {note}: it is masked only"})
+    if fits:
+        masked, left = (float(np.median([getattr(fit, key) for fit in fits])) for key in ("masked", "reconstructed"))
+        count = min(samples, len(session.split("train")))
+        text = f"{len(fits)} layers reconstructed on {count:,} train samples; the median one missed {masked:.2%} of"
+        session.progress({"note": f"{text} the squares of its outputs, and misses {left:.2%}"})
+    return [dataclasses.asdict(fit) for fit in fits]
+
+
+def reinitialise(session: Session, model: nn.Module, number: int) -> None:
+    """prune.survivors=reinitialise: a network made anew, from a seed of this round, replaces the trained one."""
+    config = session.config
+    if config.prune.survivors == "keep":
+        return
+    untrained = config.model.model_copy(update={"checkpoint": None})
+    seed = seeding.derive(config.seed, "survivors", number)
+    model.load_state_dict(build_network(untrained, session.manifest.num_classes, seed).state_dict())
+
+
+def recalibrate(session: Session, model: nn.Module) -> None:
+    """prune.bn_samples: batch norm's running statistics from train samples, the same ones on every rank."""
+    config = session.config
+    if config.prune.bn_samples and batch_norm.norms(model):
+        batch_norm.recalibrate(model, session.calibration(config.prune.bn_samples), config, session.world.device)
+
+
+def dropout_rates(session: Session, model: nn.Module, keep: dict[str, int]) -> dict[str, float]:
+    """The rate of each dropout module in this round's retraining."""
+    if not session.config.retrain.dropout_correction:
+        return dropout.rates(model)
+    unowned = [path for path, names in dropout.owners(model).items() if not names]
+    if unowned:
+        session.progress({"warning": f"retrain.dropout_correction: {', '.join(unowned)} follows no layer that can be "
+                                     "found, and stays at its rate"})  # fmt: skip
+    return dropout.corrected_rates(model, keep)
+
+
+def teacher(session: Session, recipe: Retrain) -> nn.Module | None:
+    """With retrain.distill, the dense network as it was trained, in evaluation mode."""
+    if not recipe.distill:
+        return None
+    model = session.new_model().eval()
+    model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
+    return model

@@ -1,0 +1,197 @@
+"""Branches: a run that begins at an accepted round of another one (start.from), and whom it descends from.
+
+What it needs of the other run is copied into its own folder, dense/ and start/, so that it stands alone afterwards.
+Its dense network is the other's, so verdict, sigmas and drops count from the same one; its dense control is trained
+with the recipe of every round of the lineage, its own after those of its ancestors. Both runs must therefore hold the
+same data (val and test are drawn by the seed: with another one a branch would be judged on images that its source was
+trained on) and describe the same network and dense training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.base.names import few
+from pipeline.data import shards
+from pipeline.network.survey import Prunable
+from pipeline.rounds import attempts
+from pipeline.rounds.campaign import Origin
+from pipeline.run import state
+from pipeline.run.layout import DENSE, START, accepted, control_folder, round_folder, trail
+from pipeline.run.state import Run
+from pipeline.scan import together
+from pipeline.settings.config import Config, differences, load_config
+from pipeline.settings.training import Retrain
+from pipeline.train import checkpoint, session
+
+# Settings in which a branch may differ from its source. Where the data lies is not one that matters: the shards' hashes
+# are compared.
+OWN = (
+    *state.OPERATIONAL, "name", "threads", "device", "data.root", "data.class_index", "scan", "prune", "retrain",
+    "target", "start",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run that `start.from` names, looked at and found to fit."""
+
+    run: Run
+    config: Config
+    round: int
+    facts: dict[str, Any]  # start.json
+
+    @property
+    def checkpoint(self) -> str:
+        """The folder of the checkpoint that the branch begins with."""
+        return f"{round_folder(self.round) if self.round else _root_of(self.run)}/checkpoint"
+
+    @property
+    def origin(self) -> Origin:
+        """Where the branch's first round begins."""
+        return Origin(self.facts["kept"], self.facts["weights"], self.facts["generation"])
+
+
+def find(config: Config, prunable: Sequence[Prunable]) -> Source:
+    """The run and round of `start.from`.
+
+    Raises UserError where there is no such run, its round is undone or unfinished, or the two do not fit together.
+    """
+    given = f"start.from={config.start.source}"
+    root = config.start.run if "/" in config.start.run else storage.join(config.runs_dir, config.start.run)
+    run, number = Run(root, 0), config.start.round
+    if root == state.run_root(config):
+        raise UserError(f"{given} is this run itself: give the branch another name=...")
+    if not (run.has("config.yaml") and run.has("run.json")):
+        raise UserError(f"{given}: '{root}' is not a run; give a name under runs_dir, a path or a URL, and the round")
+    theirs = load_config(run.path("config.yaml"))
+    changed = differences(theirs, config, ignore=OWN)
+    if changed:
+        raise UserError(
+            f"{given}: a branch shares data, seed, network and dense training with its source, and these settings "
+            f"differ: {'; '.join(changed)}; give them as they are in {run.path('config.yaml')}"
+        )
+    _require_accepted(given, run, number)
+    return Source(run, theirs, number, _facts(given, run, theirs, number, prunable))
+
+
+def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
+    """Copy what the branch needs from its source: dense network, control, scan, and the round that it begins with."""
+    source = find(config, prunable)
+    _require_same_data(config, here, source)
+    parts = {f"{DENSE}/checkpoint": f"{DENSE}/checkpoint"}
+    for generation in range(1, source.facts["generation"] + 1):
+        folder = f"{control_folder(generation)}/checkpoint"
+        if source.run.has(folder, "manifest.json"):
+            parts[folder] = folder
+    if _pruned(source):
+        parts[source.checkpoint] = f"{START}/checkpoint"
+    for theirs, ours in parts.items():
+        checkpoint.save(here, ours, checkpoint.load(source.run, theirs))
+    here.commit(source.run.read(DENSE, "metrics.json"), DENSE, "metrics.json")
+    for name in ("trials.json", together.FILE):
+        if source.run.has("scan", name) and not here.has("scan", name):
+            here.commit(source.run.read("scan", name), "scan", name)  # the scan takes them if they fit
+    if _pruned(source):
+        folder = source.checkpoint.rpartition("/")[0]
+        for name in ("plan.json", "metrics.json"):
+            here.commit(source.run.read(folder, name), START, name)
+    here.commit(source.facts, START, "start.json")
+
+
+def origin(config: Config, here: Run, prunable: Sequence[Prunable]) -> Origin:
+    """Where the first round of a run begins; a branch that has taken what it needs does not look at its source again.
+
+    Raises UserError as `find` does.
+    """
+    if config.start.source is None or here.has(START, "start.json"):
+        return attempts.origin(here, prunable)
+    return find(config, prunable).origin
+
+
+def retrainings(config: Config, run: Run) -> list[Retrain]:
+    """The recipe of each round from the dense network on: those of the ancestors, then the run's accepted own."""
+    before = run.read(START, "start.json")["retrain"] if run.has(START, "start.json") else []
+    return [*map(Retrain.model_validate, before), *[config.retrain] * accepted(run)]
+
+
+def described(run: Run) -> dict[str, Any] | None:
+    """result.json's lineage; None where the run began with a dense network of its own."""
+    if not run.has(START, "start.json"):
+        return None
+    return {key: value for key, value in run.read(START, "start.json").items() if key != "retrain"}
+
+
+def _root_of(run: Run) -> str:
+    """Where a run's network before its first round lies."""
+    return START if run.has(START, "checkpoint", "manifest.json") else DENSE
+
+
+def _pruned(source: Source) -> bool:
+    """Whether the branch begins with a network that is pruned."""
+    return source.checkpoint != f"{DENSE}/checkpoint"
+
+
+def _require_accepted(given: str, run: Run, number: int) -> None:
+    if not run.has(DENSE, "finished.json"):
+        raise UserError(f"{given}: the dense network of '{run.root}' is not finished; carry that run on first")
+    made = trail(run)
+    done = sum(metrics["accepted"] for metrics in made)
+    if number <= done:
+        return
+    tried = [metrics for metrics in made if metrics["round"] == number]
+    why = "is not finished"
+    if tried:
+        shares = [f"{metrics['density']:.3%}" for metrics in tried]
+        why = f"was undone ({few(shares)} of the weights: more was lost than target.tolerance)"
+    known = f"rounds 0 (dense) to {done} can be" if done else "only round 0, the dense network, can be"
+    raise UserError(f"{given}: round {number} of '{run.root}' {why}; {known} started from")
+
+
+def _facts(given: str, run: Run, config: Config, number: int, prunable: Sequence[Prunable]) -> dict[str, Any]:
+    """start.json: where the branch begins, whom it descends from, and how each round before it was retrained."""
+    before = run.read(START, "start.json") if run.has(START, "start.json") else None
+    folder = round_folder(number) if number else _root_of(run)
+    weights = sum(tensor.weights for tensor in prunable)
+    kept = weights
+    if folder != DENSE:
+        metrics = run.read(folder, "metrics.json")
+        kept = metrics["kept"]
+        theirs, ours = {layer["name"] for layer in metrics["layers"]}, {tensor.name for tensor in prunable}
+        if theirs != ours:
+            raise UserError(
+                f"{given}: a branch from a pruned round prunes the same tensors, but prune.include and prune.exclude "
+                f"choose {few(sorted(theirs ^ ours))} in only one of the two: give them as there"
+            )
+    me = run.read("run.json")
+    result = run.read("result.json") if run.has("result.json") else {}
+    return {
+        "run": config.name,
+        "path": run.root,
+        "uid": me["uid"],
+        "round": number,
+        "generation": (before["generation"] if before else 0) + number,
+        "weights": weights,
+        "kept": kept,
+        "density": kept / weights,
+        "compression": weights / kept,
+        "mlflow_run_id": (result.get("mlflow") or {}).get("run_id"),
+        "ancestors": [*before["ancestors"], {key: before[key] for key in ("run", "uid", "round")}] if before else [],
+        "retrain": [*(before["retrain"] if before else []), *[config.retrain.model_dump(mode="json")] * number],
+    }
+
+
+def _require_same_data(config: Config, here: Run, source: Source) -> None:
+    ours = shards.load_manifest(session.data_root(config, here))
+    theirs = shards.load_manifest(session.data_root(source.config, source.run))
+    for split in ours.splits.keys() | theirs.splits.keys():
+        pair = [[shard.sha256 for shard in manifest.splits.get(split, ())] for manifest in (ours, theirs)]
+        if pair[0] != pair[1] or ours.holdout != theirs.holdout:
+            raise UserError(
+                f"start.from={config.start.source}: the {split} images are others than those of '{source.run.root}', "
+                "or other ones are held out as val: give the same data.root"
+            )

@@ -1,0 +1,150 @@
+"""Which rounds a run makes: the next one, from those that it has tried.
+
+With a schedule the rounds are fixed beforehand. With target.mode=no-loss each one rests on those before it: it keeps
+target.step of the weights that are left, and is judged on val against the dense network. One that lost too much is
+undone, and half the step (in the logarithm of the density) is tried from where the run stood before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from pipeline.base import stats
+from pipeline.base.errors import UserError
+from pipeline.prune import round_plan, schedules
+from pipeline.prune.round_plan import Goal
+from pipeline.settings.config import Config
+from pipeline.settings.pruning import Target
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the first round begins: `kept` of `total` prunable weights, `generation` rounds after the dense network."""
+
+    kept: int
+    total: int
+    generation: int = 0
+
+    @property
+    def density(self) -> float:
+        """Kept over prunable weights."""
+        return self.kept / self.total
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A finished attempt: the density it was planned for, and the weights that it kept in the end."""
+
+    planned_density: float
+    kept: int
+    accepted: bool
+
+
+def following(config: Config, origin: Origin, floor: int, tried: Sequence[Tried]) -> Goal | None:
+    """What comes after all that was tried, in order; None where the run is done.
+
+    `floor` is the fewest weights that prune.min_weights allows. Raises UserError for a budget that cannot be met.
+    """
+    if config.target.mode == "no-loss":
+        return _no_loss(config.target, origin, floor, tried)
+    planned = round_plan.densities(config, origin.density)
+    number = len(tried) + 1
+    if number > len(planned):
+        return None
+    budget = round_plan.budget(config, number, origin.total, origin.density)
+    return Goal(number, 1, planned[number - 1], budget, origin.generation + number)
+
+
+def outlook(config: Config, origin: Origin, floor: int) -> list[Goal]:
+    """All rounds of a run if each of them is accepted. Raises UserError for a budget that cannot be met."""
+    goals: list[Goal] = []
+    tried: list[Tried] = []
+    while (goal := following(config, origin, floor, tried)) is not None:
+        goals.append(goal)
+        tried.append(Tried(goal.density, goal.budget, accepted=True))
+    return goals
+
+
+def require_room(config: Config, origin: Origin, floor: int) -> None:
+    """Raise UserError where a run that begins at a pruned network asks for no fewer weights than that has."""
+    goals = outlook(config, origin, floor)
+    if origin.kept == origin.total or config.target.mode == "thresholds":
+        return
+    if not goals or goals[0].budget >= origin.kept:
+        asked = f"prune.list={[*config.prune.list]}"
+        if config.prune.schedule != "list":
+            asked = f"target.compression={config.target.compression or origin.total:g}"
+        raise UserError(
+            f"{asked} removes nothing: start.from={config.start.source} has {origin.kept:,} of {origin.total:,} "
+            f"weights left already (density {origin.density:.4g}, compression {origin.total / origin.kept:.4g}), and "
+            "densities count from the dense network; ask for fewer weights, or start from an earlier round"
+        )
+
+
+def _no_loss(target: Target, origin: Origin, floor: int, tried: Sequence[Tried]) -> Goal | None:
+    """The next attempt of a campaign, or None where its step is too small, its rounds are over or nothing is left."""
+    kept, number, attempt, step = origin.kept, 1, 1, target.step
+    for each in tried:
+        if each.accepted:
+            kept, number, attempt = each.kept, number + 1, 1
+        else:
+            step, attempt = math.sqrt(each.planned_density / (kept / origin.total)), attempt + 1
+    if number > target.max_rounds or step > target.smallest_step:
+        return None
+    density = step * (kept / origin.total)
+    budget = schedules.at_most(density, origin.total)
+    if target.compression is not None and density <= 1.0 / target.compression:
+        density, budget = 1.0 / target.compression, schedules.compressed(origin.total, target.compression)
+    if budget < floor:
+        density, budget = floor / origin.total, floor
+    if budget >= kept:
+        return None
+    return Goal(number, attempt, density, budget, origin.generation + number)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A round's paired drop on val against the dense network, fractions; `drop_high` is what it may really be."""
+
+    accepted: bool
+    drop: float
+    drop_high: float
+    only_dense_right: int
+    only_pruned_right: int
+    samples: int
+
+
+def judge(dense_right: NDArray[np.bool_], pruned_right: NDArray[np.bool_], target: Target) -> Judgement:
+    """Whether a round is accepted; both arrays hold the answers to the same images, shape (samples,).
+
+    It is where the upper end of the drop's one-sided interval (Tango's, at target.confidence) is within the tolerance.
+    The measured drop alone would let a network that has lost just the tolerance through every second time, and a
+    campaign makes many tries: it would collect lucky ones. This way it does so with a chance of 1 - confidence at
+    most, whatever the size of val; a small val ends the campaign earlier instead. Where val is large, a drop that is
+    certain but within the tolerance is accepted, as the verdict on test does.
+    """
+    compared = stats.mcnemar(dense_right, pruned_right)
+    lost, won, samples = compared.only_reference_right, compared.only_pruned_right, len(dense_right)
+    high = compared.drop
+    if target.confidence > 0.5:  # at a half the interval's end is the measured drop itself
+        high = stats.tango(lost, won, samples, float(ndtri(target.confidence)))[1]
+    return Judgement(high <= target.allowed, compared.drop, high, lost, won, samples)
+
+
+def require_enough(samples: int, target: Target) -> None:
+    """Raise UserError where val is so small that not even a network with the dense one's answers would be accepted."""
+    same = np.ones(samples, dtype=np.bool_)
+    best = judge(same, same, target)
+    if not best.accepted:
+        raise UserError(
+            f"target.mode=no-loss: with {samples:,} val images even a network that answers as the dense one does may "
+            f"have lost {100 * best.drop_high:.2g} points (target.confidence={target.confidence:g}), more than the "
+            f"{100 * target.allowed:.2g} of target.tolerance (by default target.margin): raise target.tolerance or "
+            "data.val_fraction, or lower target.confidence (0.5 takes the measured drop as it is)"
+        )

@@ -1,0 +1,95 @@
+"""The fair comparison: the dense network gets the training that the pruned one got, and test is looked at, once.
+
+SPMD, as `pipeline.rounds.method`: every rank runs it in lockstep, rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.network.survey import survey
+from pipeline.rounds import before_retraining, branch
+from pipeline.run.layout import control_folder, round_folder, standing
+from pipeline.run.state import now_ms
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.loop import Training
+from pipeline.train.session import Session
+
+
+def control(session: Session) -> None:
+    """Train the dense network on for the same steps, recipe and batches as all accepted rounds together.
+
+    A branch's control also gets what the rounds got that it descends from, or takes it from its source.
+    """
+    run = session.run
+    recipes = branch.retrainings(session.config, run)
+    if run.has("rounds", "control.json") or not recipes:
+        return
+    model, clock = session.new_model(), time.monotonic()
+    model.load_state_dict(checkpoint.load(run, "dense/checkpoint").weights)
+    prunable, _ = survey(model, session.config.prune.include, session.config.prune.exclude)
+    names = [tensor.name for tensor in prunable]
+    history: list[dict[str, Any]] = []
+    for generation, recipe in enumerate(recipes, start=1):
+        folder = control_folder(generation)
+        if run.has(folder, "checkpoint", "manifest.json"):
+            saved = checkpoint.load(run, f"{folder}/checkpoint")
+            model.load_state_dict(saved.weights)
+            history += saved.state["history"]
+            continue
+        teacher = before_retraining.teacher(session, recipe)
+        training = Training(session, model, recipe, folder, round_folder(generation), names, teacher=teacher)
+        position = training.fit()
+        history += position.history
+        if session.world.first:
+            state = {"history": position.history}
+            checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), state=state))
+            checkpoint.keep_last(run, folder, 0)
+        session.world.barrier()
+    val = session.evaluate(model, "val").metrics()
+    if session.world.first:
+        seconds = round(time.monotonic() - clock, 3)
+        run.commit({"val": val, "history": history, "seconds": seconds, "finished_ms": now_ms()}, "rounds/control.json")
+    session.world.barrier()
+
+
+def look_at_test(session: Session) -> None:
+    """Evaluate dense, dense control and pruned on test, keep each answer by sample, and count the look."""
+    run, config = session.run, session.config
+    if run.has("final", "test.json"):
+        return
+    states = {"dense": "dense/checkpoint", "pruned": f"{standing(run)}/checkpoint"}
+    trained = len(branch.retrainings(config, run))
+    if config.prune.dense_control and trained:
+        states["dense_control"] = f"{control_folder(trained)}/checkpoint"
+    metrics, arrays = {}, {}
+    for name, folder in states.items():
+        model = session.new_model()
+        model.load_state_dict(checkpoint.load(run, folder).weights)
+        answers = session.evaluate(model, "test")
+        metrics[name] = answers.metrics()
+        arrays[f"{name}_right"] = answers.right
+        arrays["valid"] = answers.valid
+    if session.world.first:
+        record_look(session, "final evaluation")
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        run.commit_bytes(buffer.getvalue(), "final", "test_answers.npz")
+        run.commit({"samples": int(arrays["valid"].sum()), **metrics}, "final", "test.json")
+    session.world.barrier()
+
+
+def record_look(session: Session, reason: str) -> None:
+    """Append a line to test_looks.jsonl: every look at test is counted."""
+    run = session.run
+    path = run.path("test_looks.jsonl")
+    lines = storage.read_bytes(path) if storage.exists(path) else b""
+    line = json.dumps({"time_ms": now_ms(), "reason": reason})
+    run.commit_bytes(lines + line.encode() + b"\n", "test_looks.jsonl")

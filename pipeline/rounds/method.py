@@ -1,0 +1,263 @@
+"""The method, told aloud. SPMD: every rank runs it in lockstep, rank 0 writes.
+
+`dense` trains the network that is to be pruned; `prune` plans a round, takes the masks that rank 0 made,
+retrains what is left, evaluates, checks, and goes on to the next, or back where too much was lost; then the
+dense control gets the same training, and the test set is looked at, once.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.base.errors import Agreed, UserError
+from pipeline.calibrate.statistics import statistics_for
+from pipeline.data.loader import EvalLoader
+from pipeline.network import dropout
+from pipeline.network.activity import ActivationMeter
+from pipeline.network.survey import Prunable, survey
+from pipeline.prune import criteria, masks, round_plan
+from pipeline.prune.gradual import Gradual
+from pipeline.prune.round_plan import Goal, RoundPlan
+from pipeline.rounds import attempts, before_retraining, comparison
+from pipeline.rounds.before_retraining import Pruned
+from pipeline.rounds.subject import Subject, open_subject
+from pipeline.run.layout import round_folder, standing
+from pipeline.run.state import now_ms
+from pipeline.task.classification import forward
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.loop import Training
+from pipeline.train.session import Session
+
+ACTIVITY_SAMPLES = 1000
+
+
+def dense(session: Session) -> None:
+    """Train the dense network, or take it as its checkpoint gives it, and evaluate it on val."""
+    config, clock = session.config, time.monotonic()
+    model = session.new_model()
+    prunable, _ = survey(model, config.prune.include, config.prune.exclude)
+    history: list[dict[str, Any]] = []
+    if config.dense.epochs:
+        training = Training(session, model, config.dense, "dense", "dense", [t.name for t in prunable])
+        history = training.fit().history
+    elif config.model.checkpoint is None:
+        raise UserError("dense.epochs=0 and no model.checkpoint: there is nothing trained to prune; set one of them")
+    val = session.evaluate(model, "val").metrics()
+    if not session.world.first:
+        return
+    checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(model.state_dict())))
+    seconds = time.monotonic() - clock
+    metrics = {"val": val, "history": history, "seconds": round(seconds, 3), "finished_ms": now_ms()}
+    session.run.commit(metrics, "dense", "metrics.json")
+    checkpoint.keep_last(session.run, "dense", 0)
+
+
+def prune(session: Session) -> None:
+    """All rounds, the dense control, and the one look at test; each part is skipped where it is finished."""
+    subject = open_subject(session)
+    attempts.note_dense_answers(session, subject.model)
+    attempts.settle(session)
+    alive = stand(subject)
+    while (goal := attempts.following(subject)) is not None:
+        alive = one_round(subject, alive, goal)
+        if not attempts.settle(session):
+            alive = stand(subject)
+    if session.config.prune.dense_control:
+        comparison.control(session)
+    comparison.look_at_test(session)
+    if session.world.first and not session.run.has("final", "activity.json"):
+        measure_activity(session, subject.prunable)
+    session.world.barrier()
+
+
+def stand(subject: Subject) -> dict[str, Tensor]:
+    """Bring the network to where the run stands, its last accepted round or where it began; returns the masks."""
+    return subject.load(attempts.standing_checkpoint(subject.session.run, subject.prunable))
+
+
+def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str | None = None) -> dict[str, Tensor]:
+    """Plan, mask, retrain, evaluate, check and save one attempt at a round; or load it where it is finished.
+
+    It lies in `folder`, by default that of the round, whose batches are then those of its generation. One that is
+    refused leaves no checkpoint.
+    """
+    session, model = subject.session, subject.model
+    order = folder or round_folder(goal.generation)
+    folder, run, clock = folder or round_folder(goal.round), session.run, time.monotonic()
+    if run.has(folder, "metrics.json"):
+        return subject.load(checkpoint.load(run, f"{folder}/checkpoint"))
+    pruned = before_retraining.kept_before(session, model, folder)
+    if pruned is None:
+        pruned = prune_once(subject, alive, goal, folder)
+        before_retraining.keep(session, model, folder, pruned)
+    plan, kept, fits = pruned
+    gradual = gradually(subject, alive, goal, folder)
+    rates = before_retraining.dropout_rates(session, model, plan.keep)
+    before = session.evaluate(model, "val").metrics()
+    count, dead = sum(plan.keep.values()), sum(plan.dead.values())
+    density = count / sum(mask.numel() for mask in kept.values())
+    event = {"phase": folder, "density": density, "kept": count, "dead": dead, "before": before["top1"]}
+    session.progress(event | {"dropout": rates, "gradual": gradual is not None})
+    teacher = before_retraining.teacher(session, session.config.retrain)
+    training = Training(session, model, session.config.retrain, folder, order, list(kept), kept, gradual, teacher)
+    with dropout.use(model, rates):
+        position = training.fit()
+    training.applier.clean()
+    if gradual:
+        plan, kept = RoundPlan.from_json(run.read(folder, "plan.json")), training.masks
+    guard(subject, kept, plan)
+    answers = session.evaluate(model, "val")
+    judged = attempts.judge(session, answers)
+    if session.world.first:
+        if judged["accepted"]:
+            checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), kept))
+        facts = round_facts(plan, kept, before, answers.metrics()) | judged
+        seconds = round(time.monotonic() - clock, 3)
+        facts |= {"dead": dead, "dropout": rates, "reconstruction": fits}
+        facts |= {"history": position.history, "steps": position.step, "seconds": seconds, "finished_ms": now_ms()}
+        run.commit(facts, folder, "metrics.json")
+        checkpoint.keep_last(run, folder, 0)
+        before_retraining.drop(session, folder)
+    session.world.barrier()
+    return kept
+
+
+def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str) -> Pruned:
+    """Plan and mask, and all that comes before the retraining. With prune.gradual only planned: nothing goes yet."""
+    session, model = subject.session, subject.model
+    gradual = session.config.prune.gradual
+    needed = statistics_for(session, model, [*subject.dense])
+    plan = plan_round(subject, alive, goal, needed)
+    kept = alive if gradual else shared_masks(subject, plan, alive, needed)
+    before = before_retraining.reference(session, model)
+    if not gradual:
+        plan, kept = before_retraining.remove_dead(session, model, plan, kept)
+    if session.world.first and not (gradual and session.run.has(folder, "plan.json")):  # the last prune replaced it
+        session.run.commit(plan.as_json(subject.prunable), folder, "plan.json")
+    before_retraining.reinitialise(session, model, goal.generation)
+    apply_masks(model, kept)
+    fits = before_retraining.reconstruct(session, model, before, kept)
+    before_retraining.recalibrate(session, model)
+    return Pruned(plan, kept, fits)
+
+
+def plan_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, statistics: dict[str, Tensor]) -> RoundPlan:
+    """The plan of a round, the same on every rank, since all hold the same weights and statistics of them."""
+    config = subject.session.config
+    return round_plan.make(config, goal, subject.weights, subject.dense, alive, subject.scan, statistics)
+
+
+def gradually(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str) -> Gradual | None:
+    """With prune.gradual, how the round's weights go during its retraining; the last prune rewrites plan.json.
+
+    With prune.dead_neurons every prune takes what leads to or from dead units first, and keeps as many others instead.
+    """
+    session = subject.session
+    config = session.config.prune
+    if not config.gradual:
+        return None
+    told: set[str] = set()
+
+    def prune(density: float, alive: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
+        needed = statistics_for(session, subject.model, list(alive))
+        while True:
+            plan = plan_round(subject, alive, goal if last else goal.at(density), needed)
+            kept = shared_masks(subject, plan, alive, needed)
+            if not config.dead_neurons:
+                break
+            left = before_retraining.without_dead(session, subject.model, kept, goal.round, told)
+            dead = {name: mask & ~left[name] for name, mask in kept.items()}
+            if not any(bool(mask.any()) for mask in dead.values()):
+                break
+            alive = {name: mask & ~dead[name] for name, mask in alive.items()}
+        if last and session.world.first:
+            session.run.commit(plan.as_json(subject.prunable), folder, "plan.json")
+        return kept
+
+    before = sum(int(mask.sum()) for mask in alive.values()) / sum(mask.numel() for mask in alive.values())
+    return Gradual(prune, before, goal.density, config.gradual, config.gradual_every)
+
+
+def shared_masks(
+    subject: Subject, plan: RoundPlan, alive: dict[str, Tensor], statistics: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The masks that rank 0 made, on every rank. Raises Agreed if the ranks' hashes differ."""
+    session, weights = subject.session, subject.weights
+    packed = None
+    if session.world.first:
+        ranking = criteria.scores(session.config.prune.criterion, weights, session.config.seed, statistics)
+        made = {name: masks.top_mask(ranking[name], alive[name], plan.keep[name]) for name in weights}
+        packed = masks.pack_bits({name: mask.cpu() for name, mask in made.items()})
+    packed = session.world.broadcast(packed)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    received = masks.unpack_bits(packed, shapes)
+    if not session.world.same(masks.digest(received)):
+        raise Agreed(f"round {plan.round}: the ranks hold different masks (their hashes differ)")
+    return {name: mask.to(session.world.device) for name, mask in received.items()}
+
+
+def guard(subject: Subject, kept: dict[str, Tensor], plan: RoundPlan) -> None:
+    """Raise Agreed, on every rank, if a pruned weight is not 0, a count is off, or masks differ."""
+    session = subject.session
+    on_cpu = {name: mask.cpu() for name, mask in kept.items()}
+    problems = masks.check({name: weight.cpu() for name, weight in subject.weights.items()}, on_cpu, plan.keep)
+    session.world.agree("; ".join([f"round {plan.round}: {problem}" for problem in problems]) or None)
+    if not session.world.same(masks.digest(on_cpu)):
+        raise Agreed(f"round {plan.round}: the ranks hold different masks after retraining (their hashes differ)")
+
+
+def measure_activity(session: Session, prunable: list[Prunable]) -> None:
+    """Activation density of the pruned network on some of val, for the paper's Act% and FLOP% (tables 2-5)."""
+    model = session.new_model().eval()
+    model.load_state_dict(checkpoint.load(session.run, f"{standing(session.run)}/checkpoint").weights)
+    data = EvalLoader(session.split("val"), session.config.data, limit=ACTIVITY_SAMPLES, seed=session.config.seed)
+    with ActivationMeter(model, [tensor.name for tensor in prunable]) as meter, torch.inference_mode():
+        for batch in data.batches(0, 1):
+            forward(model, batch.images.to(session.world.device), session.config)
+    rows = [
+        {
+            "name": name,
+            "output_density": found.output_density,
+            "input_density": found.input_density,
+            "measured": found.measured,
+        }
+        for name, found in meter.result().items()
+    ]
+    session.run.commit(rows, "final", "activity.json")
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, kept: dict[str, Tensor]) -> None:
+    """Set every pruned weight to 0."""
+    parameters = dict(model.named_parameters())
+    masks.Applier([parameters[name].data for name in kept], list(kept.values())).clean()
+
+
+def round_facts(
+    plan: RoundPlan, kept: dict[str, Tensor], before: dict[str, Any], val: dict[str, Any]
+) -> dict[str, Any]:
+    """The measured part of metrics.json: counted from the masks, not taken from the plan."""
+    counts = {name: int(mask.sum()) for name, mask in kept.items()}
+    sizes = {name: mask.numel() for name, mask in kept.items()}
+    total, left = sum(sizes.values()), sum(counts.values())
+    return {
+        "round": plan.round,
+        "attempt": plan.attempt,
+        "planned_density": plan.density,
+        "density": left / total,
+        "compression": total / left,
+        "kept": left,
+        "weights": total,
+        "val_before_retrain": {"top1": before["top1"], "loss": before["loss"]},
+        "val": val,
+        "mask_digest": f"{masks.digest({name: mask.cpu() for name, mask in kept.items()}):016x}",
+        "layers": [
+            {"name": name, "weights": sizes[name], "kept": counts[name], "density": counts[name] / sizes[name]}
+            for name in kept
+        ],
+    }

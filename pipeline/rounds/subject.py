@@ -1,0 +1,67 @@
+"""The network that is pruned, and what every round of it is planned from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.network import cost
+from pipeline.network.survey import Prunable, survey
+from pipeline.prune import round_plan
+from pipeline.prune.round_plan import Scanned
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.session import Session, input_shape
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network under the rounds, equal on every rank: `model` changes, the rest stays.
+
+    `prunable` are its tensors, `dense` their weights in the dense network by name, and `scan` is what the scan says of
+    them, where the config's allocation asks for one.
+    """
+
+    session: Session
+    model: nn.Module
+    prunable: list[Prunable]
+    dense: dict[str, Tensor]
+    scan: Scanned | None
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The prunable tensors as they now are, by name, detached."""
+        return prunable_weights(self.model, self.prunable)
+
+    @property
+    def everything(self) -> dict[str, Tensor]:
+        """Masks that keep all weights."""
+        return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.dense.items()}
+
+    def load(self, saved: Checkpoint) -> dict[str, Tensor]:
+        """Bring the network to a checkpoint; returns its masks."""
+        self.model.load_state_dict(saved.weights)
+        return {name: mask.to(self.session.world.device) for name, mask in saved.masks.items()}
+
+
+def open_subject(session: Session) -> Subject:
+    """The dense network of the session's run."""
+    config = session.config
+    model = session.new_model()
+    model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
+    prunable, _ = survey(model, config.prune.include, config.prune.exclude)
+    dense = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
+    scan = None
+    if round_plan.needs_scan(config):
+        flops = cost.flops(model, input_shape(config))
+        scan = round_plan.scanned(config, session.run.read("scan", "scan.json"), session.manifest.num_classes, flops)
+    return Subject(session, model, prunable, dense, scan)
+
+
+def prunable_weights(model: nn.Module, prunable: Sequence[Prunable]) -> dict[str, Tensor]:
+    """The prunable tensors of a model by name, detached."""
+    parameters = dict(model.named_parameters())
+    return {tensor.name: parameters[tensor.name].detach() for tensor in prunable}

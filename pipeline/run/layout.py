@@ -1,0 +1,59 @@
+"""Where a run's rounds lie in its folder, which of them were made, and where the run stands."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+from pipeline.run.state import Run
+
+DENSE = "dense"
+
+
+START = "start"  # what a run that branched off from another begins with; `pipeline.rounds.branch` fills it
+
+
+def round_folder(number: int) -> str:
+    """Where round `number` (from 1) lies in the run."""
+    return f"rounds/{number:02d}"
+
+
+def attempt_folder(number: int, attempt: int) -> str:
+    """Where the record of an attempt that was undone lies in the run."""
+    return f"{round_folder(number)}/attempt-{attempt}"
+
+
+def control_folder(generation: int) -> str:
+    """Where the dense control with the training of so many rounds lies in the run."""
+    return f"rounds/control-{generation:02d}"
+
+
+def trail(run: Run) -> list[dict[str, Any]]:
+    """metrics.json of every finished attempt, undone ones too, in the order in which they were made."""
+    found: list[dict[str, Any]] = []
+    for number in count(1):
+        attempt = 1
+        while run.has(attempt_folder(number, attempt), "metrics.json"):
+            found.append(run.read(attempt_folder(number, attempt), "metrics.json"))
+            attempt += 1
+        if not run.has(round_folder(number), "metrics.json"):
+            return found
+        metrics = run.read(round_folder(number), "metrics.json")
+        if metrics["accepted"] or metrics["attempt"] == attempt:  # else its record is there, and it is not cleared yet
+            found.append(metrics)
+        if not metrics["accepted"]:
+            return found
+    raise AssertionError("unreachable")
+
+
+def accepted(run: Run) -> int:
+    """Rounds that were accepted so far: those are numbered 1 to this."""
+    return sum(metrics["accepted"] for metrics in trail(run))
+
+
+def standing(run: Run) -> str:
+    """The folder whose checkpoint is the network as it stands: the last accepted round's, or where the run began."""
+    number = accepted(run)
+    if number:
+        return round_folder(number)
+    return START if run.has(START, "checkpoint", "manifest.json") else DENSE

@@ -1,0 +1,141 @@
+"""The run directory: what is finished, from what it was made, and who may write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.base.errors import RunStopped, UserError
+from pipeline.run import lease
+from pipeline.settings.config import Config, differences, dump_config, load_config
+
+# Settings that change how a run is carried out, but not what it computes: they may differ when it resumes.
+OPERATIONAL = (
+    "runs_dir", "cluster", "tracking", "data.decode_threads", "data.cache_bytes", "data.cache_dir",
+    "data.cache_disk_bytes",
+)  # fmt: skip
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of plain values: the same values give the same text."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the right to write into it.
+
+    `fence` is the number that the lease had when this writer started. A later driver raises it, and
+    then every commit of this writer is refused: orphans of a killed run cannot write.
+    """
+
+    root: str
+    fence: int
+
+    def path(self, *parts: str) -> str:
+        """Where a file of the run lies."""
+        return storage.join(self.root, *parts)
+
+    def commit(self, value: Any, *parts: str) -> None:
+        """Write a JSON file atomically, if this writer still holds the run."""
+        self.check_fence()
+        storage.write_json(self.path(*parts), value)
+
+    def commit_bytes(self, data: bytes, *parts: str) -> None:
+        """Write a file atomically, if this writer still holds the run."""
+        self.check_fence()
+        storage.write_bytes(self.path(*parts), data)
+
+    def read(self, *parts: str) -> Any:
+        """A JSON file of the run."""
+        return storage.read_json(self.path(*parts))
+
+    def has(self, *parts: str) -> bool:
+        """Whether a file of the run exists."""
+        return storage.exists(self.path(*parts))
+
+    def finished(self, stage: str, made_from: str) -> dict[str, Any] | None:
+        """The marker of a finished stage, if it was made from the same things."""
+        if not self.has(stage, "finished.json"):
+            return None
+        marker: dict[str, Any] = self.read(stage, "finished.json")
+        return marker if marker.get("made_from") == made_from else None
+
+    def finish(self, stage: str, made_from: str, seconds: float, **facts: Any) -> None:
+        """Mark a stage as finished; written after everything else of the stage."""
+        marker = {"made_from": made_from, "seconds": round(seconds, 3), "finished_ms": now_ms(), **facts}
+        self.commit(marker, stage, "finished.json")
+
+    def check_fence(self) -> None:
+        """Raise RunStopped if another driver has taken the run over."""
+        holder = self.read(lease.NAME)
+        if holder["fence"] != self.fence:
+            raise RunStopped(
+                f"run '{self.root}' was taken over by process {holder['pid']} on {holder['host']}; this one stops"
+            )
+
+
+def now_ms() -> int:
+    """Milliseconds since the epoch, as MLflow counts time."""
+    return time.time_ns() // 1_000_000
+
+
+def run_root(config: Config) -> str:
+    """The folder of the run that `config` describes."""
+    return storage.join(config.runs_dir, config.name)
+
+
+@contextmanager
+def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Iterator[Run]:
+    """Create or reopen a run and hold its lease; `tell` is told why this takes a while.
+
+    Raises UserError when the run was made with other settings, or is being written by a live process.
+    """
+    root = run_root(config)
+    if storage.is_local(root):
+        _make_folder(root, config)
+    with lease.hold(root, config.cluster.lease_seconds, lambda: _check_config(root, config), tell) as fence:
+        run = Run(root, fence)
+        storage.remove_leftovers(root)
+        if not run.has("run.json"):
+            run.commit({"uid": uuid.uuid4().hex, "name": config.name, "created_ms": now_ms()}, "run.json")
+        run.commit_bytes(dump_config(config).encode(), "config.yaml")
+        yield run
+
+
+def _make_folder(root: str, config: Config) -> None:
+    try:
+        storage.local_path(root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"runs_dir={config.runs_dir} cannot be written: {error.strerror}") from error
+
+
+def _check_config(root: str, config: Config) -> None:
+    if not storage.exists(storage.join(root, "config.yaml")):
+        return
+    before = load_config(storage.join(root, "config.yaml"))
+    changed = differences(before, config, ignore=OPERATIONAL)
+    if changed:
+        raise UserError(
+            f"run '{root}' was started with other settings ({'; '.join(changed)}): use another name=..., also with "
+            f"start.from={before.name}:0 to take its dense network and scan, or remove the folder to start over"
+        )
+
+
+def config_of(run_dir: str | Path) -> Config:
+    """The config of an existing run, its runs_dir being where the run lies now."""
+    file = storage.join(run_dir, "config.yaml")
+    if not storage.exists(file):
+        raise UserError(f"'{run_dir}' is not a run: it has no config.yaml; give a folder such as runs/demo")
+    place = str(storage.local_path(run_dir).resolve()) if storage.is_local(run_dir) else str(run_dir).rstrip("/")
+    runs_dir, _, name = place.rpartition("/")
+    return load_config(file).model_copy(update={"runs_dir": runs_dir, "name": name})

@@ -1,0 +1,1 @@
+"""How sensitive each tensor is, measured."""

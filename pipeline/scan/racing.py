@@ -1,0 +1,78 @@
+"""Which levels the scan tries next, and when one needs no more samples. Pure numbers: no network, no data.
+
+Racing looks at a level after fixed numbers of samples and stops it at the first look that decides it. Stopping at a
+moment that the data chose would spoil ordinary 95% intervals, so every look has an interval of 1 - 0.05/looks
+(Bonferroni over the looks): with 95% certainty the intervals of all looks hold at once, so the one at which the level
+was stopped does too. These are repeated confidence intervals (Jennison and Turnbull 1989, J. R. Stat. Soc. B 51:305)
+with the simplest, slightly wide, boundary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from scipy.special import ndtri
+
+from pipeline.base.stats import Z95
+from pipeline.settings.pruning import Scan
+
+LOOKS = 5  # at most; each more makes every interval a little wider
+FIRST = 50  # samples at the first look
+CLOSEST = 1.05  # neighbouring levels whose densities differ by less than this factor are not told apart
+ERROR = 0.05  # chance that a level's interval misses
+
+
+def looks(samples: int, racing: bool) -> list[int]:
+    """The numbers of samples after which levels are looked at, rising to all of them: one look without racing.
+
+    With racing they grow by one factor from FIRST on: 50, 100, 200, 400, 800.
+    """
+    if not racing or samples <= FIRST:
+        return [samples]
+    factor = (samples / FIRST) ** (1 / (LOOKS - 1))
+    return sorted({round(FIRST * factor**step) for step in range(LOOKS)})
+
+
+def critical(count: int) -> float:
+    """The two-sided normal quantile of each of `count` looks: 1.96 for one, 2.58 for five."""
+    return Z95 if count == 1 else float(ndtri(1 - ERROR / (2 * count)))
+
+
+def decided(low: float, high: float, dense_top1: float, scan: Scan) -> bool:
+    """Whether the interval (low, high) of a drop needs no more samples: narrow enough, or beyond what matters."""
+    if scan.interval is None:
+        return False
+    return (high - low) / 2 <= scan.interval or low > scan.hopeless * dense_top1
+
+
+def next_levels(known: Sequence[dict[str, Any]], scan: Scan, weights: int) -> list[float]:
+    """The densities to measure now, falling, of a tensor with so many weights; nothing when its curve is done.
+
+    grid: those of scan.levels that are missing. adaptive: first the largest, the middle and the smallest of
+    scan.levels; then, until scan.max_levels, between neighbours (the dense network being the first) whose drops differ
+    by more than scan.tolerance, the widest gap first, at the geometric mean of their densities.
+    """
+    done = {level["density"] for level in known}
+    if scan.mode == "grid":
+        return [density for density in scan.levels if density not in done]
+    coarse = dict.fromkeys((scan.levels[0], scan.levels[len(scan.levels) // 2], scan.levels[-1]))
+    missing = [density for density in coarse if density not in done]
+    if missing:
+        return missing
+    points = [(1.0, 0.0), *sorted(((level["density"], level["drop"]) for level in known), reverse=True)]
+    gaps = []
+    for (upper, before), (lower, after) in itertools.pairwise(points):
+        middle = float(f"{math.sqrt(upper * lower):.3g}")
+        apart = upper / lower >= CLOSEST and kept(upper, weights) > kept(middle, weights) > kept(lower, weights)
+        if abs(after - before) > scan.tolerance and apart:
+            gaps.append((abs(after - before), middle))
+    room = max(0, scan.max_levels - len(done))
+    return sorted((middle for _, middle in sorted(gaps, reverse=True)[:room]), reverse=True)
+
+
+def kept(density: float, weights: int) -> int:
+    """The weights that a level keeps, of so many: at least one."""
+    return max(1, round(density * weights))

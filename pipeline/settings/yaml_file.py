@@ -1,0 +1,115 @@
+"""From a YAML file and `a.b=c` overrides to a plain tree, within bounds whatever stands in them."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline import storage
+from pipeline.base.errors import UserError
+
+MOST_BYTES = 2**20
+MOST_VALUES = 20_000  # aliases written out
+MOST_DEPTH = 30
+# OmegaConf's: the one in Python takes no '?' within brackets, which a URL may have.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# What YAML's reader and OmegaConf are known to raise on a text that is no config, beside errors of their own: a date or
+# a number of a tag that does not fit it, an index that is none, brackets without end.
+_MISTAKES = (
+    yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError,
+    OverflowError, RecursionError, NotImplementedError,
+)  # fmt: skip
+
+
+def read_tree(path: str | Path, overrides: list[str]) -> Any:
+    """The settings of a file with the overrides merged in and interpolations resolved, not yet validated.
+
+    Raises UserError for what is no mapping of plain values, for overrides that are not key=value, and for a text that
+    is larger, deeper or, with its aliases written out, longer than any config.
+    """
+    text = _text(path)
+    try:
+        _require_small(yaml.compose(text, Loader=_LOADER))
+        tree: Any = OmegaConf.create(text)
+    except _MISTAKES as error:
+        raise UserError(f"config '{path}' is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"config '{path}' must be a mapping of settings (name: ..., data: ...), not a list")
+    for override in overrides:
+        tree = _merged(tree, override)
+    try:
+        return OmegaConf.to_container(tree, resolve=True)
+    except _MISTAKES as error:
+        raise UserError(f"config '{path}': {_one_line(error)}") from error
+
+
+def _merged(tree: DictConfig, override: str) -> Any:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"override '{override}' is not of the form key=value, as in cluster.workers=2")
+    try:
+        if key.count(".") > MOST_DEPTH:
+            raise ValueError(f"more than {MOST_DEPTH} levels of settings")
+        _require_small(yaml.compose(value, Loader=_LOADER))
+        return OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+    except _MISTAKES as error:
+        raise UserError(f"override '{override[:200]}' cannot be read: {_one_line(error)}") from error
+
+
+def _text(path: str | Path) -> str:
+    """The text of a config file. Raises UserError where there is none, or it is no text."""
+    local = storage.is_local(path)
+    file = storage.local_path(path) if local else None
+    if file is not None and not _is_file(file):
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {file.parent / near[0]}?" if near else ""
+        raise UserError(f"config '{path}' does not exist{hint}")
+    try:
+        with storage.open_range(path, 0, MOST_BYTES + 1) as stream:
+            data = stream.read()
+    except FileNotFoundError as error:
+        raise UserError(f"config '{path}' does not exist: check the URL") from error
+    if len(data) > MOST_BYTES:
+        raise UserError(f"config '{path}' has more than {MOST_BYTES:,} bytes: is it a config?")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"config '{path}' is not valid YAML: it is not UTF-8 ({error})") from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for any file
+        return False
+
+
+def _require_small(root: yaml.Node | None) -> None:
+    """ValueError where a document is deeper, or with its aliases written out longer, than any config."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, depth: int) -> int:
+        if depth > MOST_DEPTH:
+            raise ValueError(f"it is more than {MOST_DEPTH} levels deep (or an alias stands within itself)")
+        if id(node) not in sizes:
+            parts: list[Any] = []
+            if isinstance(node, yaml.SequenceNode):
+                parts = node.value
+            elif isinstance(node, yaml.MappingNode):
+                parts = [part for pair in node.value for part in pair]
+            sizes[id(node)] = 1 + sum(size(part, depth + 1) for part in parts)
+        if sizes[id(node)] > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values, aliases written out")
+        return sizes[id(node)]
+
+    if root is not None:
+        size(root, 0)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

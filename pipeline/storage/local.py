@@ -1,0 +1,170 @@
+"""Files on this machine, or on a file system that looks so."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+from urllib.parse import unquote, urlsplit
+
+from pipeline.base.errors import UserError
+from pipeline.storage.stat import Stat
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
+_BUFFER = 2**20  # bytes; a local file is read in pieces of this size
+_TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")
+
+
+def local_path(url: str | Path) -> Path:
+    """The path behind a plain path or a file:// URL. Raises UserError for any other scheme."""
+    text = str(url)
+    if text.startswith("file://"):
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise UserError(f"'{text}' names the host '{parts.netloc}': write file:///absolute/path")
+        return Path(unquote(parts.path))
+    scheme = _SCHEME.match(text)
+    if text.startswith("pipe:"):
+        raise UserError(f"'{text}' would run a shell command, which secateur never does: give a path")
+    if scheme is not None and not Path(text).exists():
+        raise UserError(f"'{text}': scheme '{scheme[1]}' cannot be used here: give a local path or a file:// URL")
+    return Path(text)
+
+
+def stat(url: str | Path) -> Stat | None:
+    """What is known of a file, or None where there is none (a folder is not a file)."""
+    path = local_path(url)
+    return _stat(path.stat()) if path.is_file() else None
+
+
+def _stat(found: os.stat_result) -> Stat:
+    return Stat(found.st_size, f"{found.st_mtime_ns}-{found.st_ino}")
+
+
+def stats(folder: str | Path) -> dict[str, Stat]:
+    """The files directly in a folder."""
+    path = local_path(folder)
+    found = {}
+    for entry in os.scandir(path) if path.is_dir() else ():
+        # A file that was replaced or deleted since the listing is left out; the next look sees it.
+        with contextlib.suppress(FileNotFoundError):
+            if entry.is_file():
+                found[entry.name] = _stat(entry.stat())
+    return found
+
+
+def folders(folder: str | Path) -> list[str]:
+    """Names of the folders directly in a folder."""
+    path = local_path(folder)
+    return [entry.name for entry in os.scandir(path) if entry.is_dir()] if path.is_dir() else []
+
+
+def read(url: str | Path) -> bytes:
+    """A whole file. Raises FileNotFoundError."""
+    return local_path(url).read_bytes()
+
+
+def write(url: str | Path, data: bytes) -> None:
+    """Write a whole file atomically."""
+    with create(url) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def create(url: str | Path, sha256: str | None = None) -> Iterator[BinaryIO]:
+    """A stream to a new file that takes its name only when the block ends well. UserError if the disk is full."""
+    with atomic_path(url) as temporary, temporary.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path in the same folder, renamed to `path` on success and removed on failure.
+
+    Folders above it are made. Raises UserError where the disk is full.
+    """
+    final = local_path(path)
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, final)
+        _sync(final.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left to write '{final}': free space on that disk (or move the folder to a larger one), "
+                "then run the same command again"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk, so that a rename survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(url: str | Path) -> None:
+    """Delete a file; nothing happens if it is not there."""
+    local_path(url).unlink(missing_ok=True)
+
+
+def remove_tree(folder: str | Path) -> None:
+    """Delete a folder and all that is in it; nothing happens if it is not there."""
+    path = local_path(folder)
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete the temporary files that a killed writer left in a folder, at any depth."""
+    for parent, _, names in os.walk(local_path(folder)):
+        for name in filter(_TEMPORARY.match, names):
+            Path(parent, name).unlink(missing_ok=True)
+
+
+def open_range(url: str | Path, start: int, stop: int | None, version: str | None) -> BinaryIO:
+    """A stream of the bytes from `start` up to `stop` (None: the end). Raises FileNotFoundError."""
+    return cast(BinaryIO, io.BufferedReader(_Range(local_path(url), start, stop), _BUFFER))
+
+
+class _Range(io.RawIOBase):
+    """Part of a local file, read forward."""
+
+    def __init__(self, path: Path, start: int, stop: int | None) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._file.seek(start)
+        self._left = None if stop is None else stop - start
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        if self._left is not None:
+            view = view[: self._left]
+        count = self._file.readinto(view) if len(view) else 0
+        if self._left is not None:
+            self._left -= count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()

@@ -1,0 +1,69 @@
+"""What an error of S3 that does not pass means to the user: one message with the remedy."""
+
+from __future__ import annotations
+
+from botocore import exceptions as boto
+
+from pipeline.base.errors import UserError
+
+_MISSING = {"NoSuchKey", "404", "NotFound", "NoSuchUpload"}
+_IDENTITY = {
+    "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired",
+}  # fmt: skip
+_DENIED = {"AccessDenied", "AllAccessDisabled", "403", "Forbidden"}
+_ELSEWHERE = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+_NO_IDENTITY = (
+    boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.ProfileNotFound,
+    boto.TokenRetrievalError, boto.SSOError, boto.ConfigParseError,
+)  # fmt: skip
+_CHAIN = "a role of the machine, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+
+
+class Changed(UserError):
+    """The object is not of the version that was asked for."""
+
+
+def meaning(url: str, error: Exception) -> Exception:
+    """The exception to raise instead: FileNotFoundError, Changed or UserError."""
+    if isinstance(error, boto.ClientError):
+        return _refused(url, error)
+    if isinstance(error, _NO_IDENTITY):
+        return UserError(f"'{url}': no credentials for S3 ({error}): give them by {_CHAIN}")
+    if isinstance(error, boto.SSLError):
+        return UserError(f"'{url}': the store's certificate is not trusted ({_short(error)}): set AWS_CA_BUNDLE")
+    return UserError(f"'{url}' cannot be used ({_short(error)}): check the bucket's name and the AWS settings")
+
+
+def _refused(url: str, error: boto.ClientError) -> Exception:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    bucket = url.removeprefix("s3://").partition("/")[0]
+    if code in _MISSING:
+        return FileNotFoundError(f"'{url}' does not exist")
+    if code in ("PreconditionFailed", "412"):
+        return Changed(f"'{url}' was changed while it was in use: whoever writes it must not, then run again")
+    if code == "NoSuchBucket":
+        return UserError(
+            f"'{url}': there is no bucket '{bucket}' at this endpoint: make it, or check its name and AWS_ENDPOINT_URL"
+        )
+    if code in _IDENTITY:
+        return UserError(f"'{url}': S3 does not accept the credentials ({code}): renew them ({_CHAIN})")
+    if code in _DENIED:
+        return UserError(
+            f"'{url}': S3 denies access ({error.operation_name}): allow s3:GetObject, s3:PutObject, s3:DeleteObject, "
+            "s3:AbortMultipartUpload, s3:ListBucket and s3:ListBucketMultipartUploads on bucket "
+            f"'{bucket}', or use other credentials"
+        )
+    if code in _ELSEWHERE:
+        return UserError(f"'{url}': bucket '{bucket}' is in another region ({code}): set AWS_REGION to it")
+    if code == "RequestTimeTooSkewed":
+        return UserError(f"'{url}': this machine's clock is wrong ({code}): set it")
+    if code == "NotImplemented":
+        return UserError(
+            f"'{url}': this store cannot do {error.operation_name} as it is needed (conditional writes keep a run to "
+            "one writer): use a store that can"
+        )
+    return UserError(f"'{url}': S3 refuses {error.operation_name} ({_short(error)}): check the bucket and its policy")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

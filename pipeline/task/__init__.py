@@ -1,0 +1,1 @@
+"""What is learnt: inputs of a batch, losses, answers."""

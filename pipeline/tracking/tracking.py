@@ -1,0 +1,281 @@
+"""MLflow, and the only module that knows it: makes a tracking server hold what a run directory says.
+
+The run directory is the truth. `sync` may be called at any time and any number of times, also after a crash in its
+middle: runs are found by tag before they are made, metric points carry times taken from the run, and a ledger in a
+tag tells which files are there already. mlflow is imported inside functions, since that takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.run.contents import read
+from pipeline.settings.config import Config
+from pipeline.tracking import records
+from pipeline.tracking.records import ATTEMPT, KIND, PARENT, ROUND, UID, Artifact, Point, Record
+
+_LEDGER, _LEDGER_PART = "secateur.artifacts", 4000  # characters in a tag; some stores take no more than 5000
+_LARGE = 2**20  # bytes
+_POINTS = "secateur.points"  # digest of the points that are all there
+_REFUSED = (
+    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of a user who may write there, and name the server as "
+    "its --allowed-hosts does"
+)
+_BATCH = 100  # params, tags or points in one request
+# Set only where the user has not: a server that is away is noticed in seconds, a request that hangs is given up after
+# 30 s and tried twice more, no usage statistics are sent out of the cluster, and none of mlflow's own lines are among
+# ours.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+@dataclass(frozen=True)
+class Synced:
+    """Where the run now stands in MLflow. The URI is without any user name and password."""
+
+    tracking_uri: str
+    run_id: str
+    experiment_id: str
+
+    @property
+    def place(self) -> dict[str, str]:
+        """What result.json says of it."""
+        return {"tracking_uri": self.tracking_uri, "run_id": self.run_id}
+
+
+def tracking_uri(config: Config) -> str:
+    """The tracking server of the config, or the sqlite file that stands in for it."""
+    if config.tracking.uri is None and not storage.is_local(config.runs_dir):
+        raise UserError(
+            f"tracking.uri is not set, and its default, a sqlite file, cannot be in runs_dir={config.runs_dir}: "
+            "give the URL of a tracking server"
+        )
+    return config.tracking.uri or f"sqlite:///{_home(config) / 'mlflow.db'}"
+
+
+def sync(run_dir: str | Path, config: Config) -> Synced:
+    """Make MLflow hold all that the run directory holds; done twice it is as done once.
+
+    Raises UserError if the directory is not a run, or the server is away or refuses.
+    """
+    contents = read(run_dir)
+    uri = tracking_uri(config)
+    client = _client(config)
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        experiment = _experiment(client, config)
+        known = _known(client, experiment, str(contents.run["uid"]))
+        whole = records.parent(contents, config)
+        run_id = _store(client, experiment, whole, known, _parent_run(client, experiment, contents.start))
+        above = {"mlflow.parentRunId": run_id}
+        children = [_store(client, experiment, records.child(contents, e), known, above) for e in contents.rounds]
+        if {run_id, *children} != {run.info.run_id for run in known}:  # some were made, or are too many
+            _delete_twins(client, _known(client, experiment, str(contents.run["uid"])))
+        # Last: a parent that says FINISHED has all its rounds.
+        _set_status(client, client.get_run(run_id), whole)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = " ".join(storage.hide(str(error)).split())[:300]
+        refused = isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
+        remedy = f" ({_REFUSED})" if refused else ""
+        raise UserError(f"tracking.uri='{storage.hide(uri)}' did not take the run: {reason}{remedy}") from error
+    return Synced(storage.hide(uri), run_id, experiment)
+
+
+def _home(config: Config) -> Path:
+    return storage.local_path(config.runs_dir).absolute()
+
+
+def _client(config: Config) -> Any:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if config.tracking.uri is None:
+        _home(config).mkdir(parents=True, exist_ok=True)
+    from mlflow.tracking import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils"):  # "Creating initial MLflow database tables...", and 60 more
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=tracking_uri(config))
+
+
+def _experiment(client: Any, config: Config) -> str:
+    """The experiment's id; made if it is not there, its files beside the sqlite file where that is the store."""
+    from mlflow.exceptions import MlflowException
+
+    name = config.tracking.experiment
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        place = (_home(config) / "mlartifacts").as_uri() if config.tracking.uri is None else None
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another run was faster
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"tracking.experiment='{name}' is deleted in MLflow: restore it there, or give another tracking.experiment"
+        )
+    return str(found.experiment_id)
+
+
+def _known(client: Any, experiment: str, uid: str) -> list[Any]:
+    """This run's MLflow runs, parent and rounds, those that already hold something first."""
+    if not re.fullmatch(r"[0-9A-Za-z_-]+", uid):
+        raise UserError(f"run.json: uid={uid!r} is not made of letters and digits; restore the file from a copy")
+    found = client.search_runs([experiment], filter_string=f"tags.`{UID}` = '{uid}'", max_results=1000)
+    return sorted(found, key=lambda run: (_LEDGER not in run.data.tags, run.info.run_id))
+
+
+def _parent_run(client: Any, experiment: str, start: dict[str, Any] | None) -> dict[str, str]:
+    """The tag that leads to the run branched off from, where that was in MLflow only after the branch had begun."""
+    if start is None or start["mlflow_run_id"]:
+        return {}
+    found = [run for run in _known(client, experiment, str(start["uid"])) if run.data.tags.get(KIND) == "run"]
+    return {PARENT: str(found[0].info.run_id)} if found else {}
+
+
+def _store(client: Any, experiment: str, record: Record, known: Sequence[Any], tags: dict[str, str]) -> str:
+    """Make one MLflow run hold what its record says. Returns its id."""
+    same = [run for run in known if record.identity.items() <= run.data.tags.items()]
+    if same:
+        run = same[0]
+    else:
+        run = client.create_run(experiment, record.start_ms, {**record.identity, **record.tags, **tags}, record.name)
+    _set_params(client, run, record)
+    _add_points(client, run, record.points, new=not same)
+    _upload(client, run, record.artifacts)
+    tables = {"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in record.tables])}
+    _set_tags(client, run, {**record.tags, **tags, **(tables if record.tables else {})})
+    if record.identity[KIND] != "run":
+        _set_status(client, run, record)
+    return str(run.info.run_id)
+
+
+def _delete_twins(client: Any, known: Sequence[Any]) -> None:
+    """Of each part keep the first: the others are of a request that was sent again after its answer got lost."""
+    kept = set()
+    for run in known:
+        identity = tuple(run.data.tags.get(tag) for tag in (KIND, ROUND, ATTEMPT))
+        if identity in kept:
+            client.delete_run(run.info.run_id)  # it can be restored in MLflow
+        kept.add(identity)
+
+
+def _set_params(client: Any, run: Any, record: Record) -> None:
+    """MLflow's params cannot be changed: a setting changed since (as the number of workers may) is told in a tag."""
+    from mlflow.entities import Param
+
+    there = run.data.params
+    missing = [Param(key, value) for key, value in record.params.items() if key not in there]
+    for start in range(0, len(missing), _BATCH):
+        client.log_batch(run.info.run_id, params=missing[start : start + _BATCH])
+    changed = [f"{k}: {there[k]} -> {v}" for k, v in record.params.items() if k in there and there[k] != v]
+    if changed or "secateur.changed_settings" in run.data.tags:
+        _set_tags(client, run, {"secateur.changed_settings": "\n".join(changed)[:_LEDGER_PART]})
+
+
+def _add_points(client: Any, run: Any, points: Sequence[Point], new: bool) -> None:
+    """Log the points that are not there. sqlite ignores a second identical point; other stores may keep both."""
+    from mlflow.entities import Metric
+
+    digest = hashlib.sha256(repr(points).encode()).hexdigest()[:16]
+    if run.data.tags.get(_POINTS) == digest:
+        return
+    there: set[Point] = set()
+    for key in sorted({point.key for point in points}) if not new else ():
+        if key in run.data.metrics:
+            history = client.get_metric_history(run.info.run_id, key)
+            there |= {Point(m.key, m.value, m.step, m.timestamp) for m in history}
+    missing = [Metric(p.key, p.value, p.when, p.step) for p in dict.fromkeys(points) if p not in there]
+    for start in range(0, len(missing), _BATCH):
+        client.log_batch(run.info.run_id, metrics=missing[start : start + _BATCH])
+    _set_tags(client, run, {_POINTS: digest})  # after the points, so that an interrupted sync looks again
+
+
+def _upload(client: Any, run: Any, artifacts: Sequence[Artifact]) -> None:
+    """Upload what the ledger does not have, or what has gone from the store since.
+
+    The ledger is {path: [digest, bytes]}, in tags of the MLflow run itself, so that it is right on any machine. It is
+    written after each large file and at the end: an interrupted sync repeats little, and repeating replaces.
+    """
+    ledger: dict[str, list[Any]] = _read_ledger(run.data.tags)
+    run_id = run.info.run_id
+    there = _listing(client, run_id, {str(PurePosixPath(path).parent) for path in ledger})
+    with tempfile.TemporaryDirectory(prefix="secateur-mlflow-") as scratch:
+        for artifact in artifacts:
+            digest, size = ledger.get(artifact.path, ("", -1))
+            if digest == artifact.digest[:16] and there.get(artifact.path) == size:
+                continue
+            file = artifact.open(Path(scratch))
+            folder = str(PurePosixPath(artifact.path).parent)
+            client.log_artifact(run_id, str(file), None if folder == "." else folder)
+            ledger[artifact.path] = [artifact.digest[:16], file.stat().st_size]
+            if file.stat().st_size > _LARGE:
+                _set_tags(client, run, _write_ledger(ledger))
+    _set_tags(client, run, _write_ledger(ledger))
+
+
+def _listing(client: Any, run_id: str, folders: set[str]) -> dict[str, int]:
+    """Bytes of each artifact in the folders, as the store has it."""
+    found = {}
+    for folder in sorted(folders):
+        for info in client.list_artifacts(run_id, None if folder == "." else folder):
+            if not info.is_dir:
+                found[info.path] = int(info.file_size)
+    return found
+
+
+def _read_ledger(tags: dict[str, str]) -> dict[str, list[Any]]:
+    """The ledger; empty, so that all is uploaded again, if its parts do not fit together (a crash between two)."""
+    parts = [tags.get(_LEDGER, "")]
+    while (following := tags.get(f"{_LEDGER}.{len(parts) + 1}")) is not None:
+        parts.append(following)
+    try:
+        ledger = json.loads("".join(parts))
+    except ValueError:
+        return {}
+    return ledger if isinstance(ledger, dict) else {}
+
+
+def _write_ledger(ledger: dict[str, list[Any]]) -> dict[str, str]:
+    text = json.dumps(ledger, sort_keys=True, separators=(",", ":"))
+    parts = [text[i : i + _LEDGER_PART] for i in range(0, len(text), _LEDGER_PART)]
+    return {_LEDGER if i == 0 else f"{_LEDGER}.{i + 1}": part for i, part in enumerate(parts)}
+
+
+def _set_tags(client: Any, run: Any, tags: dict[str, str]) -> None:
+    """Set the tags that differ from what is there."""
+    from mlflow.entities import RunTag
+
+    changed = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
+    if changed:
+        client.log_batch(run.info.run_id, tags=changed)
+        run.data.tags.update(tags)
+
+
+def _set_status(client: Any, run: Any, record: Record) -> None:
+    """FINISHED, at the time it ended, or RUNNING."""
+    if record.end_ms is None:
+        if run.info.status != "RUNNING":
+            client.update_run(run.info.run_id, status="RUNNING")
+    elif (run.info.status, run.info.end_time) != ("FINISHED", record.end_ms):
+        client.set_terminated(run.info.run_id, status="FINISHED", end_time=record.end_ms)

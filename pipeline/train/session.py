@@ -1,0 +1,149 @@
+"""What every phase of a run shares in one process: settings, place, data, network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.base.errors import UserError
+from pipeline.data import loader, shards
+from pipeline.data.loader import Batch, EvalLoader, Split
+from pipeline.data.shards import Manifest
+from pipeline.network.build import FOREIGN, build_network
+from pipeline.run.state import Run
+from pipeline.settings.config import Config
+from pipeline.train import evaluate
+from pipeline.train.evaluate import Answers
+from pipeline.train.world import World
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def staying() -> bool:
+    """The answer of processes whose machines nobody takes away."""
+    return False
+
+
+@dataclass
+class Session:
+    """One process of a run; every rank holds an equal one.
+
+    `leaving` says whether a machine under the ranks is about to be taken away: every rank asks it at the same steps,
+    and all of them get the same answer.
+    """
+
+    config: Config
+    world: World
+    run: Run
+    manifest: Manifest
+    data_root: str
+    progress: Progress
+    leaving: Callable[[], bool] = staying
+
+    def __post_init__(self) -> None:
+        self._splits: dict[str, Split] = {}
+
+    def split(self, name: str) -> Split:
+        """A part of the data: train, val or test (opened once)."""
+        if name not in self._splits:
+            self._splits[name] = loader.open_split(self.config.data, self.data_root, self.manifest, name)
+        return self._splits[name]
+
+    def new_model(self) -> nn.Module:
+        """The network of the config on this process's device, initialised from the seed or its checkpoint."""
+        model = build_network(self.config.model, self.manifest.num_classes, self.config.seed)
+        check_output(model, self.config, self.manifest.num_classes)
+        return place(model, self.config, self.world.device)
+
+    def evaluate(self, model: nn.Module, split: str) -> Answers:
+        """Exact answers of `model` on a split.
+
+        Raises RunStopped when too many images are unreadable, or an answer is not finite.
+        """
+        data = EvalLoader(self.split(split), self.config.data)
+        answers = evaluate.evaluate(model, data, self.config, self.world, self.manifest.num_classes)
+        bad = int((~answers.valid).sum())
+        problem = self.too_many_bad(split, bad, len(answers.valid))
+        if problem is None and not np.isfinite(answers.loss[answers.valid]).all():
+            problem = (
+                f"the network's loss on {split} is not finite, so its weights or its inputs are not: lower the "
+                "learning rate, or check the checkpoint, data.mean and data.std"
+            )
+        self.world.agree(problem)
+        return answers
+
+    def calibration(self, samples: int, share: bool = False) -> Iterator[Batch]:
+        """So many train samples, without augmentation, in batches of data.eval_batch.
+
+        The same ones on every rank; with `share`, each rank has its own of them.
+        """
+        loader = EvalLoader(self.split("train"), self.config.data, limit=samples, seed=self.config.seed)
+        return loader.batches(self.world.rank, self.world.size) if share else loader.batches(0, 1)
+
+    def too_many_bad(self, split: str, bad: int, seen: int) -> str | None:
+        """The problem to report when more than data.max_bad_fraction of the images could not be read."""
+        limit = self.config.data.max_bad_fraction
+        if bad <= limit * seen:
+            return None
+        named = ", ".join(f"{key} ({reason})" for key, reason in list(self.split(split).bad.items())[:5])
+        return (
+            f"{bad} of {seen} images of {split} are unreadable, more than data.max_bad_fraction={limit}: {named}; mend "
+            "the shards (`secateur shards verify` lists them) or raise data.max_bad_fraction"
+        )
+
+
+def open_session(
+    config: Config, world: World, run: Run, progress: Progress, leaving: Callable[[], bool] = staying
+) -> Session:
+    """A session on the run's shards. Raises UserError where they are missing or do not fit."""
+    root = data_root(config, run)
+    return Session(config, world, run, shards.load_manifest(root), root, progress, leaving)
+
+
+def data_root(config: Config, run: Run) -> str:
+    """Where the shards lie: the user's own, or those built for this run."""
+    if config.data.source == "shards":
+        assert config.data.root is not None
+        return config.data.root
+    return run.path("shards")
+
+
+def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """The model on `device`, in the memory format of the config."""
+    model = model.to(device)
+    if config.dense.channels_last or config.retrain.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def input_shape(config: Config) -> tuple[int, int, int]:
+    """(channels, height, width) of one sample."""
+    return config.data.channels, config.data.size, config.data.size
+
+
+def check_output(model: nn.Module, config: Config, classes: int) -> None:
+    """Raise UserError if the network does not take the images or has fewer outputs than there are classes."""
+    training = model.training
+    model.eval()
+    shape = input_shape(config)
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(1, *shape))
+    except FOREIGN as error:
+        raise UserError(
+            f"model.factory={config.model.factory} cannot take images of shape {shape} (data.channels, data.size, "
+            f"data.size): {' '.join(str(error).split())[:300]}"
+        ) from error
+    model.train(training)
+    if not isinstance(logits, torch.Tensor):
+        raise UserError(f"model.factory={config.model.factory} gives a {type(logits).__name__}, not a tensor of logits")
+    if logits.ndim != 2 or logits.shape[1] < classes:
+        raise UserError(
+            f"model.factory={config.model.factory} gives outputs of shape {tuple(logits.shape)}, but the data has "
+            f"{classes} classes: set the number of classes in model.kwargs"
+        )

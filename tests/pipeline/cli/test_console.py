@@ -1,0 +1,36 @@
+"""What a person reads while a run goes on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from pipeline import stages
+from pipeline.cli import console
+from pipeline.local import LocalEngine
+from pipeline.settings.config import Config
+from pipeline.train import loop
+from pipeline.train.world import World
+
+
+def test_a_log_shows_the_steps_of_a_long_epoch(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(console, "STEPS_EVERY_S", 0.0)
+    text, events = io.StringIO(), list[dict[str, Any]]()
+    display = console.Display(Console(file=text, width=200))
+
+    def progress(event: dict[str, Any]) -> None:
+        events.append(event)
+        display(event)
+
+    config = tiny(**{"prune.allocation": "uniform", "dense.epochs": 1, "prune.rounds": 1, "retrain.epochs": 1})
+    stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), progress)
+    told = [event["at"] for event in events if event.get("phase") == "dense" and "at" in event]
+    steps = next(event["steps"] for event in events if event.get("phase") == "dense")
+    assert told == list(range(1, steps + 1))
+    assert f"dense: 3/{steps}" in text.getvalue()

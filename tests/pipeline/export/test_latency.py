@@ -1,0 +1,122 @@
+"""Measurements are complete and say what they show; how fast anything is, is not tested."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline import stages
+from pipeline.base.errors import UserError
+from pipeline.export import bench, export, latency
+from pipeline.export.latency import Latency
+from pipeline.local import LocalEngine
+from pipeline.network.build import build_network, load_weights
+from pipeline.network.compact import rebuild
+from pipeline.results import schema
+from pipeline.run.state import run_root
+from pipeline.settings.config import Config
+from pipeline.train.world import World, configure_process
+
+
+class Counting(nn.Module):
+    def __init__(self, log: list[tuple[str, int]], name: str) -> None:
+        super().__init__()
+        self.log, self.name, self.fc = log, name, nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not self.training
+        assert torch.get_num_threads() == 2
+        self.log.append((self.name, len(x)))
+        return self.fc(x)
+
+
+def test_repeats_are_interleaved_after_a_warm_up_and_threads_are_put_back() -> None:
+    log: list[tuple[str, int]] = []
+    before = torch.get_num_threads()
+    rows = latency.measure(
+        {"a": Counting(log, "a"), "b": Counting(log, "b")}, (3,), (1, 4), threads=2, repeats=6, warmup=2
+    )
+    assert torch.get_num_threads() == before
+    assert [(row.name, row.batch) for row in rows] == [("a", 1), ("b", 1), ("a", 4), ("b", 4)]
+    assert all(0 < row.p10_ms <= row.median_ms <= row.p90_ms for row in rows)
+    turns = ["".join(name for name, _ in log[start : start + 2]) for start in range(4, 16, 2)]
+    assert set(turns) == {"ab", "ba"}  # both once a repeat, in changing order
+    assert log[18:22] == [(name, 4) for name in "abab"]  # two warm-ups, after one run each for the memory
+
+
+def test_a_measurement_ends_in_time_but_has_five_repeats() -> None:
+    log: list[tuple[str, int]] = []
+    latency.measure({"a": Counting(log, "a")}, (3,), (1,), threads=2, repeats=1000, warmup=0, seconds=0)
+    assert len(log) == 5 + 1
+
+
+def test_bytes_are_those_of_tensors() -> None:
+    model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+    assert latency.parameter_bytes(model) == 4 * (200 + 20 + 100 + 5)
+    with torch.no_grad():
+        assert latency.peak_bytes(model, torch.zeros(8, 10)) == 4 * 8 * (20 + 20)  # before and after the ReLU
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight.zero_()[1, 2] = 1
+    assert latency.parameter_bytes(export.to_csr(layer)) == 4 * 3 + 4 + 8 + 8 * 4  # bias, value, column, row starts
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device=cuda"):
+        latency.measure({"a": nn.Linear(1, 1)}, (1,), device="cuda")
+
+
+def row(name: str, batch: int, middle: float, spread: float = 0.02) -> Latency:
+    return Latency(name, batch, middle, middle * (1 - spread), middle * (1 + spread), 0, 0)
+
+
+def test_the_verdict_says_faster_slower_or_neither() -> None:
+    rows = [row("dense", 1, 1.8), row("compact", 1, 1.0), row("CSR", 1, 3.6)]
+    rows += [row("dense", 64, 10), row("compact", 64, 9.9), row("CSR", 64, 10.7)]
+    assert latency.verdict(rows) == (
+        "compact is 1.8x faster at batch 1, no faster at batch 64; CSR is 2.0x slower at batch 1, 7% slower at batch 64"
+    )
+
+
+@pytest.mark.parametrize(("middle", "spread"), [(1.0, 0.5), (1.77, 0.001)])
+def test_what_drowns_in_noise_or_is_tiny_is_no_gain(middle: float, spread: float) -> None:
+    said = latency.verdict([row("dense", 1, 1.8, spread), row("compact", 1, middle, spread)], "cpu (1 thread)")
+    assert said == "no faster on cpu (1 thread): compact is no faster at batch 1"
+
+
+def test_bench_of_a_run_writes_files_that_agree(tiny: Callable[..., Config]) -> None:
+    pytest.importorskip("onnxscript", reason="ONNX export is optional: pip install onnx onnxscript onnxruntime")
+    pytest.importorskip("onnxruntime", reason="ONNX export is optional: pip install onnx onnxscript onnxruntime")
+    config = tiny(**{"prune.rounds": 1, "target.compression": 20, "prune.dense_control": False})
+    configure_process(config)
+    stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), lambda event: None)
+    root = Path(run_root(config))
+    report = bench.bench_run(root, repeats=5)
+    assert json.loads((root / "final/latency.json").read_text()) == report
+    assert {(r["name"], r["batch"]) for r in report["rows"]} == {
+        (name, batch) for name in ("dense", "pruned", "compact", "CSR") for batch in (1, 64)
+    }
+    assert set(report["differences"]) == {"compact.safetensors", "model.onnx", "compact.onnx"}
+    assert max(report["differences"].values()) < 1e-4
+    assert sum(report["removed"].values()) > 0
+    small = rebuild(build_network(config.model, 10), root / "final/compact.safetensors")
+    big = build_network(config.model, 10).eval()
+    load_weights(big, root / "final/model.safetensors")
+    images = torch.randn(4, 1, 8, 8)
+    assert torch.allclose(small(images), big(images), atol=1e-4)
+    assert (root / "final/compact.onnx").stat().st_size < (root / "final/model.onnx").stat().st_size
+    result = json.loads((root / "result.json").read_text())
+    schema.validate({**result, "latency_ms": report["summary"]})
+
+
+def test_bench_of_an_unfinished_run_is_refused(tmp_path: Path, tiny_yaml: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/config.yaml").write_bytes(tiny_yaml.read_bytes())
+    with pytest.raises(UserError, match="to its end first"):
+        bench.bench_run(tmp_path / "r")

@@ -1,0 +1,56 @@
+"""The run directory: one writer, no changed settings, orphans cannot commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.base.errors import RunStopped, UserError
+from pipeline.run.state import Run, fingerprint, open_run
+from pipeline.settings.config import Config
+
+
+def test_a_second_writer_is_refused_while_the_first_lives(tiny: Callable[..., Config]) -> None:
+    with open_run(tiny()), pytest.raises(UserError, match="is being written by process"), open_run(tiny()):
+        pass
+
+
+def test_an_earlier_writer_cannot_commit_after_a_later_one(tiny: Callable[..., Config]) -> None:
+    with open_run(tiny()) as first:
+        first.commit({"a": 1}, "x.json")
+    with open_run(tiny()) as second:
+        assert second.fence == first.fence + 1
+        with pytest.raises(RunStopped, match="taken over"):
+            first.commit({"a": 2}, "x.json")
+        assert second.read("x.json") == {"a": 1}
+
+
+def test_changed_settings_stop_with_the_keys_that_differ(tiny: Callable[..., Config]) -> None:
+    with open_run(tiny()):
+        pass
+    with pytest.raises(UserError, match=r"seed: 0 -> 5.*use another name"), open_run(tiny(seed=5)):
+        pass
+    with open_run(tiny(**{"cluster.workers": 2})):
+        pass
+
+
+def test_a_stage_counts_as_finished_only_for_what_it_was_made_from(tmp_path: Path) -> None:
+    (tmp_path / "lease.json").write_text('{"fence": 1, "pid": 1, "host": "h"}')
+    run = Run(str(tmp_path), 1)
+    assert run.finished("dense", "abc") is None
+    run.finish("dense", "abc", 1.0)
+    assert run.finished("dense", "abc") is not None
+    assert run.finished("dense", "other") is None
+
+
+def test_a_fingerprint_depends_on_values_and_not_on_the_order_of_keys() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_a_runs_dir_that_cannot_be_made_is_one_message(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="runs_dir="), open_run(tiny(runs_dir=str(tmp_path / "file" / "x"))):
+        pass

@@ -1,0 +1,299 @@
+"""MLflow is made whole from the run directory: once, twice, late, after a crash, with its server away."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.proxy import Fault, Proxy
+from run_files import CREATED, TOTAL, begin, config, dense, finals, plan, put, round_done, scan, whole
+from support import free_port
+from tracking_server import TrackingServer, client_of, everything, named, same_everywhere
+
+from pipeline.base.errors import UserError
+from pipeline.results import report
+from pipeline.settings.config import Config
+from pipeline.tracking import tracking
+from pipeline.tracking.mirror import Mirror
+
+
+def test_a_whole_run_reads_back(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = whole(settings)
+    report.write(run)
+    synced = tracking.sync(run, settings)
+    assert synced.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert list(tmp_path.glob("mlartifacts/*"))
+    held = everything(settings)
+    parts = named(held)
+    assert sorted(parts) == ["lenet", "round 1", "round 2", "round 3", "round 4"]
+    parent, child = parts["lenet"], parts["round 3"]
+    assert held[synced.run_id] is parent
+    assert parent["info"] == ("lenet", "FINISHED", CREATED, CREATED + 75_000 + 2_000)
+    assert parent["params"]["target.compression"] == "12.0"
+    assert parent["tags"]["secateur.verdict"] == "no loss"
+    assert [(step, when) for step, when, _ in parent["points"]["round.compression"]] == [
+        (n, CREATED + 20_000 + 10_000 * n) for n in range(5)
+    ]
+    assert parent["points"]["test.top1"][0][2] == 0.9838
+    assert len(parent["points"]["dense.loss"]) == 8
+    expected = {"report.html", "result.json", "config.yaml", "scan/scan.json", "final/model.packed", "layers.json"}
+    assert expected <= parent["files"].keys()
+    assert parent["files"]["final/model.safetensors"] == 7000
+    assert {"figures/rounds.png", "figures/weights/fc1.weight.png"} <= parent["files"].keys()
+    assert child["tags"]["mlflow.parentRunId"] == synced.run_id
+    assert child["info"][1:] == ("FINISHED", CREATED + 40_000, CREATED + 50_000)
+    assert len(child["points"]["epoch.val_top1"]) == 4
+    assert child["files"].keys() == {"plan.json", "metrics.json", "layers.json"}
+
+
+def test_tables_are_as_mlflow_itself_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.tracking_uri(settings))  # load_table asks the global one
+    synced = tracking.sync(whole(settings), settings)
+    table = client_of(settings).load_table(synced.experiment_id, "layers.json", run_ids=[synced.run_id])
+    assert table["name"].tolist() == ["fc1.weight", "fc2.weight", "fc3.weight"]
+    assert table["kept"].sum() == 19_424
+
+
+def test_twice_is_once(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = whole(settings)
+    first = tracking.sync(run, settings)
+    held = everything(settings)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("mlartifacts/**/*") if p.is_file()}
+    moved = tmp_path / "elsewhere"
+    run.rename(moved)
+    for path in moved.rglob("*"):
+        os.utime(path, (1, 1))
+    assert tracking.sync(moved, settings) == first
+    assert everything(settings) == held
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("mlartifacts/**/*") if p.is_file()} == before
+
+
+def test_grows_with_the_run_into_what_a_single_sync_makes(tmp_path: Path) -> None:
+    settings = config(tmp_path / "grown")
+    run = begin(settings)
+    tracking.sync(run, settings)
+    assert named(everything(settings))["lenet"]["info"][1] == "RUNNING"
+    dense(run)
+    scan(run)
+    round_done(run, 1, 0.5)
+    plan(run, 2, 0.25)
+    tracking.sync(run, settings)
+    parts = named(everything(settings))
+    assert [parts[n]["info"][1] for n in ("lenet", "round 1", "round 2")] == ["RUNNING", "FINISHED", "RUNNING"]
+    for number, density in enumerate((0.54, 0.29, 0.15, 0.0724), start=1):
+        round_done(run, number, density, attempt=2 if number == 2 else 1)
+    finals(run, settings)
+    tracking.sync(run, settings)
+    parts = named(everything(settings))
+    assert sorted(parts) == ["lenet", "round 1", "round 2", "round 2 (attempt 2)", "round 3", "round 4"]
+    assert parts["lenet"]["info"][1] == "FINISHED"
+    assert len(parts["lenet"]["points"]["round.val_loss"]) == 5
+
+
+def test_an_interrupted_sync_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    smooth, torn = config(tmp_path / "smooth"), config(tmp_path / "torn")
+    tracking.sync(whole(smooth), smooth)
+    run = whole(torn)
+    for method, allowed in (("log_batch", 2), ("log_artifact", 4), ("create_run", 1), ("log_batch", 4)):
+        calls, original = [0], getattr(MlflowClient, method)
+
+        def failing(
+            self: Any, *args: Any, calls: Any = calls, allowed: int = allowed, original: Any = original, **kwargs: Any
+        ) -> Any:
+            calls[0] += 1
+            answer = original(self, *args, **kwargs)
+            if calls[0] > allowed:
+                raise ConnectionResetError("the answer got lost")
+            return answer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, method, failing)
+            with pytest.raises(UserError, match="did not take the run"):
+                tracking.sync(run, torn)
+    tracking.sync(run, torn)
+
+    def comparable(held: dict[str, Any]) -> Any:
+        return {
+            name: (part["info"], part["points"], {k: v for k, v in part["files"].items() if k != "config.yaml"})
+            for name, part in named(held).items()
+        }
+
+    assert comparable(everything(torn)) == comparable(everything(smooth))
+    assert len(everything(torn)) == 5
+
+
+def test_files_gone_from_the_store_and_twins_are_mended(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = whole(settings)
+    synced = tracking.sync(run, settings)
+    held = everything(settings)
+    next(tmp_path.glob("mlartifacts/*/artifacts/final/model.packed")).unlink()
+    client = client_of(settings)
+    client.create_run(synced.experiment_id, tags={"secateur.uid": "0123456789abcdef", "secateur.kind": "run"})
+    assert tracking.sync(run, settings) == synced
+    assert everything(settings) == held
+
+
+def test_a_setting_changed_on_the_way_is_told(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = begin(settings)
+    tracking.sync(run, settings)
+    changed = config(tmp_path, cluster={"workers": 2})
+    tracking.sync(run, changed)
+    parent = named(everything(settings))["lenet"]
+    assert parent["params"]["cluster.workers"] == "1"
+    assert parent["tags"]["secateur.changed_settings"] == "cluster.workers: 1 -> 2"
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = begin(settings)
+    synced = tracking.sync(run, settings)
+    client_of(settings).delete_experiment(synced.experiment_id)
+    with pytest.raises(UserError, match=r"tracking\.experiment='secateur' is deleted"):
+        tracking.sync(run, settings)
+    put(run / "run.json", {"uid": "x' OR 1=1", "name": "lenet", "created_ms": CREATED})
+    with pytest.raises(UserError, match="uid="):
+        tracking.sync(run, config(tmp_path, tracking={"experiment": "other"}))
+
+
+@pytest.mark.slow
+def test_a_real_server(tmp_path: Path, tracking_server: TrackingServer) -> None:
+    settings = config(tmp_path, tracking={"uri": tracking_server.uri})
+    run = begin(settings)
+    dense(run)
+    round_done(run, 1, 0.54)
+    tracking.sync(run, settings)
+    whole(settings)
+    first = tracking.sync(run, settings)
+    held = everything(settings)
+    assert len(held) == 5
+    assert held[first.run_id]["files"]["final/model.safetensors"] == 7000
+    assert tracking.sync(run, settings) == first
+    assert everything(settings) == held
+    text = client_of(settings).download_artifacts(first.run_id, "result.json", str(tmp_path))
+    assert json.loads(Path(text).read_text())["verdict"] == "no loss"
+    assert not (tmp_path / "mlflow.db").exists()
+    sqlite = config(tmp_path)
+    tracking.sync(run, sqlite)
+    assert same_everywhere(everything(sqlite)) == same_everywhere(held)
+
+
+@pytest.mark.slow
+def test_runs_at_once_into_one_server(tmp_path: Path, tracking_server: TrackingServer) -> None:
+    """Also into an experiment that none of them finds."""
+
+    def make(number: int) -> tuple[Path, Config]:
+        target = {"uri": tracking_server.uri, "experiment": "at once"}
+        settings = config(tmp_path / str(number), name=f"run-{number}", tracking=target)
+        run = begin(settings, uid=f"uid{number}")
+        for done in range(1, number + 1):
+            round_done(run, done, 0.5 / number)
+        return run, settings
+
+    runs = [make(number) for number in (1, 2, 3)]
+    with ThreadPoolExecutor(3) as pool:
+        synced = list(pool.map(lambda each: tracking.sync(*each), runs))
+    held = everything(runs[0][1])
+    assert len(held) == 3 + 1 + 2 + 3
+    for number, one in enumerate(synced, start=1):
+        mine = [run for run in held.values() if run["tags"]["secateur.uid"] == f"uid{number}"]
+        children = [run for run in mine if run["tags"].get("mlflow.parentRunId") == one.run_id]
+        assert sorted(run["info"][0] for run in children) == [f"round {n}" for n in range(1, number + 1)]
+        assert len(mine) == number + 1
+        assert {run["points"]["density"][0][2] for run in children} == {round(0.5 / number * TOTAL) / TOTAL}
+
+
+@pytest.mark.slow
+def test_answers_that_get_lost_leave_no_twins(tmp_path: Path, tracking_server: TrackingServer) -> None:
+    proxy = Proxy(tracking_server.uri)
+    settings = config(tmp_path, tracking={"uri": proxy.url, "experiment": "lost answers"})
+    run = begin(settings)
+    round_done(run, 1, 0.5)
+    proxy.fault = Fault("forget", times=1, method="POST", path="/runs/create")
+    try:
+        tracking.sync(run, settings)
+        assert proxy.made == 1
+        assert sorted(named(everything(settings))) == ["lenet", "round 1"]
+        assert len(everything(settings)) == 2
+    finally:
+        proxy.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["a wrong password", "a wrong name"])
+def test_a_server_that_refuses(
+    how: str, tmp_path: Path, tracking_server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, said = tracking_server.uri, "not authenticated"
+    if how == "a wrong password":
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "not-this-one")
+    else:
+        uri, said = uri.replace("127.0.0.1", "localhost"), "Invalid Host header"
+    settings = config(tmp_path, tracking={"uri": uri})
+    with pytest.raises(UserError, match=rf"{said}.*\(set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING") as told:
+        tracking.sync(begin(settings), settings)
+    assert "not-this-one" not in str(told.value)
+
+
+def test_mirror_follows_a_run(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    problems: list[str] = []
+    run = begin(settings)
+    mirror = Mirror(run, settings, problems.append, poll_seconds=0.05)
+    dense(run)
+    round_done(run, 1, 0.5)
+    flushed = mirror.flush(60)
+    assert flushed is not None
+    assert flushed == mirror.latest
+    assert "round 1" in named(everything(settings))
+    finals(run, settings)
+    closed = mirror.close(60)
+    assert closed == flushed
+    assert named(everything(settings))["lenet"]["info"][1] == "FINISHED"
+    assert problems == []
+
+
+def test_mirror_outlives_a_server_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = config(tmp_path, tracking={"uri": f"http://127.0.0.1:{free_port()}"})
+    problems: list[str] = []
+    run = begin(away)
+    started = time.monotonic()
+    mirror = Mirror(run, away, problems.append, poll_seconds=0.05)
+    assert time.monotonic() - started < 1.0
+    until = time.monotonic() + 180
+    while not problems and time.monotonic() < until:
+        time.sleep(0.05)
+    for number in (1, 2, 3):
+        round_done(run, number, 0.5)
+        time.sleep(0.2)
+    assert len(problems) == 1
+    assert "tracking.uri='http://127.0.0.1:" in problems[0]
+    assert mirror.close(30) is None
+    assert problems[1:] == [f"MLflow does not hold all of this run; when its server answers: secateur sync {run}"]
+    back = config(tmp_path)
+    tracking.sync(run, back)
+    assert len(everything(back)) == 4
+
+
+def test_mirror_close_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    problems: list[str] = []
+    monkeypatch.setattr(tracking, "sync", lambda *_: time.sleep(3))
+    mirror = Mirror(begin(settings), settings, problems.append, poll_seconds=0.01)
+    started = time.monotonic()
+    assert mirror.close(0.3) is None
+    assert time.monotonic() - started < 2.0
+    assert len(problems) == 1
+    assert "the server is too slow" in problems[0]
