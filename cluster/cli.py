@@ -24,6 +24,7 @@ from pipeline.paper import reproduce as paper
 from pipeline.results import final
 from pipeline.results import report as reports
 from pipeline.run import state
+from pipeline.run.events import ShardsCounted
 from pipeline.run.state import config_of
 from pipeline.train.world import configure_process
 
@@ -213,7 +214,7 @@ def shards_push(
 
 
 def _counting(display: Display) -> shards.Progress:
-    return lambda text, done, total: display({"shards": text, "done": done, "total": total})
+    return lambda text, done, total: display(ShardsCounted(text, done, total))
 
 
 def _describe(manifest: shards.Manifest) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 from cluster import connect, sweep
 from cluster import train as training
 from pipeline.engine import OnLevel, Together, Trials
+from pipeline.run.events import Progress
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
-from pipeline.train.session import Progress
 
 
 class RayEngine:

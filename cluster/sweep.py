@@ -17,6 +17,7 @@ from pipeline.data.loader import Batch
 from pipeline.engine import OnLevel, Together, Trials
 from pipeline.network.build import build_network
 from pipeline.prune.budget import Keep
+from pipeline.run.events import unheard
 from pipeline.run.state import Run
 from pipeline.scan import levels
 from pipeline.scan.inputs import scan_inputs
@@ -95,7 +96,7 @@ def finished(ray: Any, started: Any, what: str) -> Any:
 
 def shared_inputs(config: Config, run: Run, source: str) -> dict[str, Any]:
     """What every trial needs, as NumPy arrays, which actors on a node read without a copy."""
-    opened = open_session(config, World(0, 1, torch.device("cpu")), run, lambda event: None)
+    opened = open_session(config, World(0, 1, torch.device("cpu")), run, unheard)
     model, alive, batches, calibration, statistics = scan_inputs(opened, source)
     return {
         "config": config.model_dump(mode="json"),

@@ -18,10 +18,11 @@ import torch
 from cluster import connect
 from cluster.connect import NoRoom
 from pipeline.base.errors import Agreed, Leaving, RunStopped, UserError
+from pipeline.run.events import Event, Progress, Warned
 from pipeline.run.state import Run
 from pipeline.settings.config import Config, parse_config
 from pipeline.stages import work
-from pipeline.train.session import Progress, open_session
+from pipeline.train.session import open_session
 from pipeline.train.world import choose_device, configure_process, current_world
 
 
@@ -35,14 +36,14 @@ def worker(job: dict[str, Any]) -> None:
     context = ray.train.get_context()
     board = job["board"]
 
-    def progress(event: dict[str, Any]) -> None:
+    def progress(event: Event) -> None:
         if context.get_world_rank() == 0:
             board.push.remote(event)
 
     def leaving() -> bool:
         return job["watched"] and ray.train.get_preemption_info() is not None
 
-    warnings.showwarning = lambda message, *_, **__: progress({"warning": str(message)})
+    warnings.showwarning = lambda message, *_, **__: progress(Warned(str(message)))
     if ray.get(board.begin.remote()) is not None:
         return  # Ray started the group again after the failure below
     try:
@@ -52,7 +53,7 @@ def worker(job: dict[str, Any]) -> None:
         run = Run(job["root"], job["fence"])
         work(job["stage"], open_session(config, current_world(device), run, progress, leaving))
     except Leaving as error:
-        progress({"warning": f"a node is about to be taken away; {error}, and the training goes on elsewhere"})
+        progress(Warned(f"a node is about to be taken away; {error}, and the training goes on elsewhere"))
         ray.get(board.leave.remote())
     except (UserError, RunStopped) as error:
         ray.get(board.end.remote({"user": isinstance(error, UserError), "message": str(error)}))
@@ -170,7 +171,7 @@ class _Events:
     """The actor's state: events not yet taken."""
 
     def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
         self.reason: dict[str, Any] | None = None
         self.going = False
 
@@ -195,9 +196,9 @@ class _Events:
         """Why a rank ended, if one did."""
         return self.reason
 
-    def push(self, event: dict[str, Any]) -> None:
+    def push(self, event: Event) -> None:
         self.events.append(event)
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[Event]:
         taken, self.events = self.events, []
         return taken

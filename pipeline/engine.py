@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from pipeline.prune.budget import Keep
+from pipeline.run.events import Progress
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
-from pipeline.train.session import Progress
 
 # For each tensor, the levels measured so far.
 Trials = dict[str, list[dict[str, Any]]]

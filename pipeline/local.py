@@ -7,13 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.engine import OnLevel, Together, Trials
+from pipeline.run.events import Progress, unheard
 from pipeline.run.state import Run
 from pipeline.scan import levels, together
 from pipeline.scan.inputs import scan_inputs
 from pipeline.scan.levels import answers_of
 from pipeline.settings.config import Config, parse_config
 from pipeline.stages import work
-from pipeline.train.session import Progress, open_session
+from pipeline.train.session import open_session
 from pipeline.train.world import World
 
 
@@ -31,7 +32,7 @@ class LocalEngine:
     def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
         """Measure tensor after tensor in this process."""
         device = self.world.device
-        opened = open_session(config, World(0, 1, device), run, lambda event: None)
+        opened = open_session(config, World(0, 1, device), run, unheard)
         model, alive, batches, calibration, statistics = scan_inputs(opened, source)
         dense = answers_of(model, batches, config, device)
         for name, known in todo.items():
@@ -45,7 +46,7 @@ class LocalEngine:
         """Measure allocation after allocation in this process."""
         device = self.world.device
         model, _, batches, calibration, statistics = scan_inputs(
-            open_session(config, World(0, 1, device), run, lambda event: None), source
+            open_session(config, World(0, 1, device), run, unheard), source
         )
         dense = answers_of(model, batches, config, device)
         return lambda keeps: together.measure(model, keeps, batches, dense, config, device, calibration, statistics)
@@ -62,7 +63,7 @@ class LocalEngine:
                 return
             config = parse_config(call["config"])
             run = Run(call["root"], call["fence"])
-            work(call["stage"], open_session(config, self.world, run, lambda event: None))
+            work(call["stage"], open_session(config, self.world, run, unheard))
 
     def _call(self, call: dict[str, Any]) -> None:
         self.world.broadcast(json.dumps(call).encode())

@@ -23,12 +23,13 @@ from pipeline.network.survey import survey as survey_network
 from pipeline.prune import allocation, criteria, round_plan
 from pipeline.results import final
 from pipeline.rounds import attempts, before_retraining, branch, campaign
+from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
 from pipeline.settings.config import Config
 from pipeline.tracking.mirror import Mirror, patience_s
 from pipeline.train import phases, session
-from pipeline.train.session import Progress, Session
+from pipeline.train.session import Session
 
 
 def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
@@ -37,10 +38,10 @@ def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
     Raises UserError (the user can mend it) or RunStopped; in both cases the state on disk is kept and
     the same command goes on from it.
     """
-    with open_run(config, lambda text: progress({"note": text})) as here:
+    with open_run(config, lambda text: progress(Noted(text))) as here:
         mirror, patience = None, patience_s()
         if config.tracking.enabled:
-            mirror = Mirror(here.root, config, lambda text: progress({"warning": text}))
+            mirror = Mirror(here.root, config, lambda text: progress(Warned(text)))
         try:
             check_names(config)
             made_from = shards_stage(config, here, progress)
@@ -101,15 +102,15 @@ def shards_stage(config: Config, here: Run, progress: Progress) -> str:
     else:
         source = fingerprint("shards", config.seed, config.data.model_dump(mode="json", include=BUILD_SETTINGS))
     if here.finished("shards", source):
-        progress({"stage": "shards", "skipped": True})
+        progress(StageBegun("shards", skipped=True))
         return source
-    progress({"stage": "shards"})
+    progress(StageBegun("shards"))
     if config.data.source != "shards":
         manifest = shards.build(
             config.data,
             config.seed,
             here.path("shards"),
-            lambda text, done, total: progress({"shards": text, "done": done, "total": total}),
+            lambda text, done, total: progress(ShardsCounted(text, done, total)),
         )
     facts = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
     if manifest.holdout is not None:
@@ -133,9 +134,9 @@ def train_stage(stage: str, made_from: str, config: Config, engine: Engine, here
     started = time.monotonic()
     made_from = fingerprint(stage, made_from, stage_settings(stage, config))
     if here.finished(stage, made_from):
-        progress({"stage": stage, "skipped": True})
+        progress(StageBegun(stage, skipped=True))
         return made_from
-    progress({"stage": stage})
+    progress(StageBegun(stage))
     engine.train(stage, config, here, progress)
     here.finish(stage, made_from, time.monotonic() - started)
     return made_from
@@ -148,11 +149,11 @@ def dense_stage(made_from: str, config: Config, engine: Engine, here: Run, progr
     started = time.monotonic()
     made_from = fingerprint("dense", made_from, config.start.source, stage_settings("dense", config))
     if here.finished("dense", made_from):
-        progress({"stage": "dense", "skipped": True})
+        progress(StageBegun("dense", skipped=True))
         return made_from
-    progress({"stage": "dense"})
+    progress(StageBegun("dense"))
     branch.take(config, here, survey(config, here))
-    progress({"note": f"taken from {config.start.source}: the dense network, and what the rounds begin with"})
+    progress(Noted(f"taken from {config.start.source}: the dense network, and what the rounds begin with"))
     here.finish("dense", made_from, time.monotonic() - started)
     return made_from
 
@@ -164,7 +165,7 @@ def scan_stage(
     started = time.monotonic()
     made_from = fingerprint("scan", made_from, stage_settings("scan", config))
     if here.finished("scan", made_from) and not merged:
-        progress({"stage": "scan", "skipped": True})
+        progress(StageBegun("scan", skipped=True))
         return made_from
     scans.measure(survey(config, here), config, engine, here, progress, merged)
     here.finish("scan", made_from, time.monotonic() - started)
@@ -190,10 +191,10 @@ def final_stage(made_from: str, config: Config, here: Run, progress: Progress) -
     started = time.monotonic()
     made_from = fingerprint("final", made_from, config.target.margin)
     if here.finished("final", made_from) and here.has("result.json"):
-        progress({"stage": "final", "skipped": True})
+        progress(StageBegun("final", skipped=True))
         result: dict[str, Any] = here.read("result.json")
         return result
-    progress({"stage": "final"})
+    progress(StageBegun("final"))
     result = final.finish(config, here, survey(config, here), started)
     here.finish("final", made_from, time.monotonic() - started)
     return result

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from pipeline.data.loader import Batch
 from pipeline.network.layers import layers_by_tensor
 from pipeline.network.modes import evaluating
 from pipeline.network.trace import graph_of, nbytes
+from pipeline.run.records import Fit
 from pipeline.settings.config import Config
 from pipeline.task.classification import inputs
 from pipeline.train.world import World
@@ -29,15 +29,6 @@ from pipeline.train.world import World
 HELD_BYTES = 2**30  # of activations that are kept from layer to layer, on each rank
 DAMPING = 0.01  # of the mean diagonal of X Xᵀ: how strongly the survivors are held where they were
 TOLERANCE, ITERATIONS = 1e-4, 300  # conjugate gradients end at this share of the first residual, or after so many
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A tensor's squared error of its layer's outputs, over that of giving 0, with the masked and the new weights."""
-
-    name: str
-    masked: float
-    reconstructed: float
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from rich.console import Console
@@ -19,6 +19,19 @@ from pipeline.base.errors import RunStopped, UserError
 from pipeline.results import report
 from pipeline.results.tables import TextTable
 from pipeline.rounds.outlook import RunPlan
+from pipeline.run.events import (
+    EpochEnded,
+    Event,
+    LevelMeasured,
+    Noted,
+    Resumed,
+    RoundBegun,
+    ShardsCounted,
+    StageBegun,
+    Stepped,
+    TogetherMeasured,
+    Warned,
+)
 from pipeline.settings.config import Config, dump_config
 
 LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
@@ -62,51 +75,51 @@ class Display:
         if self.bars is not None:
             self.bars.stop()
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Show one event; `pipeline.stages` and `pipeline.rounds.method` say what events there are."""
-        if "warning" in event:
-            self.line(f"warning: {event['warning']}")
-        elif "note" in event:
-            self.line(event["note"])
-        elif "stage" in event:
-            state = "finished before, skipped" if event.get("skipped") else "started"
-            self.line(f"{TITLES[event['stage']]}: {state}")
-        elif "shards" in event:
-            self.count(f"shards: {event['shards']}", event["done"], event["total"])
-        elif "scan" in event:
-            self.count("scan", event["done"], event["total"])
-            if self.bars is None and event["done"] == event["total"]:
-                self.line(f"scan: {event['done']} levels measured")
-        elif "together" in event:
-            self.line(
-                f"scan: all tensors together at density {event['together']:.2%}: the loss rises by at least "
-                f"{event['rise']:.4f} (damages composed by the power {event['power']:g})"
-            )
-        elif "phase" in event:
-            self.phase(event)
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case Warned(text):
+                self.line(f"warning: {text}")
+            case Noted(text):
+                self.line(text)
+            case StageBegun(stage, skipped):
+                self.line(f"{TITLES[stage]}: {'finished before, skipped' if skipped else 'started'}")
+            case ShardsCounted(text, done, total):
+                self.count(f"shards: {text}", done, total)
+            case LevelMeasured(done=done, total=total):
+                self.count("scan", done, total)
+                if self.bars is None and done == total:
+                    self.line(f"scan: {done} levels measured")
+            case TogetherMeasured(density, rise, power):
+                self.line(
+                    f"scan: all tensors together at density {density:.2%}: the loss rises by at least {rise:.4f} "
+                    f"(damages composed by the power {power:g})"
+                )
+            case RoundBegun():
+                self.round(event)
+            case Resumed(phase, step, steps, workers):
+                where = f" on {workers} workers" if workers > 1 else ""
+                self.line(f"{phase}: resumed at step {step} of {steps}{where}")
+            case Stepped(phase, step, steps):
+                self.count(phase, step, steps, every=STEPS_EVERY_S)
+            case EpochEnded(phase, epoch, epochs, steps):
+                if self.bars is not None:
+                    self.count(phase, epoch.step, steps)
+                self.line(
+                    f"{phase}: epoch {epoch.epoch}/{epochs}, loss {epoch.loss:.4f}, val {epoch.val_top1:.2%}, "
+                    f"{epoch.seconds:.1f} s"
+                )
+            case _:
+                assert_never(event)
 
-    def phase(self, event: dict[str, Any]) -> None:
-        """An event of a training: its start, its resumption, a step on the way, or the end of an epoch."""
-        name = event["phase"]
-        if "kept" in event:
-            kept = "kept in the end" if event["gradual"] else "kept"
-            self.line(
-                f"{name}: {event['kept']:,} weights {kept} ({event['density']:.2%}), val {event['before']:.2%}"
-                + (f", {event['dead']:,} of dead neurons gone" if event["dead"] else "")
-                + "".join(f", {path} drops {rate:.3g}" for path, rate in event["dropout"].items() if rate)
-            )
-        elif "resumed" in event:
-            workers = f" on {event['workers']} workers" if event["workers"] > 1 else ""
-            self.line(f"{name}: resumed at step {event['resumed']} of {event['steps']}{workers}")
-        elif "at" in event:
-            self.count(name, event["at"], event["steps"], every=STEPS_EVERY_S)
-        else:
-            if self.bars is not None:
-                self.count(name, event["step"], event["steps"])
-            self.line(
-                f"{name}: epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}, "
-                f"val {event['val_top1']:.2%}, {event['seconds']:.1f} s"
-            )
+    def round(self, event: RoundBegun) -> None:
+        """A round is pruned, and its retraining begins."""
+        self.line(
+            f"{event.phase}: {event.kept:,} weights {'kept in the end' if event.gradual else 'kept'} "
+            f"({event.density:.2%}), val {event.before:.2%}"
+            + (f", {event.dead:,} of dead neurons gone" if event.dead else "")
+            + "".join(f", {path} drops {rate:.3g}" for path, rate in event.dropout.items() if rate)
+        )
 
     def count(self, text: str, done: int, total: int, every: float = LOG_EVERY_S) -> None:
         """A running count: a bar, or now and then a line."""

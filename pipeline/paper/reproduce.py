@@ -29,8 +29,8 @@ from pipeline.prune import round_plan
 from pipeline.results import final, plots
 from pipeline.results.figures import to_png
 from pipeline.run import state
+from pipeline.run.events import Progress
 from pipeline.settings.config import Config
-from pipeline.train.session import Progress
 from pipeline.train.world import configure_process
 
 ALL_NETWORKS = ",".join(printed.NETWORKS)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from pipeline.network import cost
-from pipeline.network.survey import Prunable
 from pipeline.prune import allocation, criteria, damage, limits, schedules
 from pipeline.prune import budget as budgeting
 from pipeline.prune.allocation import sigma
 from pipeline.prune.budget import Composed, Cost, Held, Priced
+from pipeline.run.records import Prediction, RoundPlan, TensorPlan
 from pipeline.settings.config import Config
 
 
@@ -50,52 +50,6 @@ class Scanned:
     def prices(self) -> dict[str, Cost]:
         """What each tensor costs, in what target.budget counts."""
         return self.damages.prices
-
-
-@dataclass(frozen=True)
-class RoundPlan:
-    """The counts of round `round` (from 1), and the score under which a tensor's weights go.
-
-    `dead` counts what was taken off each tensor since it led to or from a dead unit; `keep` is what is left after it.
-    `predicted` is what the scan lets expect of the counts, before that and before retraining; None without a scan.
-    """
-
-    round: int
-    density: float
-    keep: dict[str, int]
-    thresholds: dict[str, float]
-    dead: dict[str, int] = field(default_factory=dict)
-    predicted: dict[str, Any] | None = None
-    attempt: int = 1
-
-    def as_json(self, prunable: list[Prunable]) -> dict[str, Any]:
-        """The content of plan.json."""
-        return {
-            "round": self.round,
-            "attempt": self.attempt,
-            "planned_density": self.density,
-            "budget": sum(self.keep.values()),
-            "predicted": self.predicted,
-            "tensors": [
-                {
-                    "name": t.name,
-                    "weights": t.weights,
-                    "keep": self.keep[t.name],
-                    "dead": self.dead.get(t.name, 0),
-                    "threshold": self.thresholds[t.name],
-                }
-                for t in prunable
-            ],
-        }
-
-    @classmethod
-    def from_json(cls, plan: dict[str, Any]) -> RoundPlan:
-        """The plan whose plan.json this is."""
-        rows = {row["name"]: row for row in plan["tensors"]}
-        keep, thresholds, dead = (
-            {name: row[key] for name, row in rows.items()} for key in ("keep", "threshold", "dead")
-        )
-        return cls(plan["round"], plan["planned_density"], keep, thresholds, dead, plan["predicted"], plan["attempt"])
 
 
 def densities(config: Config, start: float = 1.0) -> list[float]:
@@ -193,9 +147,18 @@ def make(
             floors=prune.floors,
             ceilings=prune.ceilings,
         )
-    thresholds = {name: allocation.threshold(ranking[name], keep[name], alive[name]) for name in weights}
+    tensors = tuple(
+        TensorPlan(
+            name=name,
+            weights=weight.numel(),
+            keep=keep[name],
+            dead=0,
+            threshold=allocation.threshold(ranking[name], keep[name], alive[name]),
+        )
+        for name, weight in weights.items()
+    )
     predicted = prediction(config, keep, alive, spend, scan)
-    return RoundPlan(goal.round, goal.density, keep, thresholds, predicted=predicted, attempt=goal.attempt)
+    return RoundPlan(goal.round, goal.attempt, goal.density, sum(keep.values()), predicted, tensors)
 
 
 def spendable(config: Config, goal: Goal, alive: dict[str, Tensor], scan: Scanned | None) -> int:
@@ -220,23 +183,22 @@ def bounds(config: Config, alive: dict[str, Tensor]) -> tuple[dict[str, int], di
 
 def prediction(
     config: Config, keep: dict[str, int], alive: dict[str, Tensor], spend: int | None, scan: Scanned | None
-) -> dict[str, Any] | None:
-    """The `predicted` of plan.json: the rise of the loss (nats) that the scan lets expect of the counts before
-    retraining, and the least that any allocation within the same limits could have for the same cost."""
+) -> Prediction | None:
+    """What the scan lets expect of the counts before retraining; None without a scan."""
     if scan is None:
         return None
     spent = limits.spent(keep, scan.prices)
     money = spend if spend is not None and config.prune.allocation == "budget" else spent
     best = scan.damages.within(*bounds(config, alive))(money)
-    return {
-        "unit": config.target.budget,
-        "budget": money,
-        "spent": spent,
-        "rise": best.held.rise(budgeting.predicted(scan.damages.by_power[best.held.power], keep)),
-        "least": best.least,
-        "power": best.held.power,
-        "scale": best.held.scale,
-    }
+    return Prediction(
+        unit=config.target.budget,
+        budget=money,
+        spent=spent,
+        rise=best.held.rise(budgeting.predicted(scan.damages.by_power[best.held.power], keep)),
+        least=best.least,
+        power=best.held.power,
+        scale=best.held.scale,
+    )
 
 
 def explicit_densities(config: Config, density: float) -> dict[str, float]:

@@ -115,21 +115,27 @@ def assemble(
         "latency_ms": None,
         "rounds": [
             {
-                "round": r["round"],
-                "attempt": r["attempt"],
-                "planned_density": r["planned_density"],
-                "density": r["density"],
-                "accepted": r["accepted"],
-                "val_top1": r["val"]["top1"],
-                "seconds": r["seconds"],
+                "round": each.round,
+                "attempt": each.attempt,
+                "planned_density": each.planned_density,
+                "density": each.density,
+                "accepted": each.accepted,
+                "val_top1": each.val.top1,
+                "seconds": each.seconds,
             }
-            for r in tried
+            for each in tried
         ],
-        "lineage": branch.described(here),
+        "lineage": lineage(here),
         "seconds": {stage: stage_seconds(here, stage) for stage in (*STAGES, "final")},
         "mlflow": None,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+
+
+def lineage(here: Run) -> dict[str, Any] | None:
+    """Where a branch began, and whom it descends from; None for a run with a dense network of its own."""
+    start = branch.begun(here)
+    return None if start is None else {key: value for key, value in start.to_json().items() if key != "retrain"}
 
 
 def layer_rows(

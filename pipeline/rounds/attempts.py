@@ -10,7 +10,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,9 @@ from pipeline.rounds import campaign
 from pipeline.rounds.before_retraining import PRUNED
 from pipeline.rounds.campaign import Origin, Tried
 from pipeline.rounds.subject import Subject
+from pipeline.run.events import Noted
 from pipeline.run.layout import START, attempt_folder, round_folder, standing, trail
+from pipeline.run.records import Judgement, RoundMetrics
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
@@ -87,11 +88,11 @@ def following(subject: Subject) -> Goal | None:
     session, text = subject.session, None
     if session.world.first:
         run, config = session.run, session.config
-        tried = [Tried(m["planned_density"], m["kept"], m["accepted"]) for m in trail(run)]
+        tried = [Tried(metrics.planned_density, metrics.kept, metrics.accepted) for metrics in trail(run)]
         goal = campaign.following(config, beginning(subject), floor(config, subject.prunable), tried)
         text = json.dumps(None if goal is None else asdict(goal)).encode()
         if goal is None and not any(each.accepted for each in tried):
-            session.progress({"note": "no round was accepted: the network stays as it was before the first one"})
+            session.progress(Noted("no round was accepted: the network stays as it was before the first one"))
     goal_or_none = json.loads(session.world.broadcast(text))
     return None if goal_or_none is None else Goal(**goal_or_none)
 
@@ -108,14 +109,13 @@ def note_dense_answers(session: Session, model: nn.Module) -> None:
     session.world.barrier()
 
 
-def judge(session: Session, answers: Answers) -> dict[str, Any]:
-    """What metrics.json says of a round's answers on val: whether it is accepted, and in a campaign why."""
+def judge(session: Session, answers: Answers) -> Judgement | None:
+    """In a campaign without loss, a round's answers on val against the dense network's; else None."""
     if session.config.target.mode != "no-loss":
-        return {"accepted": True}
+        return None
     with np.load(io.BytesIO(storage.read_bytes(session.run.path("rounds", ANSWERS))), allow_pickle=False) as dense:
         both = dense["valid"] & answers.valid
-        found = asdict(campaign.judge(dense["right"][both], answers.right[both], session.config.target))
-    return {"accepted": found.pop("accepted"), "against_dense": found}
+        return campaign.judge(dense["right"][both], answers.right[both], session.config.target)
 
 
 def settle(session: Session) -> bool:
@@ -126,18 +126,17 @@ def settle(session: Session) -> bool:
     undone = b""
     if session.world.first:
         run = session.run
-        last = trail(run)[-1:]
-        folder = round_folder(last[0]["round"]) if last else ""
-        if last and not last[0]["accepted"] and run.has(folder, "metrics.json"):
+        made = trail(run)
+        if made and not made[-1].accepted and run.has(round_folder(made[-1].round), "metrics.json"):
             undone = b"undone"
-            _undo(run, last[0], folder)
-            _tell(session, last[0])
+            _undo(run, made[-1])
+            _tell(session, made[-1])
     undone = session.world.broadcast(undone)
     return not undone
 
 
-def _undo(run: Run, metrics: dict[str, Any], folder: str) -> None:
-    record = attempt_folder(metrics["round"], metrics["attempt"])
+def _undo(run: Run, metrics: RoundMetrics) -> None:
+    folder, record = round_folder(metrics.round), attempt_folder(metrics.round, metrics.attempt)
     if not run.has(record, "metrics.json"):
         run.commit(run.read(folder, "plan.json"), record, "plan.json")
         run.commit(metrics, record, "metrics.json")
@@ -148,10 +147,11 @@ def _undo(run: Run, metrics: dict[str, Any], folder: str) -> None:
         storage.remove(run.path(folder, name))
 
 
-def _tell(session: Session, metrics: dict[str, Any]) -> None:
-    found, target = metrics["against_dense"], session.config.target
-    lost = f"lost {100 * found['drop']:.2f} points on val"
+def _tell(session: Session, metrics: RoundMetrics) -> None:
+    found, target = metrics.against_dense, session.config.target
+    assert found is not None, "only a campaign refuses a round"
+    lost = f"lost {100 * found.drop:.2f} points on val"
     if target.confidence > 0.5:
-        lost += f", and may have lost {100 * found['drop_high']:.2f}"
-    place = f"{round_folder(metrics['round'])} at density {metrics['density']:.2%}"
-    session.progress({"note": f"{place} is undone: it {lost}, more than the {100 * target.allowed:.2f} allowed"})
+        lost += f", and may have lost {100 * found.drop_high:.2f}"
+    place = f"{round_folder(metrics.round)} at density {metrics.density:.2%}"
+    session.progress(Noted(f"{place} is undone: it {lost}, more than the {100 * target.allowed:.2f} allowed"))

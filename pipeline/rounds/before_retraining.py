@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.base import seeding
 from pipeline.base.errors import Agreed, UserError
+from pipeline.base.record import plain
 from pipeline.calibrate import batch_norm, statistics
 from pipeline.calibrate import reconstruct as reconstruction
 from pipeline.network import dead, dropout
@@ -20,7 +20,8 @@ from pipeline.network.build import build_network
 from pipeline.network.modes import evaluating
 from pipeline.network.trace import graph_of
 from pipeline.prune import criteria, masks
-from pipeline.prune.round_plan import RoundPlan
+from pipeline.run.events import Noted, Warned
+from pipeline.run.records import Fit, RoundPlan
 from pipeline.settings.config import Config
 from pipeline.settings.training import Retrain
 from pipeline.train import checkpoint
@@ -35,7 +36,7 @@ class Pruned(NamedTuple):
 
     plan: RoundPlan
     kept: dict[str, Tensor]
-    fits: list[dict[str, Any]]
+    fits: list[Fit]
 
 
 def rests_on_samples(config: Config) -> bool:
@@ -60,7 +61,7 @@ def check(model: nn.Module, config: Config, names: list[str]) -> None:
 def keep(session: Session, model: nn.Module, folder: str, pruned: Pruned) -> None:
     """Keep a pruned network that another number of ranks would not make again to the bit, until it is retrained."""
     if session.world.first and rests_on_samples(session.config):
-        state = {"plan": dataclasses.asdict(pruned.plan), "fits": pruned.fits}
+        state = {"plan": pruned.plan.to_json(), "fits": plain(pruned.fits)}
         saved = Checkpoint(dict(model.state_dict()), pruned.kept, state=state)
         checkpoint.save(session.run, f"{folder}/{PRUNED}", saved)
     session.world.barrier()
@@ -74,7 +75,9 @@ def kept_before(session: Session, model: nn.Module, folder: str) -> Pruned | Non
     saved = checkpoint.load(session.run, where)
     model.load_state_dict(saved.weights)
     kept = {name: mask.to(session.world.device) for name, mask in saved.masks.items()}
-    return Pruned(RoundPlan(**saved.state["plan"]), kept, saved.state["fits"])
+    origin = session.run.path(where)
+    fits = [Fit.from_json(fit, origin) for fit in saved.state["fits"]]
+    return Pruned(RoundPlan.from_json(saved.state["plan"], origin), kept, fits)
 
 
 def drop(session: Session, folder: str) -> None:
@@ -90,8 +93,7 @@ def remove_dead(
         return plan, kept
     left = without_dead(session, model, kept, plan.round, set())
     keep = {name: int(mask.sum()) for name, mask in left.items()}
-    lost = {name: plan.keep[name] - count for name, count in keep.items()}
-    return dataclasses.replace(plan, keep=keep, dead=lost), left
+    return plan.without_dead(keep), left
 
 
 def without_dead(
@@ -106,7 +108,7 @@ def without_dead(
     left, notes = dead.remove(model, kept, example, session.config.prune.min_weights)
     for note in notes:
         if note not in told:
-            session.progress({"warning": f"prune.dead_neurons: nothing is removed in round {number}: {note}"})
+            session.progress(Warned(f"prune.dead_neurons: nothing is removed in round {number}: {note}"))
     told.update(notes)
     if not session.world.same(masks.digest(left)):
         raise Agreed(f"round {number}: the ranks found different dead neurons (their masks' hashes differ)")
@@ -118,9 +120,7 @@ def reference(session: Session, model: nn.Module) -> nn.Module | None:
     return copy.deepcopy(model) if session.config.prune.reconstruct_samples else None
 
 
-def reconstruct(
-    session: Session, model: nn.Module, before: nn.Module | None, kept: dict[str, Tensor]
-) -> list[dict[str, Any]]:
+def reconstruct(session: Session, model: nn.Module, before: nn.Module | None, kept: dict[str, Tensor]) -> list[Fit]:
     """prune.reconstruct_samples: survivors that make each layer give what it gave in the network `before` the prune.
 
     Returns what was won, a row for each tensor; nothing where it is off.
@@ -131,13 +131,13 @@ def reconstruct(
     batches = [batch for batch in session.calibration(samples, share=True) if bool((batch.weights > 0).any())]
     fits, notes = reconstruction.reconstruct(model, before, kept, batches, session.config, session.world)
     for note in notes:
-        session.progress({"warning": f"prune.reconstruct_samples: {note}: it is masked only"})
+        session.progress(Warned(f"prune.reconstruct_samples: {note}: it is masked only"))
     if fits:
         masked, left = (float(np.median([getattr(fit, key) for fit in fits])) for key in ("masked", "reconstructed"))
         count = min(samples, len(session.split("train")))
         text = f"{len(fits)} layers reconstructed on {count:,} train samples; the median one missed {masked:.2%} of"
-        session.progress({"note": f"{text} the squares of its outputs, and misses {left:.2%}"})
-    return [dataclasses.asdict(fit) for fit in fits]
+        session.progress(Noted(f"{text} the squares of its outputs, and misses {left:.2%}"))
+    return fits
 
 
 def reinitialise(session: Session, model: nn.Module, number: int) -> None:
@@ -163,8 +163,8 @@ def dropout_rates(session: Session, model: nn.Module, keep: dict[str, int]) -> d
         return dropout.rates(model)
     unowned = [path for path, names in dropout.owners(model).items() if not names]
     if unowned:
-        session.progress({"warning": f"retrain.dropout_correction: {', '.join(unowned)} follows no layer that can be "
-                                     "found, and stays at its rate"})  # fmt: skip
+        text = f"retrain.dropout_correction: {', '.join(unowned)} follows no layer that can be found"
+        session.progress(Warned(f"{text}, and stays at its rate"))
     return dropout.corrected_rates(model, keep)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline import storage
 from pipeline.base.errors import UserError
@@ -22,6 +21,7 @@ from pipeline.rounds import attempts
 from pipeline.rounds.campaign import Origin
 from pipeline.run import state
 from pipeline.run.layout import DENSE, START, accepted, control_folder, round_folder, trail
+from pipeline.run.records import Ancestor, RoundMetrics, RunFacts, StartFacts
 from pipeline.run.state import Run
 from pipeline.scan import together
 from pipeline.settings.config import Config, differences, load_config
@@ -43,7 +43,7 @@ class Source:
     run: Run
     config: Config
     round: int
-    facts: dict[str, Any]  # start.json
+    facts: StartFacts
 
     @property
     def checkpoint(self) -> str:
@@ -53,7 +53,7 @@ class Source:
     @property
     def origin(self) -> Origin:
         """Where the branch's first round begins."""
-        return Origin(self.facts["kept"], self.facts["weights"], self.facts["generation"])
+        return Origin(self.facts.kept, self.facts.weights, self.facts.generation)
 
 
 def find(config: Config, prunable: Sequence[Prunable]) -> Source:
@@ -84,7 +84,7 @@ def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
     source = find(config, prunable)
     _require_same_data(config, here, source)
     parts = {f"{DENSE}/checkpoint": f"{DENSE}/checkpoint"}
-    for generation in range(1, source.facts["generation"] + 1):
+    for generation in range(1, source.facts.generation + 1):
         folder = f"{control_folder(generation)}/checkpoint"
         if source.run.has(folder, "manifest.json"):
             parts[folder] = folder
@@ -115,15 +115,14 @@ def origin(config: Config, here: Run, prunable: Sequence[Prunable]) -> Origin:
 
 def retrainings(config: Config, run: Run) -> list[Retrain]:
     """The recipe of each round from the dense network on: those of the ancestors, then the run's accepted own."""
-    before = run.read(START, "start.json")["retrain"] if run.has(START, "start.json") else []
+    start = begun(run)
+    before = start.retrain if start is not None else ()
     return [*map(Retrain.model_validate, before), *[config.retrain] * accepted(run)]
 
 
-def described(run: Run) -> dict[str, Any] | None:
-    """result.json's lineage; None where the run began with a dense network of its own."""
-    if not run.has(START, "start.json"):
-        return None
-    return {key: value for key, value in run.read(START, "start.json").items() if key != "retrain"}
+def begun(run: Run) -> StartFacts | None:
+    """Where a branch begins; None where the run began with a dense network of its own."""
+    return run.load(StartFacts, START, "start.json") if run.has(START, "start.json") else None
 
 
 def _root_of(run: Run) -> str:
@@ -140,49 +139,48 @@ def _require_accepted(given: str, run: Run, number: int) -> None:
     if not run.has(DENSE, "finished.json"):
         raise UserError(f"{given}: the dense network of '{run.root}' is not finished; carry that run on first")
     made = trail(run)
-    done = sum(metrics["accepted"] for metrics in made)
+    done = sum(metrics.accepted for metrics in made)
     if number <= done:
         return
-    tried = [metrics for metrics in made if metrics["round"] == number]
+    tried = [metrics for metrics in made if metrics.round == number]
     why = "is not finished"
     if tried:
-        shares = [f"{metrics['density']:.3%}" for metrics in tried]
+        shares = [f"{metrics.density:.3%}" for metrics in tried]
         why = f"was undone ({few(shares)} of the weights: more was lost than target.tolerance)"
     known = f"rounds 0 (dense) to {done} can be" if done else "only round 0, the dense network, can be"
     raise UserError(f"{given}: round {number} of '{run.root}' {why}; {known} started from")
 
 
-def _facts(given: str, run: Run, config: Config, number: int, prunable: Sequence[Prunable]) -> dict[str, Any]:
+def _facts(given: str, run: Run, config: Config, number: int, prunable: Sequence[Prunable]) -> StartFacts:
     """start.json: where the branch begins, whom it descends from, and how each round before it was retrained."""
-    before = run.read(START, "start.json") if run.has(START, "start.json") else None
+    before = begun(run)
     folder = round_folder(number) if number else _root_of(run)
     weights = sum(tensor.weights for tensor in prunable)
     kept = weights
     if folder != DENSE:
-        metrics = run.read(folder, "metrics.json")
-        kept = metrics["kept"]
-        theirs, ours = {layer["name"] for layer in metrics["layers"]}, {tensor.name for tensor in prunable}
+        metrics = run.load(RoundMetrics, folder, "metrics.json")
+        kept = metrics.kept
+        theirs, ours = {layer.name for layer in metrics.layers}, {tensor.name for tensor in prunable}
         if theirs != ours:
             raise UserError(
                 f"{given}: a branch from a pruned round prunes the same tensors, but prune.include and prune.exclude "
                 f"choose {few(sorted(theirs ^ ours))} in only one of the two: give them as there"
             )
-    me = run.read("run.json")
     result = run.read("result.json") if run.has("result.json") else {}
-    return {
-        "run": config.name,
-        "path": run.root,
-        "uid": me["uid"],
-        "round": number,
-        "generation": (before["generation"] if before else 0) + number,
-        "weights": weights,
-        "kept": kept,
-        "density": kept / weights,
-        "compression": weights / kept,
-        "mlflow_run_id": (result.get("mlflow") or {}).get("run_id"),
-        "ancestors": [*before["ancestors"], {key: before[key] for key in ("run", "uid", "round")}] if before else [],
-        "retrain": [*(before["retrain"] if before else []), *[config.retrain.model_dump(mode="json")] * number],
-    }
+    return StartFacts(
+        run=config.name,
+        path=run.root,
+        uid=run.load(RunFacts, "run.json").uid,
+        round=number,
+        generation=(before.generation if before else 0) + number,
+        weights=weights,
+        kept=kept,
+        density=kept / weights,
+        compression=weights / kept,
+        mlflow_run_id=(result.get("mlflow") or {}).get("run_id"),
+        ancestors=(*before.ancestors, Ancestor(before.run, before.uid, before.round)) if before else (),
+        retrain=(*(before.retrain if before else ()), *[config.retrain.model_dump(mode="json")] * number),
+    )
 
 
 def _require_same_data(config: Config, here: Run, source: Source) -> None:

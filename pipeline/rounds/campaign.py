@@ -19,6 +19,7 @@ from pipeline.base import stats
 from pipeline.base.errors import UserError
 from pipeline.prune import round_plan, schedules
 from pipeline.prune.round_plan import Goal
+from pipeline.run.records import Judgement
 from pipeline.settings.config import Config
 from pipeline.settings.pruning import Target
 
@@ -108,22 +109,11 @@ def _no_loss(target: Target, origin: Origin, floor: int, tried: Sequence[Tried])
     return Goal(number, attempt, density, budget, origin.generation + number)
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """A round's paired drop on val against the dense network, fractions; `drop_high` is what it may really be."""
-
-    accepted: bool
-    drop: float
-    drop_high: float
-    only_dense_right: int
-    only_pruned_right: int
-    samples: int
-
-
 def judge(dense_right: NDArray[np.bool_], pruned_right: NDArray[np.bool_], target: Target) -> Judgement:
-    """Whether a round is accepted; both arrays hold the answers to the same images, shape (samples,).
+    """A round's answers against the dense network's to the same images; both arrays have shape (samples,).
 
-    It is where the upper end of the drop's one-sided interval (Tango's, at target.confidence) is within the tolerance.
+    A round is accepted where `drop_high`, the upper end of the drop's one-sided interval (Tango's, at
+    target.confidence), is within the tolerance.
     The measured drop alone would let a network that has lost just the tolerance through every second time, and a
     campaign makes many tries: it would collect lucky ones. This way it does so with a chance of 1 - confidence at
     most, whatever the size of val; a small val ends the campaign earlier instead. Where val is large, a drop that is
@@ -134,14 +124,14 @@ def judge(dense_right: NDArray[np.bool_], pruned_right: NDArray[np.bool_], targe
     high = compared.drop
     if target.confidence > 0.5:  # at a half the interval's end is the measured drop itself
         high = stats.tango(lost, won, samples, float(ndtri(target.confidence)))[1]
-    return Judgement(high <= target.allowed, compared.drop, high, lost, won, samples)
+    return Judgement(compared.drop, high, lost, won, samples)
 
 
 def require_enough(samples: int, target: Target) -> None:
     """Raise UserError where val is so small that not even a network with the dense one's answers would be accepted."""
     same = np.ones(samples, dtype=np.bool_)
     best = judge(same, same, target)
-    if not best.accepted:
+    if best.drop_high > target.allowed:
         raise UserError(
             f"target.mode=no-loss: with {samples:,} val images even a network that answers as the dense one does may "
             f"have lost {100 * best.drop_high:.2g} points (target.confidence={target.confidence:g}), more than the "

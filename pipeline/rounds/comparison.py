@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import time
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from pipeline import storage
 from pipeline.network.survey import survey
 from pipeline.rounds import before_retraining, branch
 from pipeline.run.layout import control_folder, round_folder, standing
+from pipeline.run.records import DenseMetrics, Epoch, TestMetrics
 from pipeline.run.state import now_ms
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
@@ -36,27 +36,27 @@ def control(session: Session) -> None:
     model.load_state_dict(checkpoint.load(run, "dense/checkpoint").weights)
     prunable, _ = survey(model, session.config.prune.include, session.config.prune.exclude)
     names = [tensor.name for tensor in prunable]
-    history: list[dict[str, Any]] = []
+    history: list[Epoch] = []
     for generation, recipe in enumerate(recipes, start=1):
         folder = control_folder(generation)
         if run.has(folder, "checkpoint", "manifest.json"):
             saved = checkpoint.load(run, f"{folder}/checkpoint")
             model.load_state_dict(saved.weights)
-            history += saved.state["history"]
+            history += [Epoch.from_json(epoch, run.path(folder)) for epoch in saved.state["history"]]
             continue
         teacher = before_retraining.teacher(session, recipe)
         training = Training(session, model, recipe, folder, round_folder(generation), names, teacher=teacher)
         position = training.fit()
         history += position.history
         if session.world.first:
-            state = {"history": position.history}
+            state = {"history": [epoch.to_json() for epoch in position.history]}
             checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), state=state))
             checkpoint.keep_last(run, folder, 0)
         session.world.barrier()
     val = session.evaluate(model, "val").metrics()
     if session.world.first:
         seconds = round(time.monotonic() - clock, 3)
-        run.commit({"val": val, "history": history, "seconds": seconds, "finished_ms": now_ms()}, "rounds/control.json")
+        run.commit(DenseMetrics(val, tuple(history), seconds, now_ms()), "rounds/control.json")
     session.world.barrier()
 
 
@@ -82,7 +82,7 @@ def look_at_test(session: Session) -> None:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         run.commit_bytes(buffer.getvalue(), "final", "test_answers.npz")
-        run.commit({"samples": int(arrays["valid"].sum()), **metrics}, "final", "test.json")
+        run.commit(TestMetrics(int(arrays["valid"].sum()), **metrics), "final", "test.json")
     session.world.barrier()
 
 

@@ -8,7 +8,6 @@ dense control gets the same training, and the test set is looked at, once.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,21 @@ from pipeline.network.activity import ActivationMeter
 from pipeline.network.survey import Prunable, survey
 from pipeline.prune import criteria, masks, round_plan
 from pipeline.prune.gradual import Gradual
-from pipeline.prune.round_plan import Goal, RoundPlan
+from pipeline.prune.round_plan import Goal
 from pipeline.rounds import attempts, before_retraining, comparison
 from pipeline.rounds.before_retraining import Pruned
 from pipeline.rounds.subject import Subject, open_subject
+from pipeline.run.events import RoundBegun
 from pipeline.run.layout import round_folder, standing
+from pipeline.run.records import (
+    BeforeRetraining,
+    DenseMetrics,
+    Epoch,
+    LayerActivity,
+    LayerCount,
+    RoundMetrics,
+    RoundPlan,
+)
 from pipeline.run.state import now_ms
 from pipeline.task.classification import forward
 from pipeline.train import checkpoint
@@ -41,7 +50,7 @@ def dense(session: Session) -> None:
     config, clock = session.config, time.monotonic()
     model = session.new_model()
     prunable, _ = survey(model, config.prune.include, config.prune.exclude)
-    history: list[dict[str, Any]] = []
+    history: list[Epoch] = []
     if config.dense.epochs:
         training = Training(session, model, config.dense, "dense", "dense", [t.name for t in prunable])
         history = training.fit().history
@@ -52,8 +61,7 @@ def dense(session: Session) -> None:
         return
     checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(model.state_dict())))
     seconds = time.monotonic() - clock
-    metrics = {"val": val, "history": history, "seconds": round(seconds, 3), "finished_ms": now_ms()}
-    session.run.commit(metrics, "dense", "metrics.json")
+    session.run.commit(DenseMetrics(val, tuple(history), round(seconds, 3), now_ms()), "dense", "metrics.json")
     checkpoint.keep_last(session.run, "dense", 0)
 
 
@@ -99,28 +107,48 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
     gradual = gradually(subject, alive, goal, folder)
     rates = before_retraining.dropout_rates(session, model, plan.keep)
     before = session.evaluate(model, "val").metrics()
-    count, dead = sum(plan.keep.values()), sum(plan.dead.values())
+    count, dead = sum(plan.keep.values()), plan.dead
     density = count / sum(mask.numel() for mask in kept.values())
-    event = {"phase": folder, "density": density, "kept": count, "dead": dead, "before": before["top1"]}
-    session.progress(event | {"dropout": rates, "gradual": gradual is not None})
+    session.progress(RoundBegun(folder, density, count, dead, before.top1, rates, gradual is not None))
     teacher = before_retraining.teacher(session, session.config.retrain)
     training = Training(session, model, session.config.retrain, folder, order, list(kept), kept, gradual, teacher)
     with dropout.use(model, rates):
         position = training.fit()
     training.applier.clean()
     if gradual:
-        plan, kept = RoundPlan.from_json(run.read(folder, "plan.json")), training.masks
+        plan, kept = run.load(RoundPlan, folder, "plan.json"), training.masks
     guard(subject, kept, plan)
     answers = session.evaluate(model, "val")
-    judged = attempts.judge(session, answers)
+    against_dense = attempts.judge(session, answers)
+    accepted = against_dense is None or against_dense.drop_high <= session.config.target.allowed
     if session.world.first:
-        if judged["accepted"]:
+        if accepted:
             checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), kept))
-        facts = round_facts(plan, kept, before, answers.metrics()) | judged
-        seconds = round(time.monotonic() - clock, 3)
-        facts |= {"dead": dead, "dropout": rates, "reconstruction": fits}
-        facts |= {"history": position.history, "steps": position.step, "seconds": seconds, "finished_ms": now_ms()}
-        run.commit(facts, folder, "metrics.json")
+        layers = layer_counts(kept)
+        left, total = sum(layer.kept for layer in layers), sum(layer.weights for layer in layers)
+        metrics = RoundMetrics(
+            round=plan.round,
+            attempt=plan.attempt,
+            planned_density=plan.planned_density,
+            density=left / total,
+            compression=total / left,
+            kept=left,
+            weights=total,
+            val_before_retrain=BeforeRetraining(before.top1, before.loss),
+            val=answers.metrics(),
+            mask_digest=f"{masks.digest({name: mask.cpu() for name, mask in kept.items()}):016x}",
+            layers=layers,
+            accepted=accepted,
+            against_dense=against_dense,
+            dead=dead,
+            dropout=rates,
+            reconstruction=tuple(fits),
+            history=tuple(position.history),
+            steps=position.step,
+            seconds=round(time.monotonic() - clock, 3),
+            finished_ms=now_ms(),
+        )
+        run.commit(metrics, folder, "metrics.json")
         checkpoint.keep_last(run, folder, 0)
         before_retraining.drop(session, folder)
     session.world.barrier()
@@ -138,7 +166,7 @@ def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: s
     if not gradual:
         plan, kept = before_retraining.remove_dead(session, model, plan, kept)
     if session.world.first and not (gradual and session.run.has(folder, "plan.json")):  # the last prune replaced it
-        session.run.commit(plan.as_json(subject.prunable), folder, "plan.json")
+        session.run.commit(plan, folder, "plan.json")
     before_retraining.reinitialise(session, model, goal.generation)
     apply_masks(model, kept)
     fits = before_retraining.reconstruct(session, model, before, kept)
@@ -176,7 +204,7 @@ def gradually(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
                 break
             alive = {name: mask & ~dead[name] for name, mask in alive.items()}
         if last and session.world.first:
-            session.run.commit(plan.as_json(subject.prunable), folder, "plan.json")
+            session.run.commit(plan, folder, "plan.json")
         return kept
 
     before = sum(int(mask.sum()) for mask in alive.values()) / sum(mask.numel() for mask in alive.values())
@@ -220,12 +248,7 @@ def measure_activity(session: Session, prunable: list[Prunable]) -> None:
         for batch in data.batches(0, 1):
             forward(model, batch.images.to(session.world.device), session.config)
     rows = [
-        {
-            "name": name,
-            "output_density": found.output_density,
-            "input_density": found.input_density,
-            "measured": found.measured,
-        }
+        LayerActivity(name, found.output_density, found.input_density, found.measured)
         for name, found in meter.result().items()
     ]
     session.run.commit(rows, "final", "activity.json")
@@ -238,26 +261,9 @@ def apply_masks(model: nn.Module, kept: dict[str, Tensor]) -> None:
     masks.Applier([parameters[name].data for name in kept], list(kept.values())).clean()
 
 
-def round_facts(
-    plan: RoundPlan, kept: dict[str, Tensor], before: dict[str, Any], val: dict[str, Any]
-) -> dict[str, Any]:
-    """The measured part of metrics.json: counted from the masks, not taken from the plan."""
+def layer_counts(kept: dict[str, Tensor]) -> tuple[LayerCount, ...]:
+    """What is left of each tensor, counted from the masks, not taken from the plan."""
     counts = {name: int(mask.sum()) for name, mask in kept.items()}
-    sizes = {name: mask.numel() for name, mask in kept.items()}
-    total, left = sum(sizes.values()), sum(counts.values())
-    return {
-        "round": plan.round,
-        "attempt": plan.attempt,
-        "planned_density": plan.density,
-        "density": left / total,
-        "compression": total / left,
-        "kept": left,
-        "weights": total,
-        "val_before_retrain": {"top1": before["top1"], "loss": before["loss"]},
-        "val": val,
-        "mask_digest": f"{masks.digest({name: mask.cpu() for name, mask in kept.items()}):016x}",
-        "layers": [
-            {"name": name, "weights": sizes[name], "kept": counts[name], "density": counts[name] / sizes[name]}
-            for name in kept
-        ],
-    }
+    return tuple(
+        LayerCount(name, mask.numel(), counts[name], counts[name] / mask.numel()) for name, mask in kept.items()
+    )

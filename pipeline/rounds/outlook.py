@@ -15,10 +15,11 @@ from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.network.survey import LeftOut, Prunable, survey
 from pipeline.prune import criteria, round_plan
-from pipeline.prune.round_plan import Goal, RoundPlan, Scanned
+from pipeline.prune.round_plan import Goal, Scanned
 from pipeline.rounds import attempts, before_retraining, branch, campaign
 from pipeline.rounds.subject import prunable_weights
 from pipeline.run import state
+from pipeline.run.records import RoundPlan
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint, recipe, session
 
@@ -106,7 +107,7 @@ def make(config: Config) -> RunPlan:
                 flops=sum(round(flops[t.name] * spent[t.name] / t.weights) for t in prunable),
                 bytes=other + sum(cost.packed_bytes(t.weights, spent[t.name]) for t in prunable),
                 steps=steps["retrain"],
-                rise=last.predicted["rise"] if last and last.predicted else None,
+                rise=last.predicted.rise if last and last.predicted else None,
             )
         )
     densities = {t.name: keep[t.name] / t.weights for t in prunable} if keep else {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from itertools import count
-from typing import Any
 
+from pipeline.run.records import RoundMetrics
 from pipeline.run.state import Run
 
 DENSE = "dense"
@@ -28,27 +28,27 @@ def control_folder(generation: int) -> str:
     return f"rounds/control-{generation:02d}"
 
 
-def trail(run: Run) -> list[dict[str, Any]]:
+def trail(run: Run) -> list[RoundMetrics]:
     """metrics.json of every finished attempt, undone ones too, in the order in which they were made."""
-    found: list[dict[str, Any]] = []
+    found: list[RoundMetrics] = []
     for number in count(1):
         attempt = 1
         while run.has(attempt_folder(number, attempt), "metrics.json"):
-            found.append(run.read(attempt_folder(number, attempt), "metrics.json"))
+            found.append(run.load(RoundMetrics, attempt_folder(number, attempt), "metrics.json"))
             attempt += 1
         if not run.has(round_folder(number), "metrics.json"):
             return found
-        metrics = run.read(round_folder(number), "metrics.json")
-        if metrics["accepted"] or metrics["attempt"] == attempt:  # else its record is there, and it is not cleared yet
+        metrics = run.load(RoundMetrics, round_folder(number), "metrics.json")
+        if metrics.accepted or metrics.attempt == attempt:  # else its record is there, and it is not cleared yet
             found.append(metrics)
-        if not metrics["accepted"]:
+        if not metrics.accepted:
             return found
     raise AssertionError("unreachable")
 
 
 def accepted(run: Run) -> int:
     """Rounds that were accepted so far: those are numbered 1 to this."""
-    return sum(metrics["accepted"] for metrics in trail(run))
+    return sum(metrics.accepted for metrics in trail(run))
 
 
 def standing(run: Run) -> str:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import storage
 from pipeline.base.errors import RunStopped, UserError
+from pipeline.base.record import Record, plain
 from pipeline.run import lease
+from pipeline.run.records import RunFacts, StageMarker
 from pipeline.settings.config import Config, differences, dump_config, load_config
 
 # Settings that change how a run is carried out, but not what it computes: they may differ when it resumes.
@@ -23,6 +25,10 @@ OPERATIONAL = (
     "runs_dir", "cluster", "tracking", "data.decode_threads", "data.cache_bytes", "data.cache_dir",
     "data.cache_disk_bytes",
 )  # fmt: skip
+
+MARKER = "finished.json"  # in a stage's folder, written last
+
+R = TypeVar("R", bound=Record)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -46,9 +52,9 @@ class Run:
         return storage.join(self.root, *parts)
 
     def commit(self, value: Any, *parts: str) -> None:
-        """Write a JSON file atomically, if this writer still holds the run."""
+        """Write a JSON file, of a record or of plain values, atomically, if this writer still holds the run."""
         self.check_fence()
-        storage.write_json(self.path(*parts), value)
+        storage.write_json(self.path(*parts), plain(value))
 
     def commit_bytes(self, data: bytes, *parts: str) -> None:
         """Write a file atomically, if this writer still holds the run."""
@@ -59,21 +65,26 @@ class Run:
         """A JSON file of the run."""
         return storage.read_json(self.path(*parts))
 
+    def load(self, kind: type[R], *parts: str) -> R:
+        """The record that a JSON file of the run holds. Raises UserError where it holds something else."""
+        return kind.from_json(self.read(*parts), self.path(*parts))
+
     def has(self, *parts: str) -> bool:
         """Whether a file of the run exists."""
         return storage.exists(self.path(*parts))
 
-    def finished(self, stage: str, made_from: str) -> dict[str, Any] | None:
-        """The marker of a finished stage, if it was made from the same things."""
-        if not self.has(stage, "finished.json"):
-            return None
-        marker: dict[str, Any] = self.read(stage, "finished.json")
-        return marker if marker.get("made_from") == made_from else None
+    def marker(self, stage: str) -> StageMarker | None:
+        """The marker of a finished stage, or None."""
+        return self.load(StageMarker, stage, MARKER) if self.has(stage, MARKER) else None
 
-    def finish(self, stage: str, made_from: str, seconds: float, **facts: Any) -> None:
+    def finished(self, stage: str, made_from: str) -> bool:
+        """Whether the stage is finished, and was made from the same things."""
+        marker = self.marker(stage)
+        return marker is not None and marker.made_from == made_from
+
+    def finish(self, stage: str, made_from: str, seconds: float) -> None:
         """Mark a stage as finished; written after everything else of the stage."""
-        marker = {"made_from": made_from, "seconds": round(seconds, 3), "finished_ms": now_ms(), **facts}
-        self.commit(marker, stage, "finished.json")
+        self.commit(StageMarker(made_from, round(seconds, 3), now_ms()), stage, MARKER)
 
     def check_fence(self) -> None:
         """Raise RunStopped if another driver has taken the run over."""
@@ -107,7 +118,7 @@ def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Ite
         run = Run(root, fence)
         storage.remove_leftovers(root)
         if not run.has("run.json"):
-            run.commit({"uid": uuid.uuid4().hex, "name": config.name, "created_ms": now_ms()}, "run.json")
+            run.commit(RunFacts(uuid.uuid4().hex, config.name, now_ms()), "run.json")
         run.commit_bytes(dump_config(config).encode(), "config.yaml")
         yield run
 

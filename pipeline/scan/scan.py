@@ -14,12 +14,14 @@ from pipeline.engine import Engine, Trials
 from pipeline.network.survey import Prunable
 from pipeline.prune import damage
 from pipeline.prune.allocation import sigma
+from pipeline.run.events import LevelMeasured, Progress, StageBegun, TogetherMeasured
 from pipeline.run.layout import round_folder
+from pipeline.run.records import Level
 from pipeline.run.state import Run, fingerprint
 from pipeline.scan import racing, together
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
-from pipeline.train.session import Progress, data_root
+from pipeline.train.session import data_root
 
 DENSE = "dense/checkpoint"
 # Settings that change what a level measures; those that only choose levels and tensors may differ between machines.
@@ -60,7 +62,7 @@ def measure(
     total = sum(map(len, known.values())) + sum(map(len, wanted.values()))
     if config.scan.mode == "adaptive":
         total = max(total, len(names) * config.scan.max_levels)
-    progress({"stage": "scan", "done": sum(map(len, known.values())), "total": total})
+    progress(StageBegun("scan"))
 
     def on_level(name: str, level: dict[str, Any]) -> None:
         levels = known.setdefault(name, [])
@@ -68,7 +70,7 @@ def measure(
             return  # a trial that was lost and started again measures its first levels twice
         levels.append(level)
         here.commit({"made_of": made_of, "dense": dense, "levels": known}, "scan", trials)
-        progress({"scan": name, **level, "done": sum(map(len, known.values())), "total": total})
+        progress(LevelMeasured(name, Level.from_json(level, name), sum(map(len, known.values())), total))
 
     if todo or dense is None:
         dense = engine.scan(todo, config, here, on_level, source)
@@ -112,7 +114,7 @@ def measure_together(
         made = [{"density": density, "power": power, **known[name]} for power, name in named.items()]
         rows += made
         best = damage.best_together({"together": made})[density]
-        progress({"together": density, "rise": best["rise"], "power": best["power"]})
+        progress(TogetherMeasured(density, best["rise"], best["power"]))
         if damage.finite(best["rise"]) >= damage.chance_rise(scan, classes):
             break
     return rows

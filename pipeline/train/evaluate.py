@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.data.loader import EvalLoader
+from pipeline.run.records import Evaluation
 from pipeline.settings.config import Config
 from pipeline.task.classification import forward, judge
 from pipeline.train.world import World
@@ -25,19 +26,19 @@ class Answers:
     loss: NDArray[np.float64]
     valid: NDArray[np.bool_]
 
-    def metrics(self) -> dict[str, float | None]:
-        """top1, top5, loss (nats) and top1_present as fractions of the readable samples."""
+    def metrics(self) -> Evaluation:
+        """What the answers come to, over the readable samples."""
         count = max(1, int(self.valid.sum()))
 
         def share(right: NDArray[np.bool_]) -> float:
             return int((right & self.valid).sum()) / count
 
-        return {
-            "top1": share(self.right),
-            "top5": share(self.right5),
-            "loss": float(self.loss[self.valid].sum()) / count,
-            "top1_present": None if self.right_present is None else share(self.right_present),
-        }
+        return Evaluation(
+            top1=share(self.right),
+            top5=share(self.right5),
+            loss=float(self.loss[self.valid].sum()) / count,
+            top1_present=None if self.right_present is None else share(self.right_present),
+        )
 
 
 @torch.inference_mode()

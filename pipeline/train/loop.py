@@ -7,7 +7,6 @@ import itertools
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ from pipeline.base.errors import Agreed, Leaving
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.prune import masks as masking
 from pipeline.prune.gradual import Gradual
+from pipeline.run.events import EpochEnded, Resumed, Stepped
+from pipeline.run.records import Epoch
 from pipeline.settings.training import Retrain, Train
 from pipeline.task.classification import forward, losses
 from pipeline.train import allreduce, checkpoint, phases, recipe
@@ -35,7 +36,7 @@ class Position:
     """Where a training stands; saved with every checkpoint."""
 
     step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[Epoch] = field(default_factory=list)
     totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of this epoch: loss sum, samples, bad
     order: int = 0  # digest of which samples were seen at which step of this epoch
     seconds: float = 0.0
@@ -229,7 +230,7 @@ class Training:
         """Now and then say which step it is; costs no communication."""
         if time.monotonic() - self.told >= TELL_EVERY_S:
             self.told = time.monotonic()
-            self.session.progress({"phase": self.phase, "at": self.position.step, "steps": self.total})
+            self.session.progress(Stepped(self.phase, self.position.step, self.total))
 
     def _collect(self) -> None:
         """Add the ranks' sums since the last time to the epoch's totals."""
@@ -244,20 +245,20 @@ class Training:
         loss, samples, bad = self.position.totals
         self.world.agree(self.session.too_many_bad("train", int(bad), int(samples + bad)))
         val = self.session.evaluate(self.model, "val").metrics()
-        entry = {
-            "epoch": epoch + 1,
-            "step": self.position.step,
-            "loss": loss / max(1.0, samples),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "val_top1": val["top1"],
-            "order": f"{self.position.order & MASK64:016x}",
-            "seconds": round(self.position.seconds - sum(before["seconds"] for before in self.position.history), 3),
-        }
+        entry = Epoch(
+            epoch=epoch + 1,
+            step=self.position.step,
+            loss=loss / max(1.0, samples),
+            lr=self.optimizer.param_groups[0]["lr"],
+            val_top1=val.top1,
+            order=f"{self.position.order & MASK64:016x}",
+            seconds=round(self.position.seconds - sum(before.seconds for before in self.position.history), 3),
+        )
         self.position.history.append(entry)
         self.position.totals = [0.0, 0.0, 0.0]
         self.position.order = 0
         self.told = time.monotonic()
-        self.session.progress({"phase": self.phase, "epochs": self.settings.epochs, "steps": self.total, **entry})
+        self.session.progress(EpochEnded(self.phase, entry, self.settings.epochs, self.total))
 
     def _save(self) -> None:
         """Write a step checkpoint from rank 0 and drop all but the last ones."""
@@ -266,7 +267,7 @@ class Training:
         state = {
             "phase": self.phase,
             "step": self.position.step,
-            "history": self.position.history,
+            "history": [epoch.to_json() for epoch in self.position.history],
             "totals": self.position.totals,
             "order": self.position.order,
             "seconds": self.position.seconds,
@@ -292,8 +293,9 @@ class Training:
         self.model.load_state_dict(saved.weights)
         recipe.load_optimizer_tensors(self.optimizer, list(self.parameters), saved.optimizer)
         state = saved.state
-        self.position = Position(state["step"], state["history"], state["totals"], state["order"], state["seconds"])
-        self.session.progress({"phase": self.phase, "resumed": steps, "steps": self.total, "workers": self.world.size})
+        history = [Epoch.from_json(epoch, f"a step checkpoint of {self.phase}") for epoch in state["history"]]
+        self.position = Position(state["step"], history, state["totals"], state["order"], state["seconds"])
+        self.session.progress(Resumed(self.phase, steps, self.total, self.world.size))
 
 
 def steps_per_epoch(session: Session, settings: Train) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,12 @@ from pipeline.data import loader, shards
 from pipeline.data.loader import Batch, EvalLoader, Split
 from pipeline.data.shards import Manifest
 from pipeline.network.build import FOREIGN, build_network
+from pipeline.run.events import Progress
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
 from pipeline.train import evaluate
 from pipeline.train.evaluate import Answers
 from pipeline.train.world import World
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 def staying() -> bool:

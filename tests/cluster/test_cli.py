@@ -20,6 +20,7 @@ from pipeline import stages
 from pipeline.__main__ import command_line as pipeline_main
 from pipeline.base.errors import UserError
 from pipeline.local import LocalEngine
+from pipeline.run.events import unheard
 from pipeline.run.state import open_run
 from pipeline.settings.config import Config
 from pipeline.train.world import World
@@ -39,7 +40,7 @@ def test_plan_shows_several_budgets_of_a_scan_without_scanning_again(
 ) -> None:
     config = tiny(**{"dense.epochs": 1, "prune.allocation": "budget"})
     with open_run(config) as here:
-        stages.scan(config, LocalEngine(World(0, 1, torch.device("cpu"))), here, lambda event: None)
+        stages.scan(config, LocalEngine(World(0, 1, torch.device("cpu"))), here, unheard)
     path, figure = tmp_path / "runs/tiny/config.yaml", tmp_path / "curve.svg"
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     shown = secateur("plan", str(path))

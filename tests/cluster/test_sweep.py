@@ -12,6 +12,7 @@ from pipeline.local import LocalEngine
 from pipeline.prune import criteria
 from pipeline.prune.masks import top_mask
 from pipeline.rounds import before_retraining
+from pipeline.run.events import unheard
 from pipeline.run.state import open_run
 from pipeline.scan import one_tensor, scan
 from pipeline.scan.inputs import scan_inputs
@@ -26,10 +27,10 @@ def test_trials_prune_by_the_statistics_that_a_scan_measures_once(tiny: Callable
     config = tiny(**{"prune.criterion": "taylor", "prune.statistics_samples": 100, "dense.epochs": 1})
     configure_process(config)
     with open_run(config) as here:
-        made_from = stages.shards_stage(config, here, lambda event: None)
-        stages.train_stage("dense", made_from, config, LocalEngine(ALONE), here, lambda event: None)
+        made_from = stages.shards_stage(config, here, unheard)
+        stages.train_stage("dense", made_from, config, LocalEngine(ALONE), here, unheard)
         given = sweep.Inputs(sweep.shared_inputs(config, here, scan.DENSE))
-        session = open_session(config, ALONE, here, lambda event: None)
+        session = open_session(config, ALONE, here, unheard)
         expected = scan_inputs(session, scan.DENSE).statistics
     assert list(given.statistics) == ["fc1.weight", "fc2.weight", "fc3.weight"]
     assert all(torch.equal(statistic, given.statistics[name]) for name, statistic in expected.items())

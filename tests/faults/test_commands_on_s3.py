@@ -11,6 +11,7 @@ import torch
 
 from pipeline import stages, storage
 from pipeline.local import LocalEngine
+from pipeline.run.events import unheard
 from pipeline.settings.config import Config
 from pipeline.train.world import World
 
@@ -22,7 +23,7 @@ def test_report_bench_and_sync_take_a_url(
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = tiny(**{"runs_dir": f"{s3}/runs", "tracking.enabled": True, "tracking.uri": uri})
-    result = stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), lambda event: None)
+    result = stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), unheard)
     run = f"{s3}/runs/tiny"
     storage.remove(f"{run}/report.html")
     assert secateur("report", run).strip() == f"{run}/report.html"

@@ -15,6 +15,7 @@ from faults.runs import Line, same_weights
 from pipeline import stages
 from pipeline.data import shards
 from pipeline.local import LocalEngine
+from pipeline.run.events import unheard
 from pipeline.settings.config import Config
 from pipeline.train.world import World
 
@@ -25,7 +26,7 @@ Progress = Callable[[dict[str, Any]], None]
 QUICK = {"prune.allocation": "uniform", "dense.checkpoint_steps": 10}
 
 
-def carry_out(config: Config, progress: Progress = lambda event: None) -> str | None:
+def carry_out(config: Config, progress: Progress = unheard) -> str | None:
     """What `run` does: None, or the one message that it ends with."""
     return command(lambda: stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), progress))
 

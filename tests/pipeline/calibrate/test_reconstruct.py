@@ -26,6 +26,7 @@ from pipeline.prune import masks as masking
 from pipeline.prune.round_plan import Goal
 from pipeline.rounds import before_retraining, method
 from pipeline.rounds.subject import Subject, prunable_weights
+from pipeline.run.events import unheard
 from pipeline.run.state import Run
 from pipeline.settings.config import Config, parse_config
 from pipeline.train.session import Session, open_session
@@ -219,7 +220,7 @@ def two_ranks(rank: int, folder: str, config: Config, root: str, fence: int) -> 
     """Statistics, masks and reconstruction on one of two ranks; what it holds afterwards, as a file."""
     configure_process(config)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = pruned_once(open_session(config, World(rank, 2, CPU), Run(root, fence), lambda event: None))
+    found = pruned_once(open_session(config, World(rank, 2, CPU), Run(root, fence), unheard))
     torch.save(found, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 

@@ -18,6 +18,7 @@ from pipeline.local import LocalEngine
 from pipeline.network.build import build_network, load_weights
 from pipeline.network.compact import rebuild
 from pipeline.results import schema
+from pipeline.run.events import unheard
 from pipeline.run.state import run_root
 from pipeline.settings.config import Config
 from pipeline.train.world import World, configure_process
@@ -95,7 +96,7 @@ def test_bench_of_a_run_writes_files_that_agree(tiny: Callable[..., Config]) -> 
     pytest.importorskip("onnxruntime", reason="ONNX export is optional: pip install onnx onnxscript onnxruntime")
     config = tiny(**{"prune.rounds": 1, "target.compression": 20, "prune.dense_control": False})
     configure_process(config)
-    stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), lambda event: None)
+    stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), unheard)
     root = Path(run_root(config))
     report = bench.bench_run(root, repeats=5)
     assert json.loads((root / "final/latency.json").read_text()) == report

@@ -13,6 +13,7 @@ import torch
 from pipeline import stages
 from pipeline.base.errors import UserError
 from pipeline.local import LocalEngine
+from pipeline.run.events import unheard
 from pipeline.run.state import open_run, run_root
 from pipeline.settings.config import Config
 from pipeline.train.world import World, configure_process
@@ -67,7 +68,7 @@ def test_a_finished_round_is_scanned_with_its_masks(tiny: Callable[..., Config])
     with pytest.raises(UserError, match="--after 1: no round is finished"):
         scan(config, after=1)
     configure_process(config)
-    stages.run(config, LocalEngine(ALONE), lambda event: None)
+    stages.run(config, LocalEngine(ALONE), unheard)
     found, measured = scan(config, after=1)
     assert len(measured) == 6
     assert found == json.loads(file(config, "after-1.json").read_text())
@@ -130,7 +131,7 @@ def test_tensors_are_also_pruned_together_where_the_allocation_goes_by_it(tiny: 
             return until_three
 
     with open_run(config) as here, pytest.raises(KeyboardInterrupt):
-        stages.scan(config, Stopped(ALONE), here, lambda event: None)
+        stages.scan(config, Stopped(ALONE), here, unheard)
     kept = json.loads(file(config, "together.json").read_text())["rows"]
     assert len(kept) == 3
     events: Events = []

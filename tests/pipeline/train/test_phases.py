@@ -15,6 +15,7 @@ from small import network
 from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
+from pipeline.run.events import unheard
 from pipeline.run.state import Run
 from pipeline.settings.config import parse_config
 from pipeline.train import phases
@@ -140,7 +141,7 @@ PLAIN = {"norm": False, "dropout": 0.0}
 def in_two(rank: int, port: int, folder: str, config: dict[str, Any], run: Run) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    session = open_session(parse_config(config), current_world(torch.device("cpu")), run, lambda event: None)
+    session = open_session(parse_config(config), current_world(torch.device("cpu")), run, unheard)
     done = training(session, "two", masks_of(network(**PLAIN), 0.3))
     done.fit()
     torch.save(done.seen, f"{folder}/{rank}.pt")

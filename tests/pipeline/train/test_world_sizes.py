@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pipeline.prune.gradual import Gradual
+from pipeline.run.events import unheard
 from pipeline.run.state import Run
 from pipeline.settings.config import Config, parse_config
 from pipeline.train.loop import Training
@@ -93,9 +94,7 @@ def process(rank: int, folder: str, configs: list[Config], root: str, fence: int
                 store = f"file://{folder}/store-{number}-{size}"
                 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
             world = World(rank, size, torch.device("cpu"))
-            found = {"exact": exact, "noisy": noisy}[what](
-                open_session(config, world, Run(root, fence), lambda event: None)
-            )
+            found = {"exact": exact, "noisy": noisy}[what](open_session(config, world, Run(root, fence), unheard))
             Path(folder, f"{number}-{size}-{rank}.json").write_text(json.dumps(found))
             if size > 1:
                 dist.destroy_process_group()

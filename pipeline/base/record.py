@@ -1,0 +1,63 @@
+"""Records: frozen dataclasses that are JSON documents, or parts of one. Only these two functions touch their keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Mapping
+from functools import cache
+from typing import Any, Self, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.base.errors import UserError
+
+_OPTIONAL = "left out of the document where it is None"
+
+
+def optional() -> Any:
+    """A field that is None by default, and then is left out of the document."""
+    return dataclasses.field(default=None, metadata={_OPTIONAL: True})
+
+
+class Record:
+    """The base of every record: a frozen dataclass whose fields are plain values or records."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a document: mappings, lists and plain values."""
+        return cast(dict[str, Any], plain(self))
+
+    @classmethod
+    def from_json(cls, document: Any, origin: str) -> Self:
+        """The record that a document holds; keys that it does not know are passed over.
+
+        Raises UserError, which names `origin` (a path, or what the user gave) and the first key that does not fit.
+        """
+        try:
+            return cast(Self, _adapter(cast(Hashable, cls)).validate_python(document))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "the whole of it"
+            raise UserError(
+                f"'{origin}' is damaged, or of another version of secateur ({where}: {problem['msg'].lower()}); delete "
+                "it and run the same command again"
+            ) from error
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: records and dataclasses become mappings, tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: plain(inner)
+            for field in dataclasses.fields(value)
+            if (inner := getattr(value, field.name)) is not None or _OPTIONAL not in field.metadata
+        }
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value
+
+
+@cache
+def _adapter(cls: Hashable) -> TypeAdapter[Any]:
+    return TypeAdapter(cast(Any, cls))

@@ -1,0 +1,119 @@
+"""What a run tells while it goes on. Each event is a small record; the display matches on its type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.run.records import Epoch, Level
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something that the user should know, and may want to mend."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something that happened."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class StageBegun:
+    """A stage begins, or is skipped since it was finished before."""
+
+    stage: str
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class ShardsCounted:
+    """How far the shards are, in what `text` names."""
+
+    text: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class LevelMeasured:
+    """A level of the scan, the `done`-th of `total`."""
+
+    tensor: str
+    level: Level
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TogetherMeasured:
+    """All tensors were pruned together at a density: the least rise of the loss (nats), and the power that gave it."""
+
+    density: float
+    rise: float
+    power: float
+
+
+@dataclass(frozen=True)
+class RoundBegun:
+    """A round is pruned and is now retrained. `before` is top1 on val; `gradual`: the weights go during retraining."""
+
+    phase: str
+    density: float
+    kept: int
+    dead: int
+    before: float
+    dropout: dict[str, float]
+    gradual: bool
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A training goes on from a step checkpoint."""
+
+    phase: str
+    step: int
+    steps: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A training is at a step within an epoch."""
+
+    phase: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    """An epoch of a training ended."""
+
+    phase: str
+    epoch: Epoch
+    epochs: int
+    steps: int
+
+
+Event = (
+    Warned
+    | Noted
+    | StageBegun
+    | ShardsCounted
+    | LevelMeasured
+    | TogetherMeasured
+    | RoundBegun
+    | Resumed
+    | Stepped
+    | EpochEnded
+)
+Progress = Callable[[Event], None]
+
+
+def unheard(event: Event) -> None:
+    """The progress of what nobody watches."""

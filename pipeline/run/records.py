@@ -1,0 +1,396 @@
+"""The documents of a run's folder, each a record: who writes one and who reads it share its type.
+
+Numbers of top1, top5, drops and densities are fractions in 0..1; losses are in nats; `..._ms` are milliseconds since
+1970. What only one module writes and reads (checkpoints' manifests, the lease, result.json) has its type there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline.base.record import Record, optional
+
+
+@dataclass(frozen=True)
+class RunFacts(Record):
+    """run.json: which run this is."""
+
+    uid: str
+    name: str
+    created_ms: int
+
+
+@dataclass(frozen=True)
+class DataFacts(Record):
+    """data.json: samples of each split, the size of the label space, and the classes that have samples."""
+
+    train: int
+    test: int
+    val: int
+    classes: int
+    present: int
+    source: str
+    root: str | None
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageMarker(Record):
+    """STAGE/finished.json, written last: what the stage was made from (a fingerprint) and how long it took."""
+
+    made_from: str
+    seconds: float
+    finished_ms: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation(Record):
+    """How a network answers a split: right answers and loss. top1_present looks at the classes that have samples."""
+
+    top1: float
+    top5: float | None
+    loss: float
+    top1_present: float | None = None
+
+
+@dataclass(frozen=True)
+class Epoch(Record):
+    """One epoch of a training. `order` is a digest of which samples were seen at which step."""
+
+    epoch: int
+    step: int
+    loss: float
+    lr: float
+    val_top1: float
+    order: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DenseMetrics(Record):
+    """dense/metrics.json and rounds/control.json: a training of the dense network, and how it ended."""
+
+    val: Evaluation
+    history: tuple[Epoch, ...]
+    seconds: float
+    finished_ms: int
+
+
+@dataclass(frozen=True)
+class Prediction(Record):
+    """What the scan lets expect of a plan's counts before retraining: the rise of the loss (nats).
+
+    `least` is the least that any allocation within the same limits could have for the same cost; `budget` and `spent`
+    count in `unit`; `power` and `scale` say how the damages of single tensors were composed.
+    """
+
+    unit: str
+    budget: int
+    spent: int
+    rise: float
+    least: float
+    power: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class TensorPlan(Record):
+    """What one tensor is to keep, and the score under which its weights go.
+
+    `dead` counts what was taken off since it led to or from a dead unit; `keep` is what is left after it.
+    """
+
+    name: str
+    weights: int
+    keep: int
+    dead: int
+    threshold: float
+
+
+@dataclass(frozen=True)
+class RoundPlan(Record):
+    """rounds/NN/plan.json: the exact counts of an attempt at a round (from 1), fixed before anything is trained.
+
+    `budget` is the weights that all tensors keep together. `predicted` is None without a scan.
+    """
+
+    round: int
+    attempt: int
+    planned_density: float
+    budget: int
+    predicted: Prediction | None
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def keep(self) -> dict[str, int]:
+        """The weights that each tensor keeps, by name."""
+        return {tensor.name: tensor.keep for tensor in self.tensors}
+
+    @property
+    def dead(self) -> int:
+        """Weights of all tensors that were taken off since they led to or from dead units."""
+        return sum(tensor.dead for tensor in self.tensors)
+
+    def without_dead(self, left: Mapping[str, int]) -> RoundPlan:
+        """The plan after dead units were looked for, and so many weights of each tensor are left."""
+        tensors = tuple(
+            replace(tensor, keep=left[tensor.name], dead=tensor.keep - left[tensor.name]) for tensor in self.tensors
+        )
+        return replace(self, tensors=tensors, budget=sum(left.values()))
+
+
+@dataclass(frozen=True)
+class BeforeRetraining(Record):
+    """A pruned network's answers on val before it was retrained."""
+
+    top1: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class LayerCount(Record):
+    """What is left of one tensor, counted from its mask."""
+
+    name: str
+    weights: int
+    kept: int
+    density: float
+
+
+@dataclass(frozen=True)
+class Judgement(Record):
+    """A round's paired drop on val against the dense network; `drop_high` is what it may really be."""
+
+    drop: float
+    drop_high: float
+    only_dense_right: int
+    only_pruned_right: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Fit(Record):
+    """A tensor's squared error of its layer's outputs, over that of giving 0, with the masked and the new weights."""
+
+    name: str
+    masked: float
+    reconstructed: float
+
+
+@dataclass(frozen=True)
+class RoundMetrics(Record):
+    """rounds/NN/metrics.json: what an attempt at a round measured. Counts come from the masks, not from the plan."""
+
+    round: int
+    attempt: int
+    planned_density: float
+    density: float
+    compression: float
+    kept: int
+    weights: int
+    val_before_retrain: BeforeRetraining
+    val: Evaluation
+    mask_digest: str
+    layers: tuple[LayerCount, ...]
+    accepted: bool
+    dead: int
+    dropout: dict[str, float]
+    reconstruction: tuple[Fit, ...]
+    history: tuple[Epoch, ...]
+    steps: int
+    seconds: float
+    finished_ms: int
+    against_dense: Judgement | None = optional()  # in a campaign without loss
+
+
+@dataclass(frozen=True)
+class Ancestor(Record):
+    """A run that a branch descends from, and the round that was left it at."""
+
+    run: str
+    uid: str
+    round: int
+
+
+@dataclass(frozen=True)
+class StartFacts(Record):
+    """start/start.json: where a branch begins, whom it descends from, and the recipe of each round before it."""
+
+    run: str
+    path: str
+    uid: str
+    round: int
+    generation: int
+    weights: int
+    kept: int
+    density: float
+    compression: float
+    mlflow_run_id: str | None
+    ancestors: tuple[Ancestor, ...]
+    retrain: tuple[dict[str, Any], ...]  # settings of `retrain`, which `Retrain` validates
+
+
+@dataclass(frozen=True)
+class TestMetrics(Record):
+    """final/test.json: the one look at test."""
+
+    samples: int
+    dense: Evaluation
+    pruned: Evaluation
+    dense_control: Evaluation | None = optional()
+
+
+@dataclass(frozen=True)
+class LayerActivity(Record):
+    """A row of final/activity.json: shares of non-zero values in what a layer gives and reads, and where measured."""
+
+    name: str
+    output_density: float
+    input_density: float
+    measured: str
+
+
+@dataclass(frozen=True)
+class WeightHistogram(Record):
+    """A tensor's weights before pruning and, of those kept, after (figure 7)."""
+
+    name: str
+    edges: tuple[float, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Histograms(Record):
+    """final/histograms.json."""
+
+    tensors: tuple[WeightHistogram, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Record):
+    """Answers against those of the dense network to the same samples.
+
+    `drop` is top1 of the dense network minus this one's, `rise` the loss of this one minus the dense network's, each
+    with its paired 95% interval (None from one sample alone). `top1` and `loss` are the dense network's on all
+    samples, less the drop and plus the rise; where all samples were measured, they are what was measured. low and high
+    are top1's own interval (Wilson), not paired.
+    """
+
+    samples: int
+    top1: float
+    low: float
+    high: float
+    drop: float
+    drop_low: float
+    drop_high: float
+    loss: float
+    rise: float
+    rise_low: float | None
+    rise_high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level(Difference):
+    """The network with one tensor at one density.
+
+    `density` is kept / alive, `absolute` kept / weights; they differ only after a round. quality = threshold / std of
+    the tensor (paper section 3). `method` is how the forward passes of levels were shared.
+    """
+
+    density: float
+    kept: int
+    absolute: float
+    quality: float
+    method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint(Difference):
+    """The network with all tensors pruned together, to `keep` weights each: a row of scan/together.json."""
+
+    keep: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TogetherRow(Joint):
+    """A row of scan.json's `together`: the density of all weights, and the power by which damages were composed."""
+
+    density: float
+    power: float
+
+
+@dataclass(frozen=True)
+class ScanOrigin(Record):
+    """What a scan's numbers come from: hashes of weights and data, and the settings that change them."""
+
+    weights: str
+    data: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figures(Record):
+    """The answers of the network that is scanned: right ones with their interval (Wilson), and loss."""
+
+    top1: float
+    loss: float
+    low: float
+    high: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Trials(Record):
+    """scan/trials.json: the levels measured so far, by tensor. `dense` is None until the network itself is measured."""
+
+    made_of: ScanOrigin
+    dense: Figures | None
+    levels: dict[str, list[Level]]
+
+
+@dataclass(frozen=True)
+class JointTrials(Record):
+    """scan/together.json: what was measured so far with all tensors pruned together."""
+
+    made_of: ScanOrigin
+    rows: tuple[Joint, ...]
+
+
+@dataclass(frozen=True)
+class TensorScan(Record):
+    """One tensor's curve; `quality` is the largest whose drop stays within delta (paper section 3)."""
+
+    name: str
+    kind: str
+    weights: int
+    alive: int
+    sigma: float
+    method: str
+    levels: tuple[Level, ...]
+    quality: float
+
+
+@dataclass(frozen=True)
+class DenseFigures(Record):
+    """The network that was scanned, on all samples."""
+
+    top1: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Scan(Record):
+    """scan/scan.json, or scan/after-N.json with `after` = N. Two scans of one `made_of`, whose hash is `key`, join."""
+
+    samples: int
+    split: str
+    dense: DenseFigures
+    delta: float
+    tensors: tuple[TensorScan, ...]
+    after: int | None
+    key: str
+    made_of: ScanOrigin
+    together: tuple[TogetherRow, ...] | None = optional()
