@@ -243,13 +243,7 @@ def _figure5(job: Job, engine: Engine, command: str) -> None:
 def figure5_run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
     """The stages of one regulariser's run; returns its measurements, val's samples, and seconds."""
     with state.open_run(config) as here:
-        stages.check_names(config)
-        made_from = stages.shards_stage(config, here, progress)
-        stages.check_network(config, here)
-        made_from = stages.dense_stage(made_from, config, engine, here, progress)
-        if round_plan.needs_scan(config):
-            made_from = stages.scan_stage(made_from, config, engine, here, progress)
-        stages.train_stage("figure5", made_from, config, engine, here, progress)
+        stages.carry_out(stages.up_to(config, figure5.FIGURE5), stages.Driver(config, engine, here, progress))
         times = [final.stage_seconds(here, stage) for stage in ("shards", "dense", "scan", "figure5")]
         seconds = sum(each for each in times if each is not None)
         return {**figure5.read(config, here), "val": here.read("data.json")["val"], "seconds": seconds}
