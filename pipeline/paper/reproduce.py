@@ -28,6 +28,7 @@ from pipeline.paper.tables import SeedRun
 from pipeline.prune import round_plan
 from pipeline.results import final, plots
 from pipeline.results.figures import to_png
+from pipeline.rounds import preflight
 from pipeline.run import state
 from pipeline.run.events import Progress
 from pipeline.settings.config import Config
@@ -140,8 +141,14 @@ def _of_seed(config: Config, folder: str, name: str, seed: int) -> Config:
 
 
 def carry_out(wanted: Sequence[Job], engine: Engine, command: str) -> None:
-    """Run what is missing, then write and print each job's result.json and reproduce.md."""
+    """Run what is missing, then write and print each job's result.json and reproduce.md.
+
+    One run of each network is checked before the first one begins. Raises UserError where it will not do.
+    """
     try:
+        for job in wanted:
+            for config in {run.model.factory: run for run in job.runs.values()}.values():
+                preflight.check(config)
         for job in wanted:
             work = _figure5 if job.name == "figure5" else _network
             work(job, engine, command)
