@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from tests.pipeline.scan.test_levels import CPU, config, problem
 from torch import nn
 
 from pipeline.prune.damage import POWERS
 from pipeline.prune.masks import top_mask
 from pipeline.scan import together
 from pipeline.scan.levels import answers_of
+from tests.pipeline.scan.test_levels import CPU, config, problem
 
 LEVELS = [
     {"density": density, "rise": rise, "rise_low": rise, "rise_high": rise}
