@@ -12,21 +12,20 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.base.names import lookup
 from pipeline.calibrate import batch_norm
-from pipeline.data import shards
+from pipeline.data import shards, sources
 from pipeline.engine import Engine
 from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.network.survey import Prunable
 from pipeline.network.survey import survey as survey_network
-from pipeline.prune import allocation, criteria, round_plan
+from pipeline.prune import axes, round_plan
 from pipeline.results import final
 from pipeline.rounds import attempts, before_retraining, branch, campaign
 from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
-from pipeline.settings.config import Config
+from pipeline.settings.config import Config, hashed
 from pipeline.tracking.mirror import Mirror, patience_s
 from pipeline.train import phases, session
 from pipeline.train.session import Session
@@ -48,7 +47,7 @@ def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
             if not here.has("rounds", "finished.json"):
                 check_network(config, here)
             made_from = dense_stage(made_from, config, engine, here, progress)
-            if round_plan.needs_scan(config):
+            if round_plan.needs_scan(config.prune, config.target):
                 made_from = scan_stage(made_from, config, engine, here, progress)
             made_from = train_stage("rounds", made_from, config, engine, here, progress)
             result = final_stage(made_from, config, here, progress)
@@ -65,9 +64,9 @@ def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
 
 
 def check_names(config: Config) -> None:
-    """Raise UserError for a criterion or allocation that does not exist, before anything is spent on the run."""
-    lookup(criteria.CRITERIA, config.prune.criterion, "prune.criterion")
-    lookup(allocation.ALLOCATIONS, config.prune.allocation, "prune.allocation")
+    """Raise UserError, before anything is spent, for a name that does not exist or settings that do not fit."""
+    axes.require_fitting(config.prune, config.target)
+    sources.require_root(config.data)
 
 
 def check_network(config: Config, here: Run) -> None:
@@ -80,8 +79,8 @@ def check_network(config: Config, here: Run) -> None:
     session.check_output(model, config, classes)
     prunable, _ = survey_network(model, config.prune.include, config.prune.exclude)
     sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, session.input_shape(config))
-    round_plan.require_possible(config, sizes, flops)
-    prices = round_plan.costs(config, sizes, flops)
+    round_plan.require_possible(config.prune, config.target, sizes, flops)
+    prices = round_plan.costs(config.target.budget, sizes, flops)
     begin = attempts.priced(config, branch.origin(config, here, prunable), sizes, prices)
     campaign.require_room(config, begin, attempts.floor(config, prunable))
     if config.target.mode == "no-loss":
@@ -96,7 +95,8 @@ def check_network(config: Config, here: Run) -> None:
 def shards_stage(config: Config, here: Run, progress: Progress) -> str:
     """Build the run's shards, or take the user's; returns what they are made from."""
     started = time.monotonic()
-    if config.data.source == "shards":
+    in_place = sources.of(config.data).in_place
+    if in_place:
         manifest = shards.load_manifest(session.data_root(config, here))
         source = fingerprint("shards", manifest.made_from)
     else:
@@ -105,7 +105,7 @@ def shards_stage(config: Config, here: Run, progress: Progress) -> str:
         progress(StageBegun("shards", skipped=True))
         return source
     progress(StageBegun("shards"))
-    if config.data.source != "shards":
+    if not in_place:
         manifest = shards.build(
             config.data,
             config.seed,
@@ -123,6 +123,8 @@ def shards_stage(config: Config, here: Run, progress: Progress) -> str:
 
 # Settings of data that change how it is read, but not what is read.
 HOW_READ = {"cache_bytes", "cache_dir", "cache_disk_bytes", "decode_threads"}
+# Settings of prune that decide what a scan measures.
+SCAN_SETTINGS = {"criterion", "statistics_samples", "include", "exclude", "pattern"}
 # The settings that decide which bytes `shards build` writes.
 BUILD_SETTINGS = {
     "source", "root", "classes", "class_index", "val_fraction", "test_fraction", "shard_samples", "shrink", "quality",
@@ -209,14 +211,14 @@ def survey(config: Config, here: Run) -> list[Prunable]:
 
 def stage_settings(stage: str, config: Config) -> dict[str, Any]:
     """The settings that decide what a stage computes, beyond what the stages before it were made from."""
-    everything = config.model_dump(mode="json")
+    everything = hashed(config)
     common = {key: everything[key] for key in ("seed", "threads", "device", "model")}
     data = {key: value for key, value in everything["data"].items() if key not in HOW_READ}
     parts = {
         "dense": {**common, "data": data, "dense": everything["dense"]},
         "scan": {
             "scan": everything["scan"] | {"together": scans.together_at(config)},
-            **{key: everything["prune"][key] for key in ("criterion", "statistics_samples", "include", "exclude")},
+            **{key: value for key, value in everything["prune"].items() if key in SCAN_SETTINGS},
         },
         "rounds": {key: everything[key] for key in ("prune", "retrain", "target")},
     }

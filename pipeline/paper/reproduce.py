@@ -162,7 +162,7 @@ def _network(job: Job, engine: Engine, command: str) -> None:
     config = next(iter(job.runs.values()))
     first = storage.join(config.runs_dir, config.name)
     drawn = [_figure7(first)]
-    if round_plan.needs_scan(config):
+    if round_plan.needs_scan(config.prune, config.target):
         drawn.insert(0, _figure6(first))
     if job.name == "lenet-300-100":
         drawn.insert(0, _figure4(first, config.data.size))
@@ -247,7 +247,7 @@ def figure5_run(config: Config, engine: Engine, progress: Progress) -> dict[str,
         made_from = stages.shards_stage(config, here, progress)
         stages.check_network(config, here)
         made_from = stages.dense_stage(made_from, config, engine, here, progress)
-        if round_plan.needs_scan(config):
+        if round_plan.needs_scan(config.prune, config.target):
             made_from = stages.scan_stage(made_from, config, engine, here, progress)
         stages.train_stage("figure5", made_from, config, engine, here, progress)
         times = [final.stage_seconds(here, stage) for stage in ("shards", "dense", "scan", "figure5")]

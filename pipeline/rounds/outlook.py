@@ -14,8 +14,8 @@ from pipeline.data import placement, shards, sources
 from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.network.survey import LeftOut, Prunable, survey
-from pipeline.prune import criteria, round_plan
-from pipeline.prune.round_plan import Goal, Scanned
+from pipeline.prune import allocation, criteria, round_plan
+from pipeline.prune.round_plan import Basis, Goal, Scanned, Standing
 from pipeline.rounds import attempts, before_retraining, branch, campaign
 from pipeline.rounds.subject import prunable_weights
 from pipeline.run import state
@@ -32,9 +32,6 @@ class Counts:
     val: int
     test: int
     classes: int
-
-
-ILSVRC = Counts(1_281_167, 0, 50_000, 1000)  # ImageNet 2012, whose val is our test
 
 
 @dataclass(frozen=True)
@@ -89,9 +86,9 @@ def make(config: Config) -> RunPlan:
         for name, part in (("dense", config.dense), ("retrain", config.retrain))
     }
     begin = campaign.Origin(total, total) if source is None else source.origin
-    begin = attempts.priced(config, begin, sizes, round_plan.costs(config, sizes, flops))
+    begin = attempts.priced(config, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
     fewest = attempts.floor(config, prunable)
-    round_plan.require_possible(config, sizes, flops)
+    round_plan.require_possible(config.prune, config.target, sizes, flops)
     campaign.require_room(config, begin, fewest)
     rows, keep, last = [], {}, None
     for goal in campaign.outlook(config, begin, fewest):
@@ -114,15 +111,15 @@ def make(config: Config) -> RunPlan:
     if not keep:
         notes.append(
             f"prune.allocation={config.prune.allocation}: densities of single tensors follow from trained weights"
-            + (", statistics of train samples" if criteria.statistic_of(config.prune.criterion) else "")
-            + (" and the scan" if round_plan.needs_scan(config) else "")
+            + (", statistics of train samples" if criteria.of(config.prune).statistic else "")
+            + (" and the scan" if round_plan.needs_scan(config.prune, config.target) else "")
             + (
                 "; totals are exact, FLOPs and bytes assume equal densities until then"
                 if config.target.budget == "weights"
                 else "; totals assume equal densities until then"
             )
         )
-    if config.prune.allocation == "explicit":
+    if allocation.of(config.prune).fixes_densities:
         notes.append("target.compression is not used: prune.densities decides the size")
     dense_steps = steps["dense"] if source is None else 0
     return RunPlan(counts, prunable, left_out, flops, densities, dense_steps, rows, notes)
@@ -131,7 +128,7 @@ def make(config: Config) -> RunPlan:
 def target_notes(config: Config) -> list[str]:
     """What a table of rounds cannot say of target.mode=no-loss."""
     target = config.target
-    if target.mode != "no-loss":
+    if not target.no_loss:
         return []
     drop = f"more than {100 * target.allowed:.2g} points"
     lost = f"lost {drop}" if target.confidence == 0.5 else f"may have lost {drop} (confidence {target.confidence:g})"
@@ -145,16 +142,17 @@ def target_notes(config: Config) -> list[str]:
 def count_samples(config: Config) -> Counts:
     """Samples of each part, from the manifest where there is one, else from the source's labels.
 
-    ImageNet's numbers need no files.
+    Some sources are known by number without their files.
     """
-    if config.data.source == "shards":
+    kind = sources.of(config.data)
+    if kind.in_place:
         manifest = shards.load_manifest(str(config.data.root))
         sizes = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
         held = len(manifest.holdout or ())
         return Counts(sizes["train"] - held, sizes.get("val", 0) + held, sizes["test"], manifest.num_classes)
-    if config.data.source == "imagenet" and config.data.root is None:
-        held = round(config.data.val_fraction * ILSVRC.train)
-        return Counts(ILSVRC.train - held, held, ILSVRC.test, config.data.classes or ILSVRC.classes)
+    if config.data.root is None and kind.sizes is not None:
+        held = round(config.data.val_fraction * kind.sizes.train)
+        return Counts(kind.sizes.train - held, held, kind.sizes.test, config.data.classes or kind.sizes.classes)
     source = sources.open_source(config.data, config.seed)
     val = len(shards.draw_val(source.train.labels, config.data.val_fraction, config.seed))
     train = len(source.train.labels) - val
@@ -181,7 +179,7 @@ def look_up(
     if run.has("scan", "finished.json"):
         content = run.read("scan", "scan.json")
         if fresh.keys() == {tensor["name"] for tensor in content["tensors"]}:
-            scan = round_plan.scanned(config, content, classes, flops)
+            scan = round_plan.scanned(config.target.budget, content, classes, flops)
     everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in fresh.items()}
     if source is not None:
         saved = checkpoint.load(source.run, source.checkpoint)
@@ -199,13 +197,14 @@ def look_up(
 
 def plan_at(config: Config, goal: Goal, known: Known) -> RoundPlan | None:
     """The plan of a round, or None where it follows from weights, statistics or a scan that do not exist yet."""
-    by_scores = config.prune.allocation in ("paper", "pooled") or config.target.mode == "thresholds"
-    if by_scores and (not known.trained or criteria.statistic_of(config.prune.criterion)):
+    prune, target = config.prune, config.target
+    if round_plan.uses_scores(prune, target) and (not known.trained or criteria.of(prune).statistic):
         return None
-    if round_plan.needs_scan(config) and known.scan is None:
+    if round_plan.needs_scan(prune, target) and known.scan is None:
         return None
     anything = {name: torch.ones_like(weight) for name, weight in known.weights.items()}  # counts follow from no score
-    return round_plan.make(config, goal, known.weights, known.dense, known.alive, known.scan, anything)
+    basis = Basis(prune, target, config.seed, known.dense, known.scan)
+    return round_plan.make(basis, goal, Standing(known.weights, known.alive, anything))
 
 
 def require_plan_possible(plan: RunPlan) -> None:
