@@ -15,11 +15,9 @@ import typer
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
 from pipeline.cli.console import Display, show_plan, show_result, show_tables
-from pipeline.data import sources
 from pipeline.engine import Engine
-from pipeline.prune import axes
 from pipeline.results import budgets, figures, final, plots
-from pipeline.rounds import outlook
+from pipeline.rounds import outlook, preflight
 from pipeline.run import lease
 from pipeline.run.state import Run, config_of, run_root
 from pipeline.settings.config import Config, load_config, parse_config
@@ -42,8 +40,7 @@ def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
     """
     config = load_config(path, overrides)
     try:
-        axes.require_fitting(config.prune, config.target)
-        sources.require_root(config.data, planned=not needs_data)
+        preflight.check_names(config, planned=not needs_data)
     except UserError as error:
         raise UserError(f"config '{path}': {error}") from error
     return config

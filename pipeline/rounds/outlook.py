@@ -58,7 +58,7 @@ def make(config: Config) -> RunPlan:
 
     Raises UserError as the run itself would.
     """
-    preflight.check_names(config)
+    preflight.check_names(config, planned=True)
     counts = preflight.count_samples(config)
     require_samples(counts)
     run = state.Run(state.run_root(config), 0)

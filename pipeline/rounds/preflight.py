@@ -71,10 +71,13 @@ def check_again(config: Config, run: Run) -> None:
         check_network(config, known_counts(config, run), run)
 
 
-def check_names(config: Config) -> None:
-    """Raise UserError for a name that does not exist, and for settings that do not fit together."""
+def check_names(config: Config, *, planned: bool = False) -> None:
+    """Raise UserError for a name that does not exist, and for settings that do not fit together.
+
+    What is only `planned` can do without the files of a source whose numbers are known.
+    """
     axes.require_fitting(config.prune, config.target)
-    sources.require_root(config.data)
+    sources.require_root(config.data, planned=planned)
 
 
 def check_network(config: Config, counts: Counts, run: Run) -> Checked:
