@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data import shards
+from pipeline.data import shards, sources
 from pipeline.engine import Engine, Work
 from pipeline.network.build import build_network
 from pipeline.network.survey import Prunable
@@ -23,7 +23,7 @@ from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warn
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
-from pipeline.settings.config import Config
+from pipeline.settings.config import Config, hashed
 from pipeline.tracking.mirror import Mirror, patience_s
 from pipeline.train import session
 
@@ -101,6 +101,8 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
 
 # Settings of data that change how it is read, but not what is read.
 HOW_READ = {"cache_bytes", "cache_dir", "cache_disk_bytes", "decode_threads"}
+# Settings of prune that decide what a scan measures.
+SCAN_SETTINGS = {"criterion", "statistics_samples", "include", "exclude", "pattern"}
 # The settings that decide which bytes `shards build` writes.
 BUILD_SETTINGS = {
     "source", "root", "classes", "class_index", "val_fraction", "test_fraction", "shard_samples", "shrink", "quality",
@@ -108,7 +110,7 @@ BUILD_SETTINGS = {
 
 
 def _shards_settings(config: Config, run: Run) -> list[Any]:
-    if config.data.source == "shards":
+    if sources.of(config.data).in_place:
         return [shards.load_manifest(session.data_root(config, run)).made_from]
     return [config.seed, config.data.model_dump(mode="json", include=BUILD_SETTINGS)]
 
@@ -116,7 +118,7 @@ def _shards_settings(config: Config, run: Run) -> list[Any]:
 def _shards(driver: Driver) -> None:
     """Build the run's shards, or take the user's, and write down what they hold."""
     config, run = driver.config, driver.run
-    if config.data.source == "shards":
+    if sources.of(config.data).in_place:
         manifest = shards.load_manifest(session.data_root(config, run))
     else:
         manifest = shards.build(
@@ -141,7 +143,8 @@ def _shards(driver: Driver) -> None:
 
 
 def _dense_settings(config: Config, run: Run) -> list[Any]:
-    settings = config.model_dump(mode="json", include={"seed", "threads", "device", "model", "data", "dense"})
+    everything = hashed(config)
+    settings = {key: everything[key] for key in ("seed", "threads", "device", "model", "data", "dense")}
     settings["data"] = {key: value for key, value in settings["data"].items() if key not in HOW_READ}
     return [settings] if config.start.source is None else [config.start.source, settings]
 
@@ -158,8 +161,9 @@ def _dense(driver: Driver) -> None:
 
 
 def _scan_settings(config: Config, run: Run) -> list[Any]:
-    given = config.prune.model_dump(mode="json", include={"criterion", "statistics_samples", "include", "exclude"})
-    return [{"scan": config.scan.model_dump(mode="json") | {"together": scans.together_at(config)}, **given}]
+    everything = hashed(config)
+    given = {key: value for key, value in everything["prune"].items() if key in SCAN_SETTINGS}
+    return [{"scan": everything["scan"] | {"together": scans.together_at(config)}, **given}]
 
 
 def _scan(driver: Driver) -> None:
@@ -169,7 +173,8 @@ def _scan(driver: Driver) -> None:
 
 def rounds_settings(config: Config, run: Run) -> list[Any]:
     """The settings that decide what the rounds make."""
-    return [config.model_dump(mode="json", include={"prune", "retrain", "target"})]
+    everything = hashed(config)
+    return [{key: everything[key] for key in ("prune", "retrain", "target")}]
 
 
 def _final(driver: Driver) -> None:
@@ -187,7 +192,7 @@ FINAL = Stage("final", "final", lambda config, run: [config.target.margin], _fin
 
 def up_to(config: Config, *ends: Stage) -> list[Stage]:
     """The stages of a run that ends with `ends`, in their order; the scan is one of them where something needs it."""
-    scan = [SCAN] if round_plan.needs_scan(config) or SCAN in ends else []
+    scan = [SCAN] if round_plan.needs_scan(config.prune, config.target) or SCAN in ends else []
     return [SHARDS, DENSE, *scan, *(stage for stage in ends if stage is not SCAN)]
 
 

@@ -1,11 +1,13 @@
 """What some criteria need to know of each weight besides its value, measured on train samples without augmentation.
 
-Every rank sums over its share of the batches, the sums are all-reduced, and all ranks go on with rank 0's bits.
+Every rank sums over its share of the batches, the sums are all-reduced, and all ranks go on with rank 0's bits. To add
+a statistic, write its functions and put it into STATISTICS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from pipeline.network.layers import layers_by_tensor
 from pipeline.network.modes import evaluating
 from pipeline.prune import criteria
 from pipeline.settings.config import Config
+from pipeline.settings.pruning import Prune
 from pipeline.task.classification import forward
 from pipeline.train.session import Session
 from pipeline.train.world import World
@@ -27,6 +30,18 @@ GROUP = 8  # samples over whose mean loss one gradient is taken
 DAMPING = 0.01  # of the mean of the diagonal, added to it (Frantar et al. 2022 and others)
 
 Batches = Callable[[], Iterable[Batch]]  # this rank's share; called once for each pass
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number for each weight that a criterion may need (`criteria.Criterion.statistic`).
+
+    measure(model, names, batches, config, world): the numbers by tensor, shaped like it; the network is in evaluation
+    mode. require(model, names, criterion): raises UserError, naming the criterion, for a tensor that has none.
+    """
+
+    measure: Callable[[nn.Module, Sequence[str], Batches, Config, World], dict[str, Tensor]]
+    require: Callable[[nn.Module, Sequence[str], str], None]
 
 
 def measure(
@@ -40,18 +55,17 @@ def measure(
     each w² that is taken away while the other weights of its row make up for it. That of a tensor several layers share
     is over the inputs of all of them. Unreadable images are left out.
     """
+    chosen = STATISTICS[kind]
+    chosen.require(model, names, config.prune.criterion)
     with evaluating(model):
-        if kind == "curvature":
-            found = _curvatures(model, names, batches, config, world)
-        else:
-            found = _gradients(model, names, batches(), config, world)
+        found = chosen.measure(model, names, batches, config, world)
     return {name: world.from_first(statistic) for name, statistic in found.items()}
 
 
 def statistics_for(session: Session, model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """What prune.criterion needs of each weight of the named tensors, the same bits on every rank; else nothing."""
     config = session.config
-    kind = criteria.statistic_of(config.prune.criterion)
+    kind = criteria.of(config.prune).statistic
     if kind is None:
         return {}
 
@@ -61,20 +75,27 @@ def statistics_for(session: Session, model: nn.Module, names: list[str]) -> dict
     return measure(kind, model, names, share, config, session.world)
 
 
-def require_curvature(model: nn.Module, names: Iterable[str]) -> None:
+def require(model: nn.Module, names: Sequence[str], prune: Prune) -> None:
+    """Raise UserError if the network cannot be given the statistic of these tensors that the criterion needs."""
+    kind = criteria.of(prune).statistic
+    if kind is not None:
+        STATISTICS[kind].require(model, names, prune.criterion)
+
+
+def _require_curvature(model: nn.Module, names: Iterable[str], criterion: str) -> None:
     """Raise UserError for a tensor whose layer is too large, or computes in a way of its own, for the curvature."""
     layers = layers_by_tensor(model)
     for name in names:
         for layer in layers[name]:
             if not layer_inputs.is_plain(layer):
                 raise UserError(
-                    f"prune.criterion=obs: {name} belongs to a {type(layer).__name__}, which computes in a way of its "
-                    "own: choose another criterion, or name the tensor in prune.exclude"
+                    f"prune.criterion={criterion}: {name} belongs to a {type(layer).__name__}, which computes in a way "
+                    "of its own: choose another criterion, or name the tensor in prune.exclude"
                 )
         if layer_inputs.gram_bytes(layers[name][0]) > layer_inputs.LARGEST_BYTES:
             raise UserError(
-                f"prune.criterion=obs: {name} has so many inputs that their products with each other take more than "
-                f"{layer_inputs.LARGEST_BYTES / 2**30:g} GiB: choose another criterion, or name the tensor in "
+                f"prune.criterion={criterion}: {name} has so many inputs that their products with each other take more "
+                f"than {layer_inputs.LARGEST_BYTES / 2**30:g} GiB: choose another criterion, or name the tensor in "
                 "prune.exclude"
             )
 
@@ -88,7 +109,7 @@ def _readable(batches: Iterable[Batch], world: World) -> Iterator[tuple[Tensor, 
 
 
 def _gradients(
-    model: nn.Module, names: Sequence[str], batches: Iterable[Batch], config: Config, world: World
+    model: nn.Module, names: Sequence[str], batches: Batches, config: Config, world: World
 ) -> dict[str, Tensor]:
     """The means of |g| over all groups of all ranks; a smaller group counts by its samples."""
     parameters = dict(model.named_parameters())
@@ -99,7 +120,7 @@ def _gradients(
     for weight in frozen:
         weight.requires_grad_(True)
     try:
-        for images, labels in _readable(batches, world):
+        for images, labels in _readable(batches(), world):
             for part, wanted in zip(images.split(GROUP), labels.split(GROUP), strict=True):
                 with torch.enable_grad():
                     loss = F.cross_entropy(forward(model, part, config), wanted)
@@ -118,7 +139,6 @@ def _curvatures(
     model: nn.Module, names: Sequence[str], batches: Batches, config: Config, world: World
 ) -> dict[str, Tensor]:
     """1 / [H⁻¹]_jj for every weight, in as many passes as keep H of the tensors of one pass within LARGEST_BYTES."""
-    require_curvature(model, names)
     layers = layers_by_tensor(model)
     passes: list[list[str]] = []
     held = layer_inputs.LARGEST_BYTES
@@ -187,3 +207,9 @@ def _counted(count: Tensor, world: World) -> float:
     samples = float(world.sum(count))
     world.agree(None if samples else "none of the train samples that statistics are measured on can be read")
     return samples
+
+
+STATISTICS: dict[str, Statistic] = {
+    "gradient": Statistic(_gradients, lambda model, names, criterion: None),
+    "curvature": Statistic(_curvatures, _require_curvature),
+}

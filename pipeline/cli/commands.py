@@ -17,11 +17,10 @@ from pipeline.base.errors import UserError
 from pipeline.cli.console import Display, show_plan, show_result, show_tables
 from pipeline.engine import Engine
 from pipeline.results import budgets, figures, final, plots
-from pipeline.rounds import outlook
+from pipeline.rounds import outlook, preflight
 from pipeline.run import lease
 from pipeline.run.state import Run, config_of, run_root
 from pipeline.settings.config import Config, load_config, parse_config
-from pipeline.settings.data import NO_ROOT
 from pipeline.tracking import mirror, tracking
 from pipeline.tracking.tracking import Synced
 from pipeline.train.world import configure_process
@@ -34,14 +33,22 @@ Budgets = Annotated[
 FigureFile = Annotated[str | None, typer.Option(metavar="FILE", help="Draw their curve, as .svg or .png.")]
 
 
-def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
-    """The config of a command, with local paths made absolute: workers may run in other folders.
+def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
+    """The config of a command as it was given: every name in it exists, and its settings fit together.
 
-    Only a plan can do without ImageNet's files, whose numbers are known. Raises UserError.
+    Only a plan can do without the files of a source whose numbers are known. Raises UserError.
     """
     config = load_config(path, overrides)
-    if needs_data and config.data.source == "imagenet" and config.data.root is None:
-        raise UserError(f"config '{path}': data: {NO_ROOT.format('imagenet')}")
+    try:
+        preflight.check_names(config, planned=not needs_data)
+    except UserError as error:
+        raise UserError(f"config '{path}': {error}") from error
+    return config
+
+
+def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
+    """As `read`, with local paths made absolute: workers may run in other folders."""
+    config = read(path, overrides, needs_data=needs_data)
 
     def absolute(value: str | None) -> str | None:
         return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import stages
 from pipeline.base.errors import UserError
-from pipeline.prune import round_plan
+from pipeline.prune import round_plan, schedules
 from pipeline.rounds import attempts, method
 from pipeline.rounds.subject import open_subject
 from pipeline.run.layout import round_folder
@@ -35,7 +35,7 @@ def variant(config: Config, regulariser: str, runs_dir: str) -> Config:
             raise UserError(
                 f"{part}.{setting}=0: figure 5 compares L1 with L2; give both strengths, as in {part}.{setting}=0.0001"
             )
-    if config.prune.schedule != "list":
+    if not schedules.of(config.prune).from_list:
         raise UserError(
             f"prune.schedule={config.prune.schedule}: figure 5 takes its densities from prune.list; set "
             "prune.schedule=list and prune.list=[0.5,0.2,0.1]"
@@ -66,7 +66,7 @@ def one_shot_folder(number: int) -> str:
 
 def read(config: Config, run: Run) -> dict[str, Any]:
     """What `measure` left, as `pipeline.paper.curves.assemble` takes it."""
-    numbers = range(1, len(round_plan.densities(config)) + 1)
+    numbers = range(1, len(round_plan.densities(config.prune, config.target)) + 1)
     chain = [round_folder(number) for number in numbers] if config.retrain.l1 == 0 else []
     return {
         "dense": run.read("dense", "metrics.json")["val"],

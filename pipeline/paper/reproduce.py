@@ -169,7 +169,7 @@ def _network(job: Job, engine: Engine, command: str) -> None:
     config = next(iter(job.runs.values()))
     first = storage.join(config.runs_dir, config.name)
     drawn = [_figure7(first)]
-    if round_plan.needs_scan(config):
+    if round_plan.needs_scan(config.prune, config.target):
         drawn.insert(0, _figure6(first))
     if job.name == "lenet-300-100":
         drawn.insert(0, _figure4(first, config.data.size))

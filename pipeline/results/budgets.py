@@ -80,7 +80,7 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     if missing := weights.keys() - flops.keys():
         raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")
     prune, unit, started = config.prune, config.target.budget, time.perf_counter()
-    scanned = round_plan.scanned(config, scan, classes, flops)
+    scanned = round_plan.scanned(unit, scan, classes, flops)
     floors, caps = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
     total, least, most = (limits.spent(counts, scanned.prices) for counts in (weights, floors, caps))
     spend = scanned.damages.within(floors, caps)

@@ -99,7 +99,7 @@ def following(subject: Subject) -> Goal | None:
 
 def note_dense_answers(session: Session, model: nn.Module) -> None:
     """Keep the answers on val of the dense network, which `model` holds, for a campaign to judge by."""
-    if session.config.target.mode != "no-loss" or session.run.has("rounds", ANSWERS):
+    if not session.config.target.no_loss or session.run.has("rounds", ANSWERS):
         return
     answers = session.evaluate(model, "val")
     if session.world.first:
@@ -111,7 +111,7 @@ def note_dense_answers(session: Session, model: nn.Module) -> None:
 
 def judge(session: Session, answers: Answers) -> Judgement | None:
     """In a campaign without loss, a round's answers on val against the dense network's; else None."""
-    if session.config.target.mode != "no-loss":
+    if not session.config.target.no_loss:
         return None
     with np.load(io.BytesIO(storage.read_bytes(session.run.path("rounds", ANSWERS))), allow_pickle=False) as dense:
         both = dense["valid"] & answers.valid

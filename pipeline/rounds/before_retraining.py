@@ -41,13 +41,12 @@ class Pruned(NamedTuple):
 
 def rests_on_samples(config: Config) -> bool:
     """Whether masks or survivors follow from sums over samples, whose last bits depend on the number of ranks."""
-    return bool(config.prune.reconstruct_samples or criteria.statistic_of(config.prune.criterion))
+    return bool(config.prune.reconstruct_samples or criteria.of(config.prune).statistic)
 
 
 def check(model: nn.Module, config: Config, names: list[str]) -> None:
     """Raise UserError if this network cannot be given the statistics or the reconstruction that the config wants."""
-    if criteria.statistic_of(config.prune.criterion) == "curvature":
-        statistics.require_curvature(model, names)
+    statistics.require(model, names, config.prune)
     if config.prune.reconstruct_samples:
         with evaluating(model):
             graph, notes = graph_of(model)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pipeline.calibrate import batch_norm
 from pipeline.data.loader import Batch
+from pipeline.prune import patterns
 from pipeline.prune.allocation import sigma
 from pipeline.prune.criteria import scores
-from pipeline.prune.masks import nested
 from pipeline.scan import racing
 from pipeline.settings.config import Config
 
@@ -51,7 +51,7 @@ class OneTensor:
         self.keeps = [racing.kept(density, self.count) for density in densities]
         criterion, seed = self._config.prune.criterion, self._config.seed
         ranking = scores(criterion, {self._name: self.dense}, seed, self._criterion_needs)[self._name]
-        self.steps = nested(ranking, self.alive, self.keeps)
+        self.steps = patterns.of(self._config.prune).nested(ranking, self.alive, self.keeps)
         self._statistics = []
         if self._calibration:
             with self._put_back():

@@ -12,14 +12,14 @@ from pipeline.base.errors import UserError
 from pipeline.data import shards
 from pipeline.engine import Engine, Trials
 from pipeline.network.survey import Prunable
-from pipeline.prune import damage
+from pipeline.prune import allocation, damage
 from pipeline.prune.allocation import sigma
 from pipeline.run.events import LevelMeasured, Progress, TogetherMeasured
 from pipeline.run.layout import round_folder
 from pipeline.run.records import Level
 from pipeline.run.state import Run, fingerprint
 from pipeline.scan import racing, together
-from pipeline.settings.config import Config
+from pipeline.settings.config import Config, hashed
 from pipeline.train import checkpoint
 from pipeline.train.session import data_root
 
@@ -29,7 +29,7 @@ KEY_SETTINGS = {
     "data": ("channels", "resize", "size", "mean", "std"),
     "model": ("factory", "kwargs"),
     "scan": ("samples", "interval", "hopeless", "bn_samples"),
-    "prune": ("criterion", "statistics_samples"),
+    "prune": ("criterion", "statistics_samples", "pattern"),
 }
 
 
@@ -84,7 +84,7 @@ def measure(
 
 def together_at(config: Config) -> list[float]:
     """The densities at which all tensors are pruned together: none unless the allocation goes by them."""
-    return [*config.scan.together] if config.prune.allocation == "budget" else []
+    return [*config.scan.together] if allocation.of(config.prune).needs_together else []
 
 
 def measure_together(
@@ -124,13 +124,18 @@ def origin(source: str, config: Config, here: Run) -> dict[str, Any]:
     files = here.read(source, "manifest.json")["files"]
     manifest = shards.load_manifest(data_root(config, here))
     split = "train" if manifest.holdout is not None else "val"
-    everything = config.model_dump(mode="json")
+    everything = hashed(config)
     return {
         "weights": fingerprint(files["weights.safetensors"]["sha256"], files["masks.bin"]["sha256"]),
         "data": fingerprint([shard.sha256 for shard in manifest.splits[split]], manifest.holdout),
         "settings": {
             "seed": config.seed,
-            **{f"{part}.{key}": everything[part][key] for part, keys in KEY_SETTINGS.items() for key in keys},
+            **{
+                f"{part}.{key}": everything[part][key]
+                for part, keys in KEY_SETTINGS.items()
+                for key in keys
+                if key in everything[part]
+            },
         },
     }
 
@@ -185,7 +190,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     settings = theirs.get("settings", {})
     return found + [
         f"{name} is {settings.get(name)!r} there and {value!r} here"
-        for name, value in ours["settings"].items()
+        for name, value in (dict.fromkeys(settings) | ours["settings"]).items()
         if settings.get(name) != value
     ]
 

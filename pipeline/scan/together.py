@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.calibrate import batch_norm
 from pipeline.data.loader import Batch
-from pipeline.prune import criteria, damage, masks
+from pipeline.prune import criteria, damage, patterns
 from pipeline.prune.budget import Keep, Priced, solve
 from pipeline.scan import levels, racing
 from pipeline.scan.levels import Answers, answers_of
@@ -58,7 +58,7 @@ def measure(
     As a level of the scan, so with batch norm's statistics of the `calibration` batches, if there are any. In between
     the network is as it was.
     """
-    parameters = dict(model.named_parameters())
+    parameters, pattern = dict(model.named_parameters()), patterns.of(config.prune)
     for keep in keeps:
         weights = {name: parameters[name].detach().clone() for name in keep}
         norms = batch_norm.statistics(model)
@@ -66,7 +66,7 @@ def measure(
         try:
             for name, count in keep.items():
                 everything = torch.ones_like(weights[name], dtype=torch.bool)
-                parameters[name].mul_(masks.top_mask(ranking[name], everything, count))
+                parameters[name].mul_(pattern.mask(ranking[name], everything, count))
             if calibration:
                 batch_norm.recalibrate(model, calibration, config, device)
             given = answers_of(model, batches, config, device)

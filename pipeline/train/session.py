@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.base.errors import UserError
-from pipeline.data import loader, shards
+from pipeline.data import loader, shards, sources
 from pipeline.data.loader import Batch, EvalLoader, Split
 from pipeline.data.shards import Manifest
 from pipeline.network.build import FOREIGN, build_network
@@ -105,7 +105,7 @@ def open_session(
 
 def data_root(config: Config, run: Run) -> str:
     """Where the shards lie: the user's own, or those built for this run."""
-    if config.data.source == "shards":
+    if sources.of(config.data).in_place:
         assert config.data.root is not None
         return config.data.root
     return run.path("shards")

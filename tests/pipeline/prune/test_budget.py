@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from requested import allocate
 
 from pipeline.network import cost
 from pipeline.prune import damage
-from pipeline.prune.allocation import allocate
 from pipeline.prune.budget import USUAL, Composed, Held, Priced, predicted, solve
 from pipeline.prune.damage import Curve
 
