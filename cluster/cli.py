@@ -244,7 +244,7 @@ def _typed() -> str:
 
 
 def command_line() -> None:
-    """Run the command line: 0 when done, 2 for a mistake that the user can mend, 130 for Ctrl-C."""
+    """Run the command line: 0 when done, 2 for a mistake that the user can mend, 130 for Ctrl-C and SIGTERM."""
     with one_message(resume=_typed()):
         app()
 

@@ -40,4 +40,5 @@ class RayEngine:
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
         if self.ray is not None:
-            self.ray.shutdown()
+            with connect.sigterm_kept():
+                self.ray.shutdown()

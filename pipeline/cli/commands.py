@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -14,7 +15,7 @@ import typer
 
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
-from pipeline.cli.console import Display, show_plan, show_result, show_tables
+from pipeline.cli.console import INTERRUPTED, Display, show_plan, show_result, show_tables
 from pipeline.engine import Engine
 from pipeline.results import budgets, figures, final, plots
 from pipeline.rounds import outlook, preflight
@@ -75,6 +76,8 @@ def leave(command_line: Callable[[], None]) -> NoReturn:
         command_line()
     except SystemExit as error:
         code = error.code or 0
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one more would only change the exit code
     if any(thread.name == mirror.THREAD for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

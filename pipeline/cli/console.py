@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from pipeline import storage
 from pipeline.base.errors import RunStopped, UserError
+from pipeline.cli import sigterm
 from pipeline.results import report
 from pipeline.results.tables import TextTable
 from pipeline.rounds.outlook import RunPlan
@@ -136,52 +136,38 @@ class Told(SystemExit):
 
 @contextmanager
 def one_message(resume: str | None = None) -> Iterator[None]:
-    """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; Ctrl-C into 130."""
+    """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; Ctrl-C and SIGTERM into 130."""
     err = make_console(stderr=True)
 
     def say(text: str) -> None:
         err.print(storage.hide(text), markup=False)
 
-    previous = signal.signal(signal.SIGTERM, _interrupt) if _main_thread() else None
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
-            yield
-    except (UserError, RunStopped) as error:
-        say(f"error: {error}")
-        raise SystemExit(2) from error
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        text = "not enough memory: lower batch_size, data.eval_batch, data.cache_bytes or data.size, or add memory"
-        err.print(f"error: {text} ({' '.join(str(error).split())[:200]})", markup=False)
-        raise SystemExit(2) from error
-    except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
-            raise  # Typer makes INTERRUPTED of Ctrl-C
-        say("stopped; what is finished is kept.")
-        if resume:
-            say(f"To go on: {resume}")
-        raise SystemExit(INTERRUPTED) from error
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+    with sigterm.as_ctrl_c():
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+                yield
+        except (UserError, RunStopped) as error:
+            say(f"error: {error}")
+            raise SystemExit(2) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            text = "not enough memory: lower batch_size, data.eval_batch, data.cache_bytes or data.size, or add memory"
+            err.print(f"error: {text} ({' '.join(str(error).split())[:200]})", markup=False)
+            raise SystemExit(2) from error
+        except (KeyboardInterrupt, SystemExit) as error:
+            if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
+                raise  # Typer makes INTERRUPTED of Ctrl-C
+            say("stopped; what is finished is kept.")
+            if resume:
+                say(f"To go on: {resume}")
+            raise SystemExit(INTERRUPTED) from error
 
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether this is a lack of memory: Python's, NumPy's, or torch's on a GPU or a CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
-
-
-def _interrupt(*_: object) -> None:
-    """SIGTERM, which a job gets when it is cancelled, ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def show_plan(plan: RunPlan, config: Config, console: Console | None = None) -> None:
