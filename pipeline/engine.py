@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from pipeline.prune.budget import Keep
 from pipeline.run.events import Progress
+from pipeline.run.records import Difference, Figures, Level
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
 
-# For each tensor, the levels measured so far.
-Trials = dict[str, list[dict[str, Any]]]
-OnLevel = Callable[[str, dict[str, Any]], None]
-Together = Callable[[Sequence[Keep]], Iterable[dict[str, Any]]]
+Levels = dict[str, list[Level]]  # of each tensor, those measured so far
+OnLevel = Callable[[str, Level], None]  # is told each level as it is known, with the tensor's name
+Together = Callable[[Sequence[Keep]], Iterable[Difference]]
 
 
 class Engine(Protocol):
@@ -22,7 +22,7 @@ class Engine(Protocol):
     def train(self, stage: str, config: Config, run: Run, progress: Progress) -> None:
         """Run `work(stage, ...)` on cluster.workers processes that train together."""
 
-    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
+    def scan(self, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
         """Measure what each tensor's levels in `todo` lack; returns the figures of the network as it is in `source`.
 
         `source` is the folder of a checkpoint, whose masks stay applied.

@@ -24,6 +24,7 @@ from pipeline.prune import allocation, criteria, round_plan
 from pipeline.results import final
 from pipeline.rounds import attempts, before_retraining, branch, campaign
 from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
+from pipeline.run.records import Scan
 from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
 from pipeline.settings.config import Config
@@ -174,16 +175,15 @@ def scan_stage(
 
 def scan(
     config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = (), after: int | None = None
-) -> dict[str, Any]:
-    """Only the scan, with the stages before it, or of a finished round's model; returns the content of its file."""
+) -> Scan:
+    """Only the scan, with the stages before it, or of a finished round's model."""
     if after is not None:
         scans.require_round(after, here)
         return scans.measure(survey(config, here), config, engine, here, progress, merged, after)
     made_from = shards_stage(config, here, progress)
     made_from = dense_stage(made_from, config, engine, here, progress)
     scan_stage(made_from, config, engine, here, progress, merged)
-    found: dict[str, Any] = here.read("scan", "scan.json")
-    return found
+    return here.load(Scan, "scan", "scan.json")
 
 
 def final_stage(made_from: str, config: Config, here: Run, progress: Progress) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.prune import round_plan
 from pipeline.rounds import campaign
+from pipeline.run.events import Event, LevelMeasured
+from pipeline.run.records import Scan
 from pipeline.run.state import run_root
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
@@ -53,7 +55,7 @@ def test_each_rounds_thresholds_rest_on_the_dense_networks_deviations(tiny: Call
     carry_out(config)
     here = stages.Run(run_root(config), 1)
     dense, first = (checkpoint.load(here, f"{part}/checkpoint") for part in ("dense", "rounds/01"))
-    scan, plan = here.read("scan", "scan.json"), here.read("rounds/02", "plan.json")
+    scan, plan = here.load(Scan, "scan", "scan.json"), here.read("rounds/02", "plan.json")
     total = sum(mask.numel() for mask in first.masks.values())
     expected = round_plan.make(
         config,
@@ -154,9 +156,9 @@ def test_a_scan_goes_on_with_the_levels_that_are_missing(tiny: Callable[..., Con
     config = tiny()
     seen: list[str] = []
 
-    def stop_after_three(event: dict[str, Any]) -> None:
-        if "scan" in event:
-            seen.append(event["scan"])
+    def stop_after_three(event: Event) -> None:
+        if isinstance(event, LevelMeasured):
+            seen.append(event.tensor)
             if len(seen) == 3:
                 raise KeyboardInterrupt
 
@@ -165,7 +167,7 @@ def test_a_scan_goes_on_with_the_levels_that_are_missing(tiny: Callable[..., Con
         stages.run(config, LocalEngine(ALONE), stop_after_three)
     events: list[dict[str, Any]] = []
     carry_out(config, events)
-    assert len([event for event in events if "scan" in event]) == 3 * 2 - 3
+    assert len([event for event in events if isinstance(event, LevelMeasured)]) == 3 * 2 - 3
     scan = json.loads((Path(run_root(config)) / "scan/scan.json").read_text())
     assert [[level["density"] for level in tensor["levels"]] for tensor in scan["tensors"]] == [[0.5, 0.1]] * 3
 
