@@ -20,7 +20,7 @@ from pipeline.prune import round_plan
 from pipeline.results import final
 from pipeline.rounds import branch, preflight
 from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
-from pipeline.run.records import DataFacts
+from pipeline.run.records import DataFacts, Scan
 from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
 from pipeline.settings.config import Config, hashed
@@ -219,13 +219,12 @@ def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
 
 def scan(
     config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = (), after: int | None = None
-) -> dict[str, Any]:
-    """Only the scan, with the stages before it, or of a finished round's model; returns the content of its file."""
+) -> Scan:
+    """Only the scan, with the stages before it, or of a finished round's model."""
     driver = Driver(config, engine, here, progress, tuple(merged))
     if after is not None:
         scans.require_round(after, here)
         progress(StageBegun(SCAN.name, SCAN.title))
         return scans.measure(driver.prunable(), config, engine, here, progress, merged, after)
     carry_out(up_to(config, SCAN), driver)
-    found: dict[str, Any] = here.read("scan", "scan.json")
-    return found
+    return here.load(Scan, "scan", "scan.json")

@@ -8,6 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import scan_records
+
+from pipeline.run.records import DenseFigures
 from pipeline.settings.config import Config, dump_config, parse_config
 
 CREATED = 1_760_000_000_000
@@ -65,16 +68,14 @@ def scan(run: Path, layers: list[tuple[str, str, int]] | None = None) -> None:
             top1 = 0.983 / (1 + math.exp(-(math.log10(density) + 1.4 - 0.5 * math.sin(i) ** 2) * 9))
             near = {"low": max(0.0, top1 - 0.01), "high": min(1.0, top1 + 0.01)}
             drop, rise = 0.983 - top1, 1 - top1 - 0.07
-            near |= {"samples": 6000, "drop": drop, "drop_low": drop - 0.01, "drop_high": drop + 0.01}
+            near |= {"drop": drop, "drop_low": drop - 0.01, "drop_high": drop + 0.01}
             near |= {"rise": rise, "rise_low": rise - 0.02, "rise_high": rise + 0.02}
-            levels.append({"density": density, "quality": -math.log(density), "top1": top1, "loss": 1 - top1, **near})
-        tensors.append(
-            {"name": name, "kind": kind, "weights": weights, "sigma": 0.04, "levels": levels, "quality": 0.9 + i / 9}
-        )
-    put(
-        run / "scan/scan.json",
-        {"samples": 6000, "split": "val", "dense": {"top1": 0.983, "loss": 0.07}, "delta": 0.01, "tensors": tensors},
-    )
+            levels.append(
+                scan_records.level(density, quality=-math.log(density), samples=6000, top1=top1, loss=1 - top1, **near)
+            )
+        tensors.append(scan_records.tensor(name, weights, levels, kind=kind, quality=0.9 + i / 9))
+    found = scan_records.scan(tensors, samples=6000, dense=DenseFigures(0.983, 0.07))
+    put(run / "scan/scan.json", found.to_json())
 
 
 def plan(run: Path, number: int, density: float, attempt: int = 1) -> None:

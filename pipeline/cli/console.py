@@ -32,6 +32,7 @@ from pipeline.run.events import (
     TogetherMeasured,
     Warned,
 )
+from pipeline.run.records import Scan
 from pipeline.settings.config import Config, dump_config
 
 LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
@@ -136,7 +137,7 @@ class Told(SystemExit):
 
 @contextmanager
 def one_message(resume: str | None = None) -> Iterator[None]:
-    """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; Ctrl-C and SIGTERM into 130."""
+    """Turn a mistake of the user's, or a run that had to stop, into one message and exit code 2; an interruption into 130."""
     err = make_console(stderr=True)
 
     def say(text: str) -> None:
@@ -237,26 +238,26 @@ def main_module(argv: list[str]) -> str:
     return " ".join([argv[0].rsplit("/", 1)[-1], *argv[1:]])
 
 
-def show_scan(scan: dict[str, Any], console: Console | None = None) -> None:
+def show_scan(scan: Scan, console: Console | None = None) -> None:
     """Print the accuracy of each tensor at each density, the samples it took, and the quality that follows."""
     console = console or make_console()
-    what = "dense" if scan["after"] is None else f"after round {scan['after']}"
-    table = Table(title=f"val accuracy with one tensor pruned ({what} {scan['dense']['top1']:.2%})")
-    grids = [[level["density"] for level in tensor["levels"]] for tensor in scan["tensors"]]
+    what = "dense" if scan.after is None else f"after round {scan.after}"
+    table = Table(title=f"val accuracy with one tensor pruned ({what} {scan.dense.top1:.2%})")
+    grids = [[level.density for level in tensor.levels] for tensor in scan.tensors]
     same = all(grid == grids[0] for grid in grids)
     table.add_column("tensor")
     for title in [f"{density:.3g}%" for density in (100 * d for d in grids[0])] if same else ["density: accuracy"]:
         table.add_column(title, justify="right" if same else "left")
     for title in ("samples a level", "shared by", "quality"):
         table.add_column(title, justify="right")
-    for tensor in scan["tensors"]:
-        levels = tensor["levels"]
-        cells = [f"{level['top1']:.1%}" for level in levels]
+    for tensor in scan.tensors:
+        levels = tensor.levels
+        cells = [f"{level.top1:.1%}" for level in levels]
         if not same:
             pairs = zip(levels, cells, strict=True)
-            cells = ["  ".join(f"{100 * level['density']:.3g}%: {cell}" for level, cell in pairs)]
-        samples = sum(level["samples"] for level in levels) / len(levels)
-        table.add_row(tensor["name"], *cells, f"{samples:,.0f}", tensor["method"], f"{tensor['quality']:.3f}")
+            cells = ["  ".join(f"{100 * level.density:.3g}%: {cell}" for level, cell in pairs)]
+        samples = sum(level.samples for level in levels) / len(levels)
+        table.add_row(tensor.name, *cells, f"{samples:,.0f}", tensor.method, f"{tensor.quality:.3f}")
     console.print(table)
 
 

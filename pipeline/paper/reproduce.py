@@ -31,6 +31,7 @@ from pipeline.results.figures import to_png
 from pipeline.rounds import preflight
 from pipeline.run import state
 from pipeline.run.events import Progress
+from pipeline.run.records import Scan
 from pipeline.settings.config import Config
 from pipeline.train.world import configure_process
 
@@ -207,12 +208,11 @@ def _figure4(root: str, size: int) -> Drawn:
 
 
 def _figure6(root: str) -> Drawn:
-    scan = storage.read_json(storage.join(root, "scan", "scan.json"))
-    ranked = sorted(scan["tensors"], key=lambda tensor: tensor["quality"])
-    names = ", ".join(f"{tensor['name'].removesuffix('.weight')} ({tensor['quality']:.2f})" for tensor in ranked)
-    text = (
-        f"from the most to the least sensitive, with the quality at a drop of {100 * scan['delta']:g} points: {names}."
-    )
+    file = storage.join(root, "scan", "scan.json")
+    scan = Scan.from_json(storage.read_json(file), file)
+    ranked = sorted(scan.tensors, key=lambda tensor: tensor.quality)
+    names = ", ".join(f"{tensor.name.removesuffix('.weight')} ({tensor.quality:.2f})" for tensor in ranked)
+    text = f"from the most to the least sensitive, with the quality at a drop of {100 * scan.delta:g} points: {names}."
     return 6, to_png(plots.sensitivity(scan)), text
 
 

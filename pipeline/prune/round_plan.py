@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from pipeline.prune import allocation, criteria, damage, limits, patterns, sched
 from pipeline.prune import budget as budgeting
 from pipeline.prune.allocation import Request, sigma
 from pipeline.prune.budget import Composed, Cost, Held, Priced
-from pipeline.run.records import Prediction, RoundPlan, TensorPlan
+from pipeline.run.records import Prediction, RoundPlan, Scan, TensorPlan, TogetherRow
 from pipeline.settings.pruning import Prune, Target
 
 
@@ -114,21 +113,21 @@ def require_possible(prune: Prune, target: Target, weights: Mapping[str, int], f
         limits.require_possible(last, cheapest, dearest, prune.min_weights, len(weights), target.budget)
 
 
-def scanned(unit: cost.Quantity, scan: Mapping[str, Any], classes: int, flops: Mapping[str, int]) -> Scanned:
-    """What plans take from the content of scan.json; `classes` tells chance, `flops` are the tensors' when dense."""
-    prices = costs(unit, {tensor["name"]: int(tensor["weights"]) for tensor in scan["tensors"]}, flops)
-    best = damage.best_together(scan)
+def scanned(unit: cost.Quantity, scan: Scan, classes: int, flops: Mapping[str, int]) -> Scanned:
+    """What plans take from a scan; `classes` tells chance, `flops` are the tensors' when dense."""
+    prices = costs(unit, {tensor.name: tensor.weights for tensor in scan.tensors}, flops)
+    best = damage.best_together(scan.together or ())
     by_power = {
         power: {name: Priced(curve, prices[name]) for name, curve in damage.curves(scan, classes, power).items()}
-        for power in {row["power"] for row in best.values()} or {damage.USUAL_POWER}
+        for power in {row.power for row in best.values()} or {damage.USUAL_POWER}
     }
 
-    def held(row: Mapping[str, Any]) -> Held:
-        unscaled = damage.total_rise(budgeting.predicted(by_power[row["power"]], row["keep"]), row["power"])
-        return Held(row["power"], max(row["rise"], damage.FINEST) / max(unscaled, damage.FINEST))
+    def held(row: TogetherRow) -> Held:
+        unscaled = damage.total_rise(budgeting.predicted(by_power[row.power], row.keep), row.power)
+        return Held(row.power, max(row.rise, damage.FINEST) / max(unscaled, damage.FINEST))
 
-    at = {density: held(row) for density, row in best.items() if math.isfinite(row["rise"])}
-    qualities = {tensor["name"]: tensor["quality"] for tensor in scan["tensors"]}
+    at = {density: held(row) for density, row in best.items() if math.isfinite(row.rise)}
+    qualities = {tensor.name: tensor.quality for tensor in scan.tensors}
     return Scanned(qualities, Composed(by_power, at or {1.0: budgeting.USUAL}))
 
 

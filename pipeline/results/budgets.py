@@ -16,6 +16,7 @@ from pipeline.prune.budget import Solution
 from pipeline.results.tables import TextTable, percent
 from pipeline.rounds import preflight
 from pipeline.run import state
+from pipeline.run.records import Scan
 from pipeline.settings.config import Config
 from pipeline.train import session
 
@@ -73,10 +74,10 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     run = state.Run(state.run_root(config), 0)
     if not run.has("scan", "scan.json"):
         raise UserError(f"--budgets needs a scan, and '{run.root}' has none yet: `secateur scan CONFIG` makes it")
-    scan, classes = run.read("scan", "scan.json"), preflight.count_samples(config).classes
+    scan, classes = run.load(Scan, "scan", "scan.json"), preflight.count_samples(config).classes
     model = build_network(config.model, classes, config.seed)
     flops = cost.flops(model, session.input_shape(config))
-    weights = {tensor["name"]: int(tensor["weights"]) for tensor in scan["tensors"]}
+    weights = {tensor.name: tensor.weights for tensor in scan.tensors}
     if missing := weights.keys() - flops.keys():
         raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")
     prune, unit, started = config.prune, config.target.budget, time.perf_counter()
@@ -102,7 +103,7 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     asked = [option(each) for each in compressions]
     between = np.geomspace(1.0, max(*compressions, 1.01), CURVE)
     curve = [option(float(each)) for each in between]
-    return Options(unit, weights, asked, curve, damage.chance_rise(scan, classes), ready, bool(scan.get("together")))
+    return Options(unit, weights, asked, curve, damage.chance_rise(scan, classes), ready, bool(scan.together))
 
 
 def table(options: Options) -> TextTable:

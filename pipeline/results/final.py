@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import platform
 import time
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from pipeline.rounds import attempts, branch
 from pipeline.run.layout import DENSE, standing, trail
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
+from pipeline.task.answers import Marks
 from pipeline.train import checkpoint, session
 
 HISTOGRAM_BINS = 80
@@ -170,9 +170,9 @@ def layer_rows(
 
 def mcnemar(here: Run, reference: str) -> stats.McNemar:
     """The paired comparison of pruned against the reference on the readable test samples."""
-    with np.load(io.BytesIO(storage.read_bytes(here.path("final", "test_answers.npz"))), allow_pickle=False) as saved:
-        valid = saved["valid"]
-        return stats.mcnemar(saved[f"{reference}_right"][valid], saved["pruned_right"][valid])
+    saved = storage.read_bytes(here.path("final", "test_answers.npz"))
+    before, after = Marks.load(saved, reference), Marks.load(saved, "pruned")
+    return stats.mcnemar(before.right[after.valid], after.right[after.valid])
 
 
 def histograms(prunable: list[Prunable], dense: dict[str, Tensor], kept: checkpoint.Checkpoint) -> dict[str, Any]:

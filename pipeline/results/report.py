@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.results import figures, plots
 from pipeline.run.contents import Contents, Json, read
+from pipeline.run.records import Scan
 
 NOT_MEASURED = "not measured"
 
@@ -187,21 +189,32 @@ def measured_on(activity: Iterable[Json]) -> dict[str, list[str]]:
     return found
 
 
-def scan_rows(scan: Json | None) -> list[dict[str, Any]]:
-    """The scan's tensors with the smallest density tried whose drop stays within delta (None where none does)."""
+@dataclass(frozen=True)
+class Cut:
+    """What the scan says of a tensor; `within` is the smallest density tried whose drop stays within delta, if any."""
+
+    name: str
+    weights: int
+    sigma: float
+    quality: float
+    threshold: float
+    within: float | None
+
+
+def scan_rows(scan: Scan | None) -> list[Cut]:
+    """A row for each of the scan's tensors."""
     if scan is None:
         return []
-    floor = scan["dense"]["top1"] - scan["delta"]
+    floor = scan.dense.top1 - scan.delta
     rows = []
-    for tensor in scan["tensors"]:
+    for tensor in scan.tensors:
         within: float | None = None
-        for level in sorted(tensor["levels"], key=lambda level: -level["density"]):
-            if level["top1"] < floor:
+        for level in sorted(tensor.levels, key=lambda level: -level.density):
+            if level.top1 < floor:
                 break
-            within = level["density"]
-        quality = tensor["quality"]
-        threshold = None if quality is None else quality * tensor["sigma"]
-        rows.append({**tensor, "within": within, "threshold": threshold})
+            within = level.density
+        threshold = tensor.quality * tensor.sigma
+        rows.append(Cut(tensor.name, tensor.weights, tensor.sigma, tensor.quality, threshold, within))
     return rows
 
 

@@ -18,7 +18,7 @@ from pipeline.prune.round_plan import Basis, Goal, Scanned, Standing
 from pipeline.rounds import branch, campaign, preflight
 from pipeline.rounds.subject import prunable_weights
 from pipeline.run import state
-from pipeline.run.records import RoundPlan
+from pipeline.run.records import RoundPlan, Scan
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint, recipe
 
@@ -141,9 +141,9 @@ def look_up(
     run = state.Run(state.run_root(config), 0)
     scan = None
     if run.has("scan", "finished.json"):
-        content = run.read("scan", "scan.json")
-        if fresh.keys() == {tensor["name"] for tensor in content["tensors"]}:
-            scan = round_plan.scanned(config.target.budget, content, classes, flops)
+        found = run.load(Scan, "scan", "scan.json")
+        if fresh.keys() == {tensor.name for tensor in found.tensors}:
+            scan = round_plan.scanned(config.target.budget, found, classes, flops)
     everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in fresh.items()}
     if source is not None:
         saved = checkpoint.load(source.run, source.checkpoint)

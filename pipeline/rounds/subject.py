@@ -12,6 +12,7 @@ from pipeline.network import cost
 from pipeline.network.survey import Prunable, survey
 from pipeline.prune import round_plan
 from pipeline.prune.round_plan import Basis, Scanned
+from pipeline.run.records import Scan
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import Session, input_shape
@@ -63,8 +64,8 @@ def open_subject(session: Session) -> Subject:
     scan = None
     if round_plan.needs_scan(config.prune, config.target):
         flops = cost.flops(model, input_shape(config))
-        content, classes = session.run.read("scan", "scan.json"), session.manifest.num_classes
-        scan = round_plan.scanned(config.target.budget, content, classes, flops)
+        found = session.run.load(Scan, "scan", "scan.json")
+        scan = round_plan.scanned(config.target.budget, found, session.manifest.num_classes, flops)
     return Subject(session, model, prunable, dense, scan)
 
 

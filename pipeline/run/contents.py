@@ -13,6 +13,7 @@ import yaml
 
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.run.records import Scan
 from pipeline.storage import Stat
 
 Json = dict[str, Any]
@@ -54,7 +55,7 @@ class Contents:
     config: Json
     data: Json | None
     dense: Json | None
-    scan: Json | None
+    scan: Scan | None
     rounds: tuple[Round, ...]
     control: Json | None
     start: Json | None
@@ -95,6 +96,7 @@ def read(run_dir: str | Path) -> Contents:
     config = _text(storage.join(run_dir, "config.yaml"))
     if config is None:
         raise UserError(f"run '{run_dir}' has no config.yaml; start it again with the command that made it")
+    scan = parsed("scan", "scan.json")
     looks = _text(storage.join(run_dir, "test_looks.jsonl")) or ""
     return Contents(
         path=str(run_dir),
@@ -103,7 +105,7 @@ def read(run_dir: str | Path) -> Contents:
         config=yaml.safe_load(config) or {},
         data=parsed("data.json"),
         dense=parsed("dense", "metrics.json"),
-        scan=parsed("scan", "scan.json"),
+        scan=None if scan is None else Scan.from_json(scan, storage.join(run_dir, "scan", "scan.json")),
         rounds=tuple(_rounds(storage.join(run_dir, "rounds"))),
         control=parsed("rounds", "control.json"),
         start=parsed("start", "start.json"),

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.data.loader import EvalLoader
-from pipeline.run.records import Evaluation
 from pipeline.settings.config import Config
+from pipeline.task.answers import Answers
 from pipeline.task.classification import forward, judge
 from pipeline.train.world import World
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a network answered, by sample index; arrays of shape (samples,)."""
-
-    right: NDArray[np.bool_]
-    right5: NDArray[np.bool_]
-    right_present: NDArray[np.bool_] | None
-    loss: NDArray[np.float64]
-    valid: NDArray[np.bool_]
-
-    def metrics(self) -> Evaluation:
-        """What the answers come to, over the readable samples."""
-        count = max(1, int(self.valid.sum()))
-
-        def share(right: NDArray[np.bool_]) -> float:
-            return int((right & self.valid).sum()) / count
-
-        return Evaluation(
-            top1=share(self.right),
-            top5=share(self.right5),
-            loss=float(self.loss[self.valid].sum()) / count,
-            top1_present=None if self.right_present is None else share(self.right_present),
-        )
 
 
 @torch.inference_mode()
@@ -62,11 +34,4 @@ def evaluate(model: nn.Module, loader: EvalLoader, config: Config, world: World,
     rows = world.sum(rows.to(world.device)).cpu()
     count = world.sum(count.to(world.device)).cpu()
     assert bool((count == 1).all()), "evaluation must read each sample exactly once"
-    table = rows.numpy()
-    return Answers(
-        right=table[0] > 0,
-        right5=table[1] > 0,
-        right_present=table[2] > 0 if present is not None else None,
-        loss=table[3],
-        valid=table[4] > 0,
-    )
+    return Answers.of(rows, present is not None)

@@ -17,8 +17,8 @@ from pipeline.network.build import FOREIGN, build_network
 from pipeline.run.events import Progress
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
+from pipeline.task.answers import Answers
 from pipeline.train import evaluate
-from pipeline.train.evaluate import Answers
 from pipeline.train.world import World
 
 

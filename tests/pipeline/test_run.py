@@ -24,6 +24,7 @@ from pipeline.network.build import build_network
 from pipeline.prune import round_plan
 from pipeline.rounds import campaign
 from pipeline.run.events import EpochEnded, Event, LevelMeasured, Resumed, RoundBegun, StageBegun
+from pipeline.run.records import Scan
 from pipeline.run.state import fingerprint, run_root
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
@@ -54,7 +55,7 @@ def test_each_rounds_thresholds_rest_on_the_dense_networks_deviations(tiny: Call
     carry_out(config)
     here = stages.Run(run_root(config), 1)
     dense, first = (checkpoint.load(here, f"{part}/checkpoint") for part in ("dense", "rounds/01"))
-    scan, plan = here.read("scan", "scan.json"), here.read("rounds/02", "plan.json")
+    scan, plan = here.load(Scan, "scan", "scan.json"), here.read("rounds/02", "plan.json")
     total = sum(mask.numel() for mask in first.masks.values())
     expected = round_plan.make(
         round_plan.Basis(

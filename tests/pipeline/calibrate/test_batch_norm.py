@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,7 @@ from pipeline.calibrate import batch_norm
 from pipeline.data.loader import Batch
 from pipeline.rounds import preflight
 from pipeline.scan.inputs import scan_inputs
-from pipeline.scan.levels import answers_of, scan_tensor
+from pipeline.scan.levels import scan_tensor
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
@@ -65,13 +65,13 @@ def test_each_level_of_a_scan_has_its_own_statistics(small_session: Session) -> 
     calibrated = small_session.config.scan.model_copy(update={"bn_samples": 250, **levels})
     session = replace(small_session, config=small_session.config.model_copy(update={"scan": calibrated}))
     checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(session.new_model().state_dict())))
-    model, _, val, calibration, _ = scan_inputs(session, "dense/checkpoint")
-    dense = answers_of(model, val, session.config, CPU)
+    given = scan_inputs(session, "dense/checkpoint")
+    model, calibration, dense = given.model, given.calibration, given.answers()
     assert sum(len(part.images) for part in calibration) == 250
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def losses(batches: list[Batch]) -> list[float]:
-        levels = scan_tensor(model, "conv1.weight", [], val, dense, session.config, CPU, calibration=batches)
+    def losses(batches: Sequence[Batch]) -> list[float]:
+        levels = scan_tensor(replace(given, calibration=batches), dense, "conv1.weight")
         return [level.loss for level in levels]
 
     def whole_forward(density: float) -> float:
@@ -80,7 +80,7 @@ def test_each_level_of_a_scan_has_its_own_statistics(small_session: Session) -> 
         smallest = kept.abs().flatten().sort(descending=True).values[round(density * kept.numel()) - 1]
         weight.data.copy_(kept * (kept.abs() >= smallest))
         batch_norm.recalibrate(model, calibration, session.config, CPU)
-        loss = answers_of(model, val, session.config, CPU).figures()["loss"]
+        loss = given.answers().figures().loss
         weight.data.copy_(kept)
         batch_norm.put_back(model, statistics)
         return loss
