@@ -137,7 +137,7 @@ class Told(SystemExit):
 
 @contextmanager
 def one_message(resume: str | None = None) -> Iterator[None]:
-    """Turn a mistake of the user's, or a run that had to stop, into one message and exit code 2; an interruption into 130."""
+    """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; an interruption into 130."""
     err = make_console(stderr=True)
 
     def say(text: str) -> None:
