@@ -38,7 +38,7 @@ from pipeline.network.survey import Prunable, survey
 from pipeline.network.trace import graph_of
 from pipeline.prune.masks import top_mask
 from pipeline.scan import racing, suffix
-from pipeline.scan.levels import Answers, _drop, answers_of, scan_tensor, shuffled
+from pipeline.scan.levels import Answers, against, answers_of, scan_tensor, shuffled
 from pipeline.settings.config import Config, parse_config
 from pipeline.settings.pruning import Scan
 
@@ -226,7 +226,7 @@ def coverage(batches: list[Batch], model: nn.Module, theirs: Straightforward, co
                 truth = top1 - given.figures()["top1"]
                 after = pick(given, order)
                 for look in looks:
-                    drop = _drop(after.first(look), before, z)
+                    drop = against(after.first(look), before, z)
                     if racing.decided(drop["drop_low"], drop["drop_high"], top1, config.scan):
                         break
                 inside += drop["drop_low"] <= truth <= drop["drop_high"]
