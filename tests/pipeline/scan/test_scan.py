@@ -63,6 +63,11 @@ def test_scans_of_something_else_are_refused(tiny: Callable[..., Config], tmp_pa
         scan(tiny(**ONE), (str(file(other)),))
     with pytest.raises(UserError, match=r"is not a scan\.json"):
         scan(tiny(**ONE), (str(file(other, "trials.json")),))
+    less = written(other)
+    del less["tensors"][0]["levels"][0]["drop"]
+    (tmp_path / "older.json").write_text(json.dumps(less))
+    with pytest.raises(UserError, match=r"is not a scan\.json"):
+        scan(tiny(**ONE), (str(tmp_path / "older.json"),))
     with pytest.raises(UserError, match="cannot be read"):
         scan(tiny(**ONE), (str(tmp_path / "nowhere.json"),))
 
