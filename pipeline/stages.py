@@ -24,6 +24,8 @@ from pipeline.prune import allocation, criteria, round_plan
 from pipeline.results import final
 from pipeline.rounds import attempts, before_retraining, branch, campaign
 from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
+from pipeline.run.records import DataFacts
+from pipeline.run.result import Result
 from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
 from pipeline.settings.config import Config
@@ -32,7 +34,7 @@ from pipeline.train import phases, session
 from pipeline.train.session import Session
 
 
-def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
+def run(config: Config, engine: Engine, progress: Progress) -> Result:
     """Carry a run to its end and return its result.json.
 
     Raises UserError (the user can mend it) or RunStopped; in both cases the state on disk is kept and
@@ -52,7 +54,7 @@ def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
                 made_from = scan_stage(made_from, config, engine, here, progress)
             made_from = train_stage("rounds", made_from, config, engine, here, progress)
             result = final_stage(made_from, config, here, progress)
-            if mirror is not None and result["mlflow"] is None:
+            if mirror is not None and result.mlflow is None:
                 started = time.monotonic()
                 synced = mirror.flush(patience)
                 patience = max(0.0, patience - (time.monotonic() - started))
@@ -85,7 +87,7 @@ def check_network(config: Config, here: Run) -> None:
     begin = attempts.priced(config, branch.origin(config, here, prunable), sizes, prices)
     campaign.require_room(config, begin, attempts.floor(config, prunable))
     if config.target.mode == "no-loss":
-        campaign.require_enough(here.read("data.json")["val"], config.target)
+        campaign.require_enough(here.load(DataFacts, "data.json").val, config.target)
     phases.require_layers(model, config.retrain.phases)
     before_retraining.check(model, config, [tensor.name for tensor in prunable])
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
@@ -115,8 +117,16 @@ def shards_stage(config: Config, here: Run, progress: Progress) -> str:
     facts = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
     if manifest.holdout is not None:
         facts |= {"val": len(manifest.holdout), "train": facts["train"] - len(manifest.holdout)}
-    data = {**facts, "classes": manifest.num_classes, "present": len(manifest.classes)}
-    here.commit({**data, "source": config.data.source, "root": config.data.root, "bad": {}}, "data.json")
+    data = DataFacts(
+        train=facts["train"],
+        test=facts["test"],
+        val=facts["val"],
+        classes=manifest.num_classes,
+        present=len(manifest.classes),
+        source=config.data.source,
+        root=config.data.root,
+    )
+    here.commit(data, "data.json")
     here.finish("shards", source, time.monotonic() - started)
     return source
 
@@ -186,14 +196,13 @@ def scan(
     return found
 
 
-def final_stage(made_from: str, config: Config, here: Run, progress: Progress) -> dict[str, Any]:
+def final_stage(made_from: str, config: Config, here: Run, progress: Progress) -> Result:
     """Export the pruned network, judge it, and write result.json and the report."""
     started = time.monotonic()
     made_from = fingerprint("final", made_from, config.target.margin)
     if here.finished("final", made_from) and here.has("result.json"):
         progress(StageBegun("final", skipped=True))
-        result: dict[str, Any] = here.read("result.json")
-        return result
+        return here.load(Result, "result.json")
     progress(StageBegun("final"))
     result = final.finish(config, here, survey(config, here), started)
     here.finish("final", made_from, time.monotonic() - started)

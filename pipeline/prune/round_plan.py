@@ -158,7 +158,14 @@ def make(
         for name, weight in weights.items()
     )
     predicted = prediction(config, keep, alive, spend, scan)
-    return RoundPlan(goal.round, goal.attempt, goal.density, sum(keep.values()), predicted, tensors)
+    return RoundPlan(
+        round=goal.round,
+        attempt=goal.attempt,
+        planned_density=goal.density,
+        budget=sum(keep.values()),
+        predicted=predicted,
+        tensors=tensors,
+    )
 
 
 def spendable(config: Config, goal: Goal, alive: dict[str, Tensor], scan: Scanned | None) -> int:
