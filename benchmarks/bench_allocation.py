@@ -113,9 +113,7 @@ def prepare(config: Config, progress: Any) -> None:
     """Shards, the dense network and its scan, shared by all allocations."""
     engine = LocalEngine(ALONE)
     with state.open_run(config) as here:
-        made_from = stages.shards_stage(config, here, progress)
-        made_from = stages.train_stage("dense", made_from, config, engine, here, progress)
-        stages.scan_stage(made_from, config, engine, here, progress)
+        stages.carry_out(stages.up_to(config, stages.SCAN), stages.Driver(config, engine, here, progress))
 
 
 def measure(

@@ -6,22 +6,22 @@ from typing import Any
 
 from cluster import connect, sweep
 from cluster import train as training
-from pipeline.engine import OnLevel, Together, Trials
+from pipeline.engine import OnLevel, Together, Trials, Work
 from pipeline.run.events import Progress
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
 
 
 class RayEngine:
-    """`pipeline.stages.Engine` on a Ray cluster."""
+    """`pipeline.engine.Engine` on a Ray cluster."""
 
     def __init__(self) -> None:
         self.ray: Any = None
 
-    def train(self, stage: str, config: Config, run: Run, progress: Progress) -> None:
-        """Run a stage on a worker group of Ray Train."""
+    def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
+        """Do it on a worker group of Ray Train."""
         self._connect(config, run)
-        training.train(self.ray, stage, config, run, progress)
+        training.train(self.ray, work, config, run, progress)
 
     def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
         """Run the scan as trials of Ray Tune."""

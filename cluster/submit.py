@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import shlex
@@ -16,8 +17,9 @@ from cluster.connect import require_shared_paths
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.cli.console import INTERRUPTED, Told
+from pipeline.rounds import branch, preflight
 from pipeline.run.state import run_root
-from pipeline.settings.config import load_config
+from pipeline.settings.config import Config, load_config
 
 RUN = "secateur"  # metadata of a job: the run that it carries out
 PATIENCE_S = 120.0  # how long a cluster that does not answer is asked again
@@ -51,6 +53,7 @@ def submit(config: str, overrides: list[str], address: str | None, wait: bool, r
     client, command, root = _client(where), entrypoint(config, overrides), run_root(loaded)
     job = _live_job(client, root, command)
     if job is None:
+        check(loaded)
         job = client.submit_job(entrypoint=command, runtime_env=environment, metadata={RUN: root})
         print(f"job {job} submitted; `ray job logs {job}` shows its log, `ray job stop {job}` ends it", flush=True)
     if not wait:
@@ -64,6 +67,25 @@ def submit(config: str, overrides: list[str], address: str | None, wait: bool, r
             file=sys.stderr,
         )
         raise Told(INTERRUPTED) from error
+
+
+def check(config: Config) -> None:
+    """Check a run before a cluster is asked for it, as far as its files and its network's code are on this machine.
+
+    Raises UserError for what will not do; the job itself checks the rest.
+    """
+    preflight.check_names(config)
+    files = (config.data.root, config.data.class_index, config.model.checkpoint)
+    missing = [file for file in files if file is not None and storage.is_local(file) and not Path(file).exists()]
+    code = config.model.factory.replace(":", ".").partition(".")[0]
+    if code != config.model.factory and importlib.util.find_spec(code) is None:
+        missing.append(f"model.factory={config.model.factory}")
+    if config.start.source is not None and not storage.exists(storage.join(branch.source_root(config), "run.json")):
+        missing.append(f"start.from={config.start.source}")
+    if missing:
+        print(f"not on this machine: {', '.join(missing)}; the network is checked by the job", flush=True)
+    else:
+        preflight.check(config)
 
 
 def _client(where: str) -> Any:

@@ -1,4 +1,4 @@
-"""Ray Train: one worker group for all that a stage does; the work itself is `pipeline.stages.work`.
+"""Ray Train: one worker group for all that a stage does; the work itself is a `pipeline.engine.Work`.
 
 Checkpoints live in the run directory and are found there by whoever starts next: Ray's restart of a
 worker group, or a new driver on another cluster. Ray's own record of a training is therefore thrown away.
@@ -18,10 +18,10 @@ import torch
 from cluster import connect
 from cluster.connect import NoRoom
 from pipeline.base.errors import Agreed, Leaving, RunStopped, UserError
+from pipeline.engine import Work
 from pipeline.run.events import Event, Progress, Warned
 from pipeline.run.state import Run
 from pipeline.settings.config import Config, parse_config
-from pipeline.stages import work
 from pipeline.train.session import open_session
 from pipeline.train.world import choose_device, configure_process, current_world
 
@@ -51,7 +51,7 @@ def worker(job: dict[str, Any]) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         run = Run(job["root"], job["fence"])
-        work(job["stage"], open_session(config, current_world(device), run, progress, leaving))
+        job["work"].do(open_session(config, current_world(device), run, progress, leaving))
     except Leaving as error:
         progress(Warned(f"a node is about to be taken away; {error}, and the training goes on elsewhere"))
         ray.get(board.leave.remote())
@@ -61,14 +61,14 @@ def worker(job: dict[str, Any]) -> None:
             raise  # this rank may be alone with it: Ray ends the others, which wait for this one
 
 
-def train(ray: Any, stage: str, config: Config, run: Run, progress: Progress) -> None:
-    """Run a stage on cluster.workers Ray Train workers, and again where they left a node that is taken away.
+def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) -> None:
+    """Do the work of a stage on cluster.workers Ray Train workers, and again where they left a node that is taken away.
 
     Raises UserError or RunStopped as the workers did, or when there is no room for them for cluster.wait_seconds.
     """
     with Board(ray, progress) as board:
         job = {
-            "stage": stage,
+            "work": work,
             "config": config.model_dump(mode="json"),
             "root": run.root,
             "fence": run.fence,
@@ -84,9 +84,9 @@ def train(ray: Any, stage: str, config: Config, run: Run, progress: Progress) ->
     if failure is not None:
         reason = getattr(failure, "controller_failure", None)
         if isinstance(reason, NoRoom):
-            raise UserError(f"{stage}: {reason}") from failure
+            raise UserError(f"{work.stage}: {reason}") from failure
         raise RunStopped(
-            f"{stage}: training failed after cluster.max_failures={config.cluster.max_failures} retries: {failure}"
+            f"{work.stage}: training failed after cluster.max_failures={config.cluster.max_failures} retries: {failure}"
         ) from failure
 
 
@@ -101,7 +101,7 @@ def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | 
     resources = {"CPU": wanted.cpus_per_worker}
     if wanted.gpus_per_worker:
         resources["GPU"] = wanted.gpus_per_worker
-    name = f"{config.name}-{job['stage']}-{uuid.uuid4().hex[:8]}"
+    name = f"{config.name}-{job['work'].stage}-{uuid.uuid4().hex[:8]}"
     with connect.ray_folder(run, name) as folder:
         trainer = TorchTrainer(
             worker,

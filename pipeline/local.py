@@ -6,14 +6,13 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.engine import OnLevel, Together, Trials
+from pipeline.engine import OnLevel, Together, Trials, Work
 from pipeline.run.events import Progress, unheard
 from pipeline.run.state import Run
 from pipeline.scan import levels, together
 from pipeline.scan.inputs import scan_inputs
 from pipeline.scan.levels import answers_of
 from pipeline.settings.config import Config, parse_config
-from pipeline.stages import work
 from pipeline.train.session import open_session
 from pipeline.train.world import World
 
@@ -24,10 +23,12 @@ class LocalEngine:
     def __init__(self, world: World) -> None:
         self.world = world
 
-    def train(self, stage: str, config: Config, run: Run, progress: Progress) -> None:
-        """Run the stage here and on every follower."""
-        self._call({"stage": stage, "config": config.model_dump(mode="json"), "root": run.root, "fence": run.fence})
-        work(stage, open_session(config, self.world, run, progress))
+    def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
+        """Do it here and on every follower."""
+        self._call(
+            {"work": asdict(work), "config": config.model_dump(mode="json"), "root": run.root, "fence": run.fence}
+        )
+        work.do(open_session(config, self.world, run, progress))
 
     def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
         """Measure tensor after tensor in this process."""
@@ -53,17 +54,17 @@ class LocalEngine:
 
     def close(self) -> None:
         """Let the followers go."""
-        self._call({"stage": None})
+        self._call({"work": None})
 
     def follow(self) -> None:
         """On ranks other than 0: do what rank 0 does until it closes."""
         while True:
             call = json.loads(self.world.broadcast(None))
-            if call["stage"] is None:
+            if call["work"] is None:
                 return
             config = parse_config(call["config"])
             run = Run(call["root"], call["fence"])
-            work(call["stage"], open_session(config, self.world, run, unheard))
+            Work(**call["work"]).do(open_session(config, self.world, run, unheard))
 
     def _call(self, call: dict[str, Any]) -> None:
         self.world.broadcast(json.dumps(call).encode())

@@ -1,28 +1,24 @@
 """A run from data to report, as its driver sees it: shards, dense, scan, rounds, final.
 
-Each stage is skipped where its finished marker says that it was made from the same things. What needs
-several processes is handed to an engine: this process alone or torchrun's (`LocalEngine`), or Ray.
+Each stage is skipped where its finished marker says that it was made from the same things. What needs several
+processes is handed to an engine: this process alone or torchrun's (`LocalEngine`), or Ray.
 """
 
 from __future__ import annotations
 
-import importlib
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.base.names import lookup
-from pipeline.calibrate import batch_norm
 from pipeline.data import shards
-from pipeline.engine import Engine
-from pipeline.network import cost
+from pipeline.engine import Engine, Work
 from pipeline.network.build import build_network
 from pipeline.network.survey import Prunable
 from pipeline.network.survey import survey as survey_network
-from pipeline.prune import allocation, criteria, round_plan
+from pipeline.prune import round_plan
 from pipeline.results import final
-from pipeline.rounds import attempts, before_retraining, branch, campaign
+from pipeline.rounds import branch, preflight
 from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.records import DataFacts
 from pipeline.run.result import Result
@@ -30,30 +26,181 @@ from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
 from pipeline.settings.config import Config
 from pipeline.tracking.mirror import Mirror, patience_s
-from pipeline.train import phases, session
-from pipeline.train.session import Session
+from pipeline.train import session
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What the driver of a run holds: the settings, what runs work on processes, the run's folder, and who is told.
+
+    `merged` are scan.json files of other machines, whose levels the scan takes.
+    """
+
+    config: Config
+    engine: Engine
+    run: Run
+    progress: Progress
+    merged: tuple[str, ...] = ()
+
+    def prunable(self) -> list[Prunable]:
+        """The prunable tensors of the run's network."""
+        config = self.config
+        manifest = shards.load_manifest(session.data_root(config, self.run))
+        model = build_network(config.model, manifest.num_classes, config.seed)
+        return survey_network(model, config.prune.include, config.prune.exclude)[0]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run.
+
+    `settings` gives what decides what the stage makes, beyond the stages before it: a change makes the stage anew.
+    `drive` is what the driver does. `gives` are files without which the stage is not taken for finished; `again` tells
+    whether it has more to do although it is finished.
+    """
+
+    name: str
+    title: str
+    settings: Callable[[Config, Run], Sequence[Any]]
+    drive: Callable[[Driver], None]
+    gives: tuple[str, ...] = ()
+    again: Callable[[Driver], bool] = lambda driver: False
+
+
+def on_workers(name: str, title: str, settings: Callable[[Config, Run], Sequence[Any]], function: str) -> Stage:
+    """A stage whose work all workers do together: a function of a Session, as "package.module:name"."""
+    work = Work(name, function)
+
+    def drive(driver: Driver) -> None:
+        driver.engine.train(work, driver.config, driver.run, driver.progress)
+
+    return Stage(name, title, settings, drive)
+
+
+def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
+    """Check everything that can be checked, then carry out stage after stage.
+
+    One that is finished, and was made from the same things, is skipped. Raises UserError (the user can mend it) or
+    RunStopped; in both cases the state on disk is kept and the same command goes on from it.
+    """
+    config, run = driver.config, driver.run
+    preflight.check(config, run)
+    made_from: list[str] = []
+    for stage in stages:
+        started = time.monotonic()
+        made_from = [fingerprint(stage.name, *made_from, *stage.settings(config, run))]
+        there = run.finished(stage.name, made_from[0]) and all(run.has(file) for file in stage.gives)
+        if there and not stage.again(driver):
+            driver.progress(StageBegun(stage.name, stage.title, skipped=True))
+            continue
+        driver.progress(StageBegun(stage.name, stage.title))
+        stage.drive(driver)
+        run.finish(stage.name, made_from[0], time.monotonic() - started)
+        if stage is SHARDS:
+            preflight.check_again(config, run)
+
+
+# Settings of data that change how it is read, but not what is read.
+HOW_READ = {"cache_bytes", "cache_dir", "cache_disk_bytes", "decode_threads"}
+# The settings that decide which bytes `shards build` writes.
+BUILD_SETTINGS = {
+    "source", "root", "classes", "class_index", "val_fraction", "test_fraction", "shard_samples", "shrink", "quality",
+}  # fmt: skip
+
+
+def _shards_settings(config: Config, run: Run) -> list[Any]:
+    if config.data.source == "shards":
+        return [shards.load_manifest(session.data_root(config, run)).made_from]
+    return [config.seed, config.data.model_dump(mode="json", include=BUILD_SETTINGS)]
+
+
+def _shards(driver: Driver) -> None:
+    """Build the run's shards, or take the user's, and write down what they hold."""
+    config, run = driver.config, driver.run
+    if config.data.source == "shards":
+        manifest = shards.load_manifest(session.data_root(config, run))
+    else:
+        manifest = shards.build(
+            config.data,
+            config.seed,
+            run.path("shards"),
+            lambda text, done, total: driver.progress(ShardsCounted(text, done, total)),
+        )
+    sizes = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
+    if manifest.holdout is not None:
+        sizes |= {"val": len(manifest.holdout), "train": sizes["train"] - len(manifest.holdout)}
+    facts = DataFacts(
+        train=sizes["train"],
+        val=sizes["val"],
+        test=sizes["test"],
+        classes=manifest.num_classes,
+        present=len(manifest.classes),
+        source=config.data.source,
+        root=config.data.root,
+    )
+    run.commit(facts, "data.json")
+
+
+def _dense_settings(config: Config, run: Run) -> list[Any]:
+    settings = config.model_dump(mode="json", include={"seed", "threads", "device", "model", "data", "dense"})
+    settings["data"] = {key: value for key, value in settings["data"].items() if key not in HOW_READ}
+    return [settings] if config.start.source is None else [config.start.source, settings]
+
+
+def _dense(driver: Driver) -> None:
+    """Train the dense network, or take it and the round to begin with from `start.from`."""
+    config = driver.config
+    if config.start.source is None:
+        driver.engine.train(DENSE_WORK, config, driver.run, driver.progress)
+        return
+    branch.take(config, driver.run, driver.prunable())
+    text = f"taken from {config.start.source}: the dense network, and what the rounds begin with"
+    driver.progress(Noted(text))
+
+
+def _scan_settings(config: Config, run: Run) -> list[Any]:
+    given = config.prune.model_dump(mode="json", include={"criterion", "statistics_samples", "include", "exclude"})
+    return [{"scan": config.scan.model_dump(mode="json") | {"together": scans.together_at(config)}, **given}]
+
+
+def _scan(driver: Driver) -> None:
+    """Scan every prunable tensor; levels already known, here or in the files `merged`, are not measured again."""
+    scans.measure(driver.prunable(), driver.config, driver.engine, driver.run, driver.progress, driver.merged)
+
+
+def rounds_settings(config: Config, run: Run) -> list[Any]:
+    """The settings that decide what the rounds make."""
+    return [config.model_dump(mode="json", include={"prune", "retrain", "target"})]
+
+
+def _final(driver: Driver) -> None:
+    """Export the pruned network, judge it, and write result.json and the report."""
+    final.finish(driver.config, driver.run, driver.prunable(), time.monotonic())
+
+
+DENSE_WORK = Work("dense", "pipeline.rounds.method:dense")
+SHARDS = Stage("shards", "shards", _shards_settings, _shards)
+DENSE = Stage("dense", "dense network", _dense_settings, _dense)
+SCAN = Stage("scan", "sensitivity scan", _scan_settings, _scan, again=lambda driver: bool(driver.merged))
+ROUNDS = on_workers("rounds", "rounds", rounds_settings, "pipeline.rounds.method:prune")
+FINAL = Stage("final", "final", lambda config, run: [config.target.margin], _final, gives=("result.json",))
+
+
+def up_to(config: Config, *ends: Stage) -> list[Stage]:
+    """The stages of a run that ends with `ends`, in their order; the scan is one of them where something needs it."""
+    scan = [SCAN] if round_plan.needs_scan(config) or SCAN in ends else []
+    return [SHARDS, DENSE, *scan, *(stage for stage in ends if stage is not SCAN)]
 
 
 def run(config: Config, engine: Engine, progress: Progress) -> Result:
-    """Carry a run to its end and return its result.json.
-
-    Raises UserError (the user can mend it) or RunStopped; in both cases the state on disk is kept and
-    the same command goes on from it.
-    """
+    """Carry a run to its end and return its result.json. Raises as `carry_out` does."""
     with open_run(config, lambda text: progress(Noted(text))) as here:
         mirror, patience = None, patience_s()
         if config.tracking.enabled:
             mirror = Mirror(here.root, config, lambda text: progress(Warned(text)))
         try:
-            check_names(config)
-            made_from = shards_stage(config, here, progress)
-            if not here.has("rounds", "finished.json"):
-                check_network(config, here)
-            made_from = dense_stage(made_from, config, engine, here, progress)
-            if round_plan.needs_scan(config):
-                made_from = scan_stage(made_from, config, engine, here, progress)
-            made_from = train_stage("rounds", made_from, config, engine, here, progress)
-            result = final_stage(made_from, config, here, progress)
+            carry_out(up_to(config, ROUNDS, FINAL), Driver(config, engine, here, progress))
+            result = here.load(Result, "result.json")
             if mirror is not None and result.mlflow is None:
                 started = time.monotonic()
                 synced = mirror.flush(patience)
@@ -66,181 +213,15 @@ def run(config: Config, engine: Engine, progress: Progress) -> Result:
         return result
 
 
-def check_names(config: Config) -> None:
-    """Raise UserError for a criterion or allocation that does not exist, before anything is spent on the run."""
-    lookup(criteria.CRITERIA, config.prune.criterion, "prune.criterion")
-    lookup(allocation.ALLOCATIONS, config.prune.allocation, "prune.allocation")
-
-
-def check_network(config: Config, here: Run) -> None:
-    """Raise UserError if the network, its checkpoint, the patterns or the budget will not do, before training.
-
-    Warns of settings that do nothing to this network.
-    """
-    classes = shards.load_manifest(session.data_root(config, here)).num_classes
-    model = build_network(config.model, classes, config.seed)
-    session.check_output(model, config, classes)
-    prunable, _ = survey_network(model, config.prune.include, config.prune.exclude)
-    sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, session.input_shape(config))
-    round_plan.require_possible(config, sizes, flops)
-    prices = round_plan.costs(config, sizes, flops)
-    begin = attempts.priced(config, branch.origin(config, here, prunable), sizes, prices)
-    campaign.require_room(config, begin, attempts.floor(config, prunable))
-    if config.target.mode == "no-loss":
-        campaign.require_enough(here.load(DataFacts, "data.json").val, config.target)
-    phases.require_layers(model, config.retrain.phases)
-    before_retraining.check(model, config, [tensor.name for tensor in prunable])
-    for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
-        if samples and not batch_norm.norms(model):
-            warnings.warn(f"{name}.bn_samples={samples} is ignored: the network has no batch norm", stacklevel=2)
-
-
-def shards_stage(config: Config, here: Run, progress: Progress) -> str:
-    """Build the run's shards, or take the user's; returns what they are made from."""
-    started = time.monotonic()
-    if config.data.source == "shards":
-        manifest = shards.load_manifest(session.data_root(config, here))
-        source = fingerprint("shards", manifest.made_from)
-    else:
-        source = fingerprint("shards", config.seed, config.data.model_dump(mode="json", include=BUILD_SETTINGS))
-    if here.finished("shards", source):
-        progress(StageBegun("shards", skipped=True))
-        return source
-    progress(StageBegun("shards"))
-    if config.data.source != "shards":
-        manifest = shards.build(
-            config.data,
-            config.seed,
-            here.path("shards"),
-            lambda text, done, total: progress(ShardsCounted(text, done, total)),
-        )
-    facts = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
-    if manifest.holdout is not None:
-        facts |= {"val": len(manifest.holdout), "train": facts["train"] - len(manifest.holdout)}
-    data = DataFacts(
-        train=facts["train"],
-        test=facts["test"],
-        val=facts["val"],
-        classes=manifest.num_classes,
-        present=len(manifest.classes),
-        source=config.data.source,
-        root=config.data.root,
-    )
-    here.commit(data, "data.json")
-    here.finish("shards", source, time.monotonic() - started)
-    return source
-
-
-# Settings of data that change how it is read, but not what is read.
-HOW_READ = {"cache_bytes", "cache_dir", "cache_disk_bytes", "decode_threads"}
-# The settings that decide which bytes `shards build` writes.
-BUILD_SETTINGS = {
-    "source", "root", "classes", "class_index", "val_fraction", "test_fraction", "shard_samples", "shrink", "quality",
-}  # fmt: skip
-
-
-def train_stage(stage: str, made_from: str, config: Config, engine: Engine, here: Run, progress: Progress) -> str:
-    """Run `dense`, `rounds` or `figure5` on the engine; returns what the stage is made from."""
-    started = time.monotonic()
-    made_from = fingerprint(stage, made_from, stage_settings(stage, config))
-    if here.finished(stage, made_from):
-        progress(StageBegun(stage, skipped=True))
-        return made_from
-    progress(StageBegun(stage))
-    engine.train(stage, config, here, progress)
-    here.finish(stage, made_from, time.monotonic() - started)
-    return made_from
-
-
-def dense_stage(made_from: str, config: Config, engine: Engine, here: Run, progress: Progress) -> str:
-    """Train the dense network, or take it and the round to begin with from `start.from`; returns what it is made of."""
-    if config.start.source is None:
-        return train_stage("dense", made_from, config, engine, here, progress)
-    started = time.monotonic()
-    made_from = fingerprint("dense", made_from, config.start.source, stage_settings("dense", config))
-    if here.finished("dense", made_from):
-        progress(StageBegun("dense", skipped=True))
-        return made_from
-    progress(StageBegun("dense"))
-    branch.take(config, here, survey(config, here))
-    progress(Noted(f"taken from {config.start.source}: the dense network, and what the rounds begin with"))
-    here.finish("dense", made_from, time.monotonic() - started)
-    return made_from
-
-
-def scan_stage(
-    made_from: str, config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = ()
-) -> str:
-    """Scan every prunable tensor; levels already known, here or in the files `merged`, are not measured again."""
-    started = time.monotonic()
-    made_from = fingerprint("scan", made_from, stage_settings("scan", config))
-    if here.finished("scan", made_from) and not merged:
-        progress(StageBegun("scan", skipped=True))
-        return made_from
-    scans.measure(survey(config, here), config, engine, here, progress, merged)
-    here.finish("scan", made_from, time.monotonic() - started)
-    return made_from
-
-
 def scan(
     config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = (), after: int | None = None
 ) -> dict[str, Any]:
     """Only the scan, with the stages before it, or of a finished round's model; returns the content of its file."""
+    driver = Driver(config, engine, here, progress, tuple(merged))
     if after is not None:
         scans.require_round(after, here)
-        return scans.measure(survey(config, here), config, engine, here, progress, merged, after)
-    made_from = shards_stage(config, here, progress)
-    made_from = dense_stage(made_from, config, engine, here, progress)
-    scan_stage(made_from, config, engine, here, progress, merged)
+        progress(StageBegun(SCAN.name, SCAN.title))
+        return scans.measure(driver.prunable(), config, engine, here, progress, merged, after)
+    carry_out(up_to(config, SCAN), driver)
     found: dict[str, Any] = here.read("scan", "scan.json")
     return found
-
-
-def final_stage(made_from: str, config: Config, here: Run, progress: Progress) -> Result:
-    """Export the pruned network, judge it, and write result.json and the report."""
-    started = time.monotonic()
-    made_from = fingerprint("final", made_from, config.target.margin)
-    if here.finished("final", made_from) and here.has("result.json"):
-        progress(StageBegun("final", skipped=True))
-        return here.load(Result, "result.json")
-    progress(StageBegun("final"))
-    result = final.finish(config, here, survey(config, here), started)
-    here.finish("final", made_from, time.monotonic() - started)
-    return result
-
-
-def survey(config: Config, here: Run) -> list[Prunable]:
-    """The prunable tensors of the run's network."""
-    manifest = shards.load_manifest(session.data_root(config, here))
-    model = build_network(config.model, manifest.num_classes, config.seed)
-    return survey_network(model, config.prune.include, config.prune.exclude)[0]
-
-
-def stage_settings(stage: str, config: Config) -> dict[str, Any]:
-    """The settings that decide what a stage computes, beyond what the stages before it were made from."""
-    everything = config.model_dump(mode="json")
-    common = {key: everything[key] for key in ("seed", "threads", "device", "model")}
-    data = {key: value for key, value in everything["data"].items() if key not in HOW_READ}
-    parts = {
-        "dense": {**common, "data": data, "dense": everything["dense"]},
-        "scan": {
-            "scan": everything["scan"] | {"together": scans.together_at(config)},
-            **{key: everything["prune"][key] for key in ("criterion", "statistics_samples", "include", "exclude")},
-        },
-        "rounds": {key: everything[key] for key in ("prune", "retrain", "target")},
-    }
-    return parts["rounds" if stage == "figure5" else stage]
-
-
-# What the workers of a stage do: a function of ours, imported where they run.
-WORK = {
-    "dense": "pipeline.rounds.method:dense",
-    "rounds": "pipeline.rounds.method:prune",
-    "figure5": "pipeline.paper.figure5:measure",
-}
-
-
-def work(stage: str, opened: Session) -> None:
-    """What every worker of a training does, whichever engine started it."""
-    module, _, function = WORK[stage].partition(":")
-    getattr(importlib.import_module(module), function)(opened)

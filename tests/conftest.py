@@ -22,6 +22,7 @@ from tiny_run import TINY, merged
 from tracking_server import TrackingServer
 
 from pipeline import stages
+from pipeline.local import LocalEngine
 from pipeline.run.events import unheard
 from pipeline.run.state import open_run
 from pipeline.settings.config import Config, parse_config
@@ -46,8 +47,9 @@ def small_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]
     """The session of a tiny run on `small.network`, whose shards are built and nothing else."""
     config = parse_config(merged({**TINY, "runs_dir": str(tmp_path_factory.mktemp("small"))}, SMALL))
     with open_run(config) as here:
-        stages.shards_stage(config, here, unheard)
-        yield open_session(config, World(0, 1, torch.device("cpu")), here, unheard)
+        alone = World(0, 1, torch.device("cpu"))
+        stages.carry_out([stages.SHARDS], stages.Driver(config, LocalEngine(alone), here, unheard))
+        yield open_session(config, alone, here, unheard)
 
 
 @pytest.fixture

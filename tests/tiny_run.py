@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline import stages
 from pipeline.local import LocalEngine
+from pipeline.run.events import Event
 from pipeline.run.state import run_root
 from pipeline.settings.config import Config
 from pipeline.train.world import World, configure_process
@@ -50,7 +51,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def carry_out(config: Config, events: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def carry_out(config: Config, events: list[Event] | None = None) -> dict[str, Any]:
     """A whole run in this process; returns its result.json."""
     configure_process(config)
     return stages.run(config, LocalEngine(ALONE), (events if events is not None else []).append)

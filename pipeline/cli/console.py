@@ -40,14 +40,6 @@ LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many s
 STEPS_EVERY_S = 30.0  # and one of a training's steps, between the lines of its epochs
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 LOG_WIDTH = 180  # columns of a table in a log
-TITLES = {
-    "shards": "shards",
-    "dense": "dense network",
-    "scan": "sensitivity scan",
-    "rounds": "rounds",
-    "figure5": "figure 5",
-    "final": "final",
-}
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -84,8 +76,8 @@ class Display:
                 self.line(f"warning: {text}")
             case Noted(text):
                 self.line(text)
-            case StageBegun(stage, skipped):
-                self.line(f"{TITLES[stage]}: {'finished before, skipped' if skipped else 'started'}")
+            case StageBegun(title=title, skipped=skipped):
+                self.line(f"{title}: {'finished before, skipped' if skipped else 'started'}")
             case ShardsCounted(text, done, total):
                 self.count(f"shards: {text}", done, total)
             case LevelMeasured(done=done, total=total):

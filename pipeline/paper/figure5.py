@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline import stages
 from pipeline.base.errors import UserError
 from pipeline.paper.curves import Measured
 from pipeline.rounds import attempts, method
@@ -21,6 +22,7 @@ from pipeline.train import checkpoint
 from pipeline.train.session import Session
 
 REGULARISERS = ("l2", "l1")
+FIGURE5 = stages.on_workers("figure5", "figure 5", stages.rounds_settings, "pipeline.paper.figure5:measure")
 
 
 def variant(config: Config, regulariser: str, runs_dir: str) -> Config:

@@ -30,6 +30,7 @@ from pipeline.paper.seeds import SeedRun
 from pipeline.prune import round_plan
 from pipeline.results import final, plots
 from pipeline.results.figures import to_png
+from pipeline.rounds import preflight
 from pipeline.run import state
 from pipeline.run.contents import Contents, read
 from pipeline.run.events import Progress
@@ -152,8 +153,14 @@ def _of_seed(config: Config, folder: str, name: str, seed: int) -> Config:
 
 
 def carry_out(wanted: Sequence[Job], engine: Engine, command: str) -> None:
-    """Run what is missing, then write and print each job's result.json and reproduce.md."""
+    """Run what is missing, then write and print each job's result.json and reproduce.md.
+
+    One run of each network is checked before the first one begins. Raises UserError where it will not do.
+    """
     try:
+        for job in wanted:
+            for config in {run.model.factory: run for run in job.runs.values()}.values():
+                preflight.check(config)
         for job in wanted:
             work = _figure5 if job.name == "figure5" else _network
             work(job, engine, command)
@@ -254,13 +261,7 @@ def _figure5(job: Job, engine: Engine, command: str) -> None:
 def figure5_run(config: Config, engine: Engine, progress: Progress) -> Measured:
     """The stages of one regulariser's run; returns what it measured."""
     with state.open_run(config) as here:
-        stages.check_names(config)
-        made_from = stages.shards_stage(config, here, progress)
-        stages.check_network(config, here)
-        made_from = stages.dense_stage(made_from, config, engine, here, progress)
-        if round_plan.needs_scan(config):
-            made_from = stages.scan_stage(made_from, config, engine, here, progress)
-        stages.train_stage("figure5", made_from, config, engine, here, progress)
+        stages.carry_out(stages.up_to(config, figure5.FIGURE5), stages.Driver(config, engine, here, progress))
         times = [final.stage_seconds(here, stage) for stage in ("shards", "dense", "scan", "figure5")]
         seconds = sum(each for each in times if each is not None)
         points = len(round_plan.densities(config))

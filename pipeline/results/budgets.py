@@ -14,7 +14,7 @@ from pipeline.network.build import build_network
 from pipeline.prune import damage, limits, round_plan, schedules
 from pipeline.prune.budget import Solution
 from pipeline.results.tables import TextTable, percent
-from pipeline.rounds import outlook
+from pipeline.rounds import preflight
 from pipeline.run import state
 from pipeline.settings.config import Config
 from pipeline.train import session
@@ -73,7 +73,7 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     run = state.Run(state.run_root(config), 0)
     if not run.has("scan", "scan.json"):
         raise UserError(f"--budgets needs a scan, and '{run.root}' has none yet: `secateur scan CONFIG` makes it")
-    scan, classes = run.read("scan", "scan.json"), outlook.count_samples(config).classes
+    scan, classes = run.read("scan", "scan.json"), preflight.count_samples(config).classes
     model = build_network(config.model, classes, config.seed)
     flops = cost.flops(model, session.input_shape(config))
     weights = {tensor["name"]: int(tensor["weights"]) for tensor in scan["tensors"]}

@@ -57,13 +57,18 @@ class Source:
         return Origin(self.facts.kept, self.facts.weights, self.facts.generation)
 
 
+def source_root(config: Config) -> str:
+    """The folder of the run that `start.from` names: a name under runs_dir, a path or a URL."""
+    return config.start.run if "/" in config.start.run else storage.join(config.runs_dir, config.start.run)
+
+
 def find(config: Config, prunable: Sequence[Prunable]) -> Source:
     """The run and round of `start.from`.
 
     Raises UserError where there is no such run, its round is undone or unfinished, or the two do not fit together.
     """
     given = f"start.from={config.start.source}"
-    root = config.start.run if "/" in config.start.run else storage.join(config.runs_dir, config.start.run)
+    root = source_root(config)
     run, number = Run(root, 0), config.start.round
     if root == state.run_root(config):
         raise UserError(f"{given} is this run itself: give the branch another name=...")

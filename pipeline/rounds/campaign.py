@@ -127,11 +127,16 @@ def judge(dense_right: NDArray[np.bool_], pruned_right: NDArray[np.bool_], targe
     return Judgement(compared.drop, high, lost, won, samples)
 
 
+def accepts(found: Judgement, target: Target) -> bool:
+    """Whether a round that was judged so is accepted."""
+    return found.drop_high <= target.allowed
+
+
 def require_enough(samples: int, target: Target) -> None:
     """Raise UserError where val is so small that not even a network with the dense one's answers would be accepted."""
     same = np.ones(samples, dtype=np.bool_)
     best = judge(same, same, target)
-    if best.drop_high > target.allowed:
+    if not accepts(best, target):
         raise UserError(
             f"target.mode=no-loss: with {samples:,} val images even a network that answers as the dense one does may "
             f"have lost {100 * best.drop_high:.2g} points (target.confidence={target.confidence:g}), more than the "

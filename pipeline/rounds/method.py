@@ -21,11 +21,11 @@ from pipeline.network.survey import Prunable, survey
 from pipeline.prune import criteria, masks, round_plan
 from pipeline.prune.gradual import Gradual
 from pipeline.prune.round_plan import Goal
-from pipeline.rounds import attempts, before_retraining, comparison
+from pipeline.rounds import attempts, before_retraining, campaign, comparison
 from pipeline.rounds.before_retraining import Pruned
 from pipeline.rounds.subject import Subject, open_subject
 from pipeline.run.events import RoundBegun
-from pipeline.run.layout import round_folder, standing
+from pipeline.run.layout import DENSE, round_folder, standing
 from pipeline.run.records import (
     BeforeRetraining,
     DenseMetrics,
@@ -37,7 +37,7 @@ from pipeline.run.records import (
 )
 from pipeline.run.state import now_ms
 from pipeline.task.classification import forward
-from pipeline.train import checkpoint
+from pipeline.train import checkpoint, first_step
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.loop import Training
 from pipeline.train.session import Session
@@ -48,6 +48,7 @@ ACTIVITY_SAMPLES = 1000
 def dense(session: Session) -> None:
     """Train the dense network, or take it as its checkpoint gives it, and evaluate it on val."""
     config, clock = session.config, time.monotonic()
+    first_step.on_workers(session, DENSE)
     model = session.new_model()
     prunable, _ = survey(model, config.prune.include, config.prune.exclude)
     history: list[Epoch] = []
@@ -67,6 +68,8 @@ def dense(session: Session) -> None:
 
 def prune(session: Session) -> None:
     """All rounds, the dense control, and the one look at test; each part is skipped where it is finished."""
+    if session.config.start.source is not None:  # no dense network was trained here
+        first_step.on_workers(session, round_folder(1))
     subject = open_subject(session)
     attempts.note_dense_answers(session, subject.model)
     attempts.settle(session)
@@ -120,7 +123,7 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
     guard(subject, kept, plan)
     answers = session.evaluate(model, "val")
     against_dense = attempts.judge(session, answers)
-    accepted = against_dense is None or against_dense.drop_high <= session.config.target.allowed
+    accepted = against_dense is None or campaign.accepts(against_dense, session.config.target)
     if session.world.first:
         if accepted:
             checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), kept))

@@ -10,31 +10,17 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import UserError
-from pipeline.data import placement, shards, sources
+from pipeline.data import placement
 from pipeline.network import cost
-from pipeline.network.build import build_network
-from pipeline.network.survey import LeftOut, Prunable, survey
+from pipeline.network.survey import LeftOut, Prunable
 from pipeline.prune import criteria, round_plan
 from pipeline.prune.round_plan import Goal, Scanned
-from pipeline.rounds import attempts, before_retraining, branch, campaign
+from pipeline.rounds import branch, campaign, preflight
 from pipeline.rounds.subject import prunable_weights
 from pipeline.run import state
 from pipeline.run.records import RoundPlan
 from pipeline.settings.config import Config
-from pipeline.train import checkpoint, recipe, session
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Samples of each part, and the size of the label space."""
-
-    train: int
-    val: int
-    test: int
-    classes: int
-
-
-ILSVRC = Counts(1_281_167, 0, 50_000, 1000)  # ImageNet 2012, whose val is our test
+from pipeline.train import checkpoint, recipe
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ class RoundSize:
 class RunPlan:
     """A run on paper. `densities` holds, for each tensor, its density after the last round, where it is known."""
 
-    counts: Counts
+    counts: preflight.Counts
     prunable: list[Prunable]
     left_out: list[LeftOut]
     flops: dict[str, int]
@@ -72,30 +58,25 @@ def make(config: Config) -> RunPlan:
 
     Raises UserError as the run itself would.
     """
-    counts = count_samples(config)
-    model = build_network(config.model, counts.classes, config.seed)
-    session.check_output(model, config, counts.classes)
-    prunable, left_out = survey(model, config.prune.include, config.prune.exclude)
-    before_retraining.check(model, config, [tensor.name for tensor in prunable])
-    flops = cost.flops(model, session.input_shape(config))
+    preflight.check_names(config)
+    counts = preflight.count_samples(config)
+    require_samples(counts)
+    run = state.Run(state.run_root(config), 0)
+    checked = preflight.check_network(config, counts, run)
+    model, prunable, flops = checked.model, checked.prunable, checked.flops
     source = branch.find(config, prunable) if config.start.source is not None else None
     known = look_up(config, prunable_weights(model, prunable), source, counts.classes, flops)
     notes = [*known.notes, *target_notes(config)]
     sizes = {tensor.name: tensor.weights for tensor in prunable}
     total = sum(sizes.values())
-    other = 4 * sum(math.prod(tensor.shape) for tensor in left_out)
+    other = 4 * sum(math.prod(tensor.shape) for tensor in checked.left_out)
     steps = {
         name: recipe.total_steps(part, placement.steps_per_epoch(counts.train, config.data.lanes, part.batch_size))
         for name, part in (("dense", config.dense), ("retrain", config.retrain))
     }
-    begin = campaign.Origin(total, total) if source is None else source.origin
-    begin = attempts.priced(config, begin, sizes, round_plan.costs(config, sizes, flops))
-    fewest = attempts.floor(config, prunable)
-    round_plan.require_possible(config, sizes, flops)
-    campaign.require_room(config, begin, fewest)
     rows, keep, last = [], {}, None
-    for goal in campaign.outlook(config, begin, fewest):
-        share = goal.budget / begin.total
+    for goal in campaign.outlook(config, checked.begin, checked.fewest):
+        share = goal.budget / checked.begin.total
         last = plan_at(config, goal, known)
         keep = last.keep if last else {}
         spent = keep or {name: round(share * size) for name, size in sizes.items()}
@@ -125,7 +106,7 @@ def make(config: Config) -> RunPlan:
     if config.prune.allocation == "explicit":
         notes.append("target.compression is not used: prune.densities decides the size")
     dense_steps = steps["dense"] if source is None else 0
-    return RunPlan(counts, prunable, left_out, flops, densities, dense_steps, rows, notes)
+    return RunPlan(counts, prunable, checked.left_out, flops, densities, dense_steps, rows, notes)
 
 
 def target_notes(config: Config) -> list[str]:
@@ -140,25 +121,6 @@ def target_notes(config: Config) -> list[str]:
         f"target.mode=no-loss: these are the rounds if all are accepted. One that {lost} on val is undone and half the "
         f"step tried, until a step would keep more than {target.smallest_step:.0%}{end}"
     ]
-
-
-def count_samples(config: Config) -> Counts:
-    """Samples of each part, from the manifest where there is one, else from the source's labels.
-
-    ImageNet's numbers need no files.
-    """
-    if config.data.source == "shards":
-        manifest = shards.load_manifest(str(config.data.root))
-        sizes = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
-        held = len(manifest.holdout or ())
-        return Counts(sizes["train"] - held, sizes.get("val", 0) + held, sizes["test"], manifest.num_classes)
-    if config.data.source == "imagenet" and config.data.root is None:
-        held = round(config.data.val_fraction * ILSVRC.train)
-        return Counts(ILSVRC.train - held, held, ILSVRC.test, config.data.classes or ILSVRC.classes)
-    source = sources.open_source(config.data, config.seed)
-    val = len(shards.draw_val(source.train.labels, config.data.val_fraction, config.seed))
-    train = len(source.train.labels) - val
-    return Counts(train, val, len(source.test.labels), source.num_classes)
 
 
 class Known(NamedTuple):
@@ -208,8 +170,8 @@ def plan_at(config: Config, goal: Goal, known: Known) -> RoundPlan | None:
     return round_plan.make(config, goal, known.weights, known.dense, known.alive, known.scan, anything)
 
 
-def require_plan_possible(plan: RunPlan) -> None:
-    """Raise UserError if a part of the data is empty."""
+def require_samples(counts: preflight.Counts) -> None:
+    """Raise UserError if a split of the data is empty."""
     for name in ("train", "val", "test"):
-        if getattr(plan.counts, name) == 0:
+        if getattr(counts, name) == 0:
             raise UserError(f"the data has no {name} samples: check data.root and data.val_fraction")

@@ -27,6 +27,7 @@ class StageBegun:
     """A stage begins, or is skipped since it was finished before."""
 
     stage: str
+    title: str
     skipped: bool = False
 
 

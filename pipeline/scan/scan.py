@@ -14,7 +14,7 @@ from pipeline.engine import Engine, Trials
 from pipeline.network.survey import Prunable
 from pipeline.prune import damage
 from pipeline.prune.allocation import sigma
-from pipeline.run.events import LevelMeasured, Progress, StageBegun, TogetherMeasured
+from pipeline.run.events import LevelMeasured, Progress, TogetherMeasured
 from pipeline.run.layout import round_folder
 from pipeline.run.records import Level
 from pipeline.run.state import Run, fingerprint
@@ -62,7 +62,6 @@ def measure(
     total = sum(map(len, known.values())) + sum(map(len, wanted.values()))
     if config.scan.mode == "adaptive":
         total = max(total, len(names) * config.scan.max_levels)
-    progress(StageBegun("scan"))
 
     def on_level(name: str, level: dict[str, Any]) -> None:
         levels = known.setdefault(name, [])

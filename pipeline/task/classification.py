@@ -15,10 +15,12 @@ from pipeline.settings.training import Retrain, Train
 def forward(model: nn.Module, images: Tensor, config: Config, precision: str = "fp32") -> Tensor:
     """Logits (n, classes) for uint8 images (n, channels, size, size) on the model's device.
 
-    float32, or float64 where the network gives that.
+    float32, or float64 where the network gives that. Raises TypeError where it gives something else than a tensor.
     """
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         logits: Tensor = model(inputs(images, config))
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"it gives a {type(logits).__name__}, not one tensor of logits")
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

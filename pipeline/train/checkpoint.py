@@ -44,8 +44,8 @@ class Torn(UserError):
 def save(run: Run, folder: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into `folder` (relative to the run). The manifest makes it valid."""
     files = {
-        "weights.safetensors": save_safetensors(_plain(checkpoint.weights)),
-        "optimizer.safetensors": save_safetensors(_plain(checkpoint.optimizer)),
+        "weights.safetensors": save_safetensors(plain_tensors(checkpoint.weights)),
+        "optimizer.safetensors": save_safetensors(plain_tensors(checkpoint.optimizer)),
         "masks.bin": masking.pack_bits(checkpoint.masks),
         "state.json": json.dumps(checkpoint.state, sort_keys=True).encode(),
     }
@@ -123,7 +123,7 @@ def keep_last(run: Run, phase: str, count: int) -> None:
         storage.remove_tree(storage.join(steps, name))
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def plain_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU that share no memory, which safetensors asks for (tied weights are stored twice)."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 

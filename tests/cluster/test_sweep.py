@@ -8,10 +8,10 @@ import torch
 
 from cluster import sweep
 from pipeline import stages
+from pipeline.calibrate.statistics import statistics_for
 from pipeline.local import LocalEngine
 from pipeline.prune import criteria
 from pipeline.prune.masks import top_mask
-from pipeline.rounds import before_retraining
 from pipeline.run.events import unheard
 from pipeline.run.state import open_run
 from pipeline.scan import one_tensor, scan
@@ -27,14 +27,13 @@ def test_trials_prune_by_the_statistics_that_a_scan_measures_once(tiny: Callable
     config = tiny(**{"prune.criterion": "taylor", "prune.statistics_samples": 100, "dense.epochs": 1})
     configure_process(config)
     with open_run(config) as here:
-        made_from = stages.shards_stage(config, here, unheard)
-        stages.train_stage("dense", made_from, config, LocalEngine(ALONE), here, unheard)
+        stages.carry_out([stages.SHARDS, stages.DENSE], stages.Driver(config, LocalEngine(ALONE), here, unheard))
         given = sweep.Inputs(sweep.shared_inputs(config, here, scan.DENSE))
         session = open_session(config, ALONE, here, unheard)
         expected = scan_inputs(session, scan.DENSE).statistics
     assert list(given.statistics) == ["fc1.weight", "fc2.weight", "fc3.weight"]
     assert all(torch.equal(statistic, given.statistics[name]) for name, statistic in expected.items())
-    again = before_retraining.statistics(session, given.model, [*expected])
+    again = statistics_for(session, given.model, [*expected])
     assert all(torch.equal(statistic, again[name]) for name, statistic in expected.items())
 
     tensor = one_tensor.OneTensor(given.model, "fc3.weight", config, ALONE.device, None, [], given.statistics)

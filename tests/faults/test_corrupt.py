@@ -15,7 +15,7 @@ from faults.runs import Line, same_weights
 from pipeline import stages
 from pipeline.data import shards
 from pipeline.local import LocalEngine
-from pipeline.run.events import unheard
+from pipeline.run.events import EpochEnded, Event, Resumed, unheard
 from pipeline.settings.config import Config
 from pipeline.train.world import World
 
@@ -31,9 +31,9 @@ def carry_out(config: Config, progress: Progress = unheard) -> str | None:
     return command(lambda: stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), progress))
 
 
-def resumed(events: list[dict[str, Any]]) -> int:
+def resumed(events: list[Event]) -> int:
     """The step at which dense training went on."""
-    return next(event["resumed"] for event in events if event.get("phase") == "dense" and "resumed" in event)
+    return next(event.step for event in events if isinstance(event, Resumed) and event.phase == "dense")
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**30])
@@ -48,8 +48,8 @@ def test_a_shard_that_is_corrupted_in_mid_run(cache_bytes: int, tiny: Tiny, tmp_
     shard = tmp_path / "shards/train-00000.tar"
     whole = shard.read_bytes()
 
-    def harm(event: dict[str, Any]) -> None:
-        if event.get("phase") == "dense" and event.get("epoch") == 2:
+    def harm(event: Event) -> None:
+        if isinstance(event, EpochEnded) and event.phase == "dense" and event.epoch.epoch == 2:
             corrupt(shard)
             if cache_bytes:
                 raise KeyboardInterrupt
@@ -65,7 +65,7 @@ def test_a_shard_that_is_corrupted_in_mid_run(cache_bytes: int, tiny: Tiny, tmp_
     assert f"{shard}' holds other bytes in the image of sample" in message
     assert (tmp_path / "a/tiny/dense/steps").is_dir()
     shard.write_bytes(whole)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     assert carry_out(config, events.append) is None
     assert same_weights(tmp_path / "a/tiny", tmp_path / "b/tiny")
     assert resumed(events) >= (30 if cache_bytes else 40)  # of 60 steps; the harm came when 40 were made
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite(tiny: Tiny, tmp_path: Path, line: Line) -> No
     assert "dense: the gradient of step 35 is not finite" in message
     assert "no update was made" in message
     switch.unlink()
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     assert carry_out(config, events.append) is None
     assert same_weights(tmp_path / "a/tiny", tmp_path / "b/tiny")
     assert resumed(events) >= 30

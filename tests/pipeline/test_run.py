@@ -23,6 +23,7 @@ from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.prune import round_plan
 from pipeline.rounds import campaign
+from pipeline.run.events import EpochEnded, Event, LevelMeasured, Resumed, RoundBegun, StageBegun
 from pipeline.run.state import run_root
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
@@ -113,16 +114,16 @@ def test_a_run_can_reconstruct_instead_of_retraining(tiny: Callable[..., Config]
 def test_a_finished_run_is_not_run_again(tiny: Callable[..., Config]) -> None:
     config = tiny()
     first = carry_out(config)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     assert carry_out(config, events) == first
-    assert [event["stage"] for event in events if event.get("skipped")] == [
+    assert [event.stage for event in events if isinstance(event, StageBegun) and event.skipped] == [
         "shards",
         "dense",
         "scan",
         "rounds",
         "final",
     ]
-    assert not any("phase" in event or "scan" in event for event in events)
+    assert not any(isinstance(event, EpochEnded | RoundBegun | LevelMeasured) for event in events)
 
 
 @pytest.mark.parametrize(
@@ -142,30 +143,30 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         carry_out(config)
     monkeypatch.undo()
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     result = carry_out(config, events)
     assert equal(final_weights(config), final_weights(undisturbed))
     assert result["test"] == expected["test"]
     if step > 10:
-        assert any("resumed" in event and event["phase"] == phase for event in events)
+        assert any(isinstance(event, Resumed) and event.phase == phase for event in events)
 
 
 def test_a_scan_goes_on_with_the_levels_that_are_missing(tiny: Callable[..., Config]) -> None:
     config = tiny()
     seen: list[str] = []
 
-    def stop_after_three(event: dict[str, Any]) -> None:
-        if "scan" in event:
-            seen.append(event["scan"])
+    def stop_after_three(event: Event) -> None:
+        if isinstance(event, LevelMeasured):
+            seen.append(event.tensor)
             if len(seen) == 3:
                 raise KeyboardInterrupt
 
     configure_process(config)
     with pytest.raises(KeyboardInterrupt):
         stages.run(config, LocalEngine(ALONE), stop_after_three)
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     carry_out(config, events)
-    assert len([event for event in events if "scan" in event]) == 3 * 2 - 3
+    assert len([event for event in events if isinstance(event, LevelMeasured)]) == 3 * 2 - 3
     scan = json.loads((Path(run_root(config)) / "scan/scan.json").read_text())
     assert [[level["density"] for level in tensor["levels"]] for tensor in scan["tensors"]] == [[0.5, 0.1]] * 3
 
@@ -253,8 +254,10 @@ def test_survivors_made_anew_keep_the_pattern_alone(tiny: Callable[..., Config])
 
 def test_settings_of_the_recipe_belong_to_the_stage_that_uses_them(tiny: Callable[..., Config]) -> None:
     def changed(**changes: Any) -> list[str]:
-        return [s for s in ("dense", "scan", "rounds") if stages.stage_settings(s, tiny()) != stages.stage_settings(
-            s, tiny(**changes))]  # fmt: skip
+        before, after = tiny(), tiny(**changes)
+        nowhere = stages.Run("nowhere", 0)
+        parts = (stages.DENSE, stages.SCAN, stages.ROUNDS)
+        return [part.name for part in parts if part.settings(before, nowhere) != part.settings(after, nowhere)]
 
     assert changed(**{"scan.bn_samples": 10}) == ["scan"]
     for key, value in {

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import stages
 from pipeline.calibrate import batch_norm
 from pipeline.data.loader import Batch
+from pipeline.rounds import preflight
 from pipeline.scan.inputs import scan_inputs
 from pipeline.scan.levels import answers_of, scan_tensor
 from pipeline.settings.config import Config
@@ -95,4 +95,4 @@ def test_a_network_without_batch_norm_is_told_that_the_setting_does_nothing(smal
     plain = config.model.model_copy(update={"kwargs": {"norm": False}})
     asked = config.prune.model_copy(update={"bn_samples": 64})
     with pytest.warns(UserWarning, match=r"prune\.bn_samples=64 is ignored: the network has no batch norm"):
-        stages.check_network(config.model_copy(update={"model": plain, "prune": asked}), small_session.run)
+        preflight.check(config.model_copy(update={"model": plain, "prune": asked}), small_session.run)

@@ -132,20 +132,21 @@ def test_a_round_is_judged_by_what_it_may_have_lost() -> None:
     """3 of 1,000 lost and none won: measured 0.3 points, but up to 0.74 with 95% confidence."""
     as_measured = Target.model_validate({"confidence": 0.5, "tolerance": 0.003})
     found = campaign.judge(*answers(3, 0, 1000), as_measured)
-    assert (found.accepted, found.drop, found.drop_high) == (True, 0.003, 0.003)
-    assert not campaign.judge(*answers(4, 0, 1000), as_measured).accepted
+    assert campaign.accepts(found, as_measured)
+    assert (found.drop, found.drop_high) == (0.003, 0.003)
+    assert not campaign.accepts(campaign.judge(*answers(4, 0, 1000), as_measured), as_measured)
     sure = Target.model_validate({"tolerance": 0.003})
     found = campaign.judge(*answers(3, 0, 1000), sure)
-    assert not found.accepted
+    assert not campaign.accepts(found, sure)
     assert found.drop_high == pytest.approx(tango(3, 0, 1000, 1.6448536)[1])
     assert found.drop_high == pytest.approx(0.0074, abs=1e-4)
-    assert campaign.judge(*answers(3, 9, 1000), sure).accepted
+    assert campaign.accepts(campaign.judge(*answers(3, 9, 1000), sure), sure)
     assert (found.only_dense_right, found.only_pruned_right, found.samples) == (3, 0, 1000)
 
 
 def test_a_drop_that_is_certain_but_within_the_tolerance_is_accepted() -> None:
-    found = campaign.judge(*answers(60, 0, 50_000), Target.model_validate({}))  # by default the margin, 0.3 points
-    assert found.accepted
+    target = Target.model_validate({})  # by default the margin, 0.3 points
+    assert campaign.accepts(campaign.judge(*answers(60, 0, 50_000), target), target)
     assert tango(60, 0, 50_000)[0] > 0
 
 

@@ -19,6 +19,7 @@ from pipeline.data import shards
 from pipeline.local import LocalEngine
 from pipeline.rounds import attempts, branch, outlook
 from pipeline.run.contents import read
+from pipeline.run.events import EpochEnded, Event, LevelMeasured, Noted, Resumed
 from pipeline.run.layout import attempt_folder, trail
 from pipeline.run.state import Run, open_run, run_root
 from pipeline.settings.config import Config, parse_config
@@ -27,7 +28,7 @@ from pipeline.train import checkpoint
 from pipeline.train.loop import Training
 from pipeline.train.world import configure_process
 
-Events = list[dict[str, Any]]
+Events = list[Event]
 # A step to 2% of the weights loses far more than 20 points; small ones do not.
 CAMPAIGN: dict[str, Any] = {
     "name": "campaign", "prune.allocation": "uniform", "retrain.steps": 12, "retrain.checkpoint_steps": 5,
@@ -51,12 +52,7 @@ def to_test(config: Config) -> Events:
     events: Events = []
     engine = LocalEngine(ALONE)
     with open_run(config) as here:
-        made_from = stages.shards_stage(config, here, events.append)
-        stages.check_network(config, here)
-        made_from = stages.dense_stage(made_from, config, engine, here, events.append)
-        if config.prune.allocation == "paper":
-            made_from = stages.scan_stage(made_from, config, engine, here, events.append)
-        stages.train_stage("rounds", made_from, config, engine, here, events.append)
+        stages.carry_out(stages.up_to(config, stages.ROUNDS), stages.Driver(config, engine, here, events.append))
     return events
 
 
@@ -108,8 +104,8 @@ def test_a_campaign_goes_back_where_too_much_was_lost(campaign: tuple[Config, di
         assert metrics["against_dense"]["drop"] > 0.2
         assert run.read(folder, "plan.json")["attempt"] == row["attempt"]
         assert storage.list_folders(run.path(folder)) == []
-    assert [row["seconds"] for row in rows] == [metrics["seconds"] for metrics in trail(run)]
-    assert sum("is undone" in event.get("note", "") for event in events) == len(undone)
+    assert [row["seconds"] for row in rows] == [metrics.seconds for metrics in trail(run)]
+    assert sum(isinstance(event, Noted) and "is undone" in event.text for event in events) == len(undone)
     assert result["test_looks"] == 1
     control = run.read("rounds", "control.json")
     assert len(control["history"]) == sum(len(run.read(f"rounds/0{n}", "metrics.json")["history"]) for n in (1, 2))
@@ -175,7 +171,7 @@ def test_a_campaign_killed_again_and_again_ends_with_the_same_bits(
         ))  # fmt: skip
     killed(Training, "_update", at(7, undone=1))
     events = to_test(config)
-    assert [event["resumed"] for event in events if "resumed" in event] == [5]
+    assert [event.step for event in events if isinstance(event, Resumed)] == [5]
     assert bits(config) == bits(campaign[0])
 
 
@@ -189,7 +185,7 @@ def test_a_campaign_that_accepts_nothing_hands_over_the_dense_network(digits: di
     assert result["val"]["pruned"] == result["val"]["dense"]
     assert result["test"]["dense_control"] is None
     assert result["test"]["pruned"] == result["test"]["dense"]
-    assert any("no round was accepted" in event.get("note", "") for event in events)
+    assert any(isinstance(event, Noted) and "no round was accepted" in event.text for event in events)
     dense = checkpoint.load(run_of(config), "dense/checkpoint").weights
     final = final_weights(config)
     assert all(torch.equal(final[name], dense[name]) for name in dense)
@@ -233,8 +229,8 @@ def test_a_branch_goes_on_as_its_source_did(source: Config) -> None:
     assert ours["rounds/01/checkpoint/weights.safetensors"] == theirs["rounds/02/checkpoint/weights.safetensors"]
     for same in ("rounds/control-02/checkpoint/weights.safetensors", "final/test.json"):
         assert ours[same] == theirs[same]
-    assert not any("scan" in event for event in events)
-    assert {event["phase"] for event in events if "phase" in event} == {"rounds/01", "rounds/control-02"}
+    assert not any(isinstance(event, LevelMeasured) for event in events)
+    assert {event.phase for event in events if isinstance(event, EpochEnded)} == {"rounds/01", "rounds/control-02"}
 
 
 def test_a_branch_prunes_further_and_says_where_it_comes_from(source: Config) -> None:
@@ -265,17 +261,15 @@ def test_a_branch_prunes_further_and_says_where_it_comes_from(source: Config) ->
         home.with_name("moved").rename(home)
     last = branch_of(config, "last", {"start.from": "further:1", "prune.schedule": "one-shot"})
     to_test(last)
-    found = branch.described(run_of(last))
+    found = branch.begun(run_of(last))
     assert found is not None
-    assert (found["run"], found["generation"], [each["run"] for each in found["ancestors"]]) == (
-        "further", 3, ["source"],
-    )  # fmt: skip
+    assert (found.run, found.generation, [each.run for each in found.ancestors]) == ("further", 3, ["source"])
 
 
 def test_branches_of_round_0_share_one_dense_training(source: Config) -> None:
     config = branch_of(source, "shared", {"start.from": "source:0", "prune.list": [0.3], "prune.allocation": "erk"})
     events = to_test(config)
-    assert not any(event.get("phase") == "dense" for event in events)
+    assert not any(isinstance(event, EpochEnded) and event.phase == "dense" for event in events)
     assert run_of(config).read("final", "test.json")["dense"] == run_of(source).read("final", "test.json")["dense"]
     assert run_of(config).read("start", "start.json")["density"] == 1
 

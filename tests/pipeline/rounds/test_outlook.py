@@ -10,7 +10,7 @@ import pytest
 from pipeline.base.errors import UserError
 from pipeline.cli import commands
 from pipeline.network import cost
-from pipeline.rounds import outlook
+from pipeline.rounds import outlook, preflight
 from pipeline.settings.config import Config
 
 
@@ -46,7 +46,7 @@ def test_densities_that_follow_from_statistics_are_said_to(tiny: Callable[..., C
 def test_imagenet_is_planned_without_its_files_and_not_run_without_them() -> None:
     path = Path(__file__).parents[3] / "configs/vgg16-paper.yaml"
     made = outlook.make(commands.load(path, [], needs_data=False))
-    assert made.counts == outlook.Counts(train=1_255_544, val=25_623, test=50_000, classes=1000)
+    assert made.counts == preflight.Counts(train=1_255_544, val=25_623, test=50_000, classes=1000)
     assert sum(tensor.weights for tensor in made.prunable) == 138_344_128
     assert made.flops["conv1_2.weight"] == 2 * 36_864 * 224 * 224
     assert made.dense_steps == 74 * (1_255_544 // 32 // 8)  # 8 samples of each of 32 lanes a step

@@ -39,10 +39,10 @@ def test_changed_settings_stop_with_the_keys_that_differ(tiny: Callable[..., Con
 def test_a_stage_counts_as_finished_only_for_what_it_was_made_from(tmp_path: Path) -> None:
     (tmp_path / "lease.json").write_text('{"fence": 1, "pid": 1, "host": "h"}')
     run = Run(str(tmp_path), 1)
-    assert run.finished("dense", "abc") is None
+    assert not run.finished("dense", "abc")
     run.finish("dense", "abc", 1.0)
-    assert run.finished("dense", "abc") is not None
-    assert run.finished("dense", "other") is None
+    assert run.finished("dense", "abc")
+    assert not run.finished("dense", "other")
 
 
 def test_a_fingerprint_depends_on_values_and_not_on_the_order_of_keys() -> None:

@@ -1,0 +1,149 @@
+"""One throw-away training step and one save, so that what only the first step shows is known before any is paid for.
+
+The network is built anew for it and thrown away after it; no random number of the run is drawn.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.base.names import few
+from pipeline.data.loader import Batch
+from pipeline.network.build import FOREIGN, build_network, load_weights
+from pipeline.prune import masks as masking
+from pipeline.settings.config import Config
+from pipeline.settings.training import Train
+from pipeline.task.classification import forward, losses
+from pipeline.train import checkpoint, recipe
+from pipeline.train.session import Session, input_shape, place
+
+SAMPLES = 2  # of a step that is made without data: batch norm needs more than one
+
+
+def trainings(config: Config) -> dict[str, Train]:
+    """The trainings that the run makes, by the name of their settings."""
+    found = {"dense": config.dense, "retrain": recipe.resolve(config.retrain, config.dense)}
+    return {name: settings for name, settings in found.items() if settings.epochs}
+
+
+def zeros(config: Config) -> Batch:
+    """A batch of black images of class 0, for a step before there are shards."""
+    numbers = torch.arange(SAMPLES)
+    images = torch.zeros(SAMPLES, *input_shape(config), dtype=torch.uint8)
+    return Batch(images, torch.zeros_like(numbers), torch.ones(SAMPLES), numbers)
+
+
+def real(session: Session, samples: int) -> Batch:
+    """So many train images of the run (fewer where there are fewer), without augmentation."""
+    batches = [*session.calibration(samples)]
+    parts = ("images", "labels", "weights", "indices")
+    return Batch(*(torch.cat([getattr(batch, part) for batch in batches]) for part in parts))
+
+
+def on_workers(session: Session, phase: str) -> None:
+    """A step of each training with a rank's share of a real batch, on every rank, unless `phase` has been begun before.
+
+    Raises Agreed, on every rank, with what the lowest rank met.
+    """
+    begun, run = None, session.run
+    if session.world.first:
+        begun = b"yes" if run.has(phase, "metrics.json") or storage.list_folders(run.path(phase, "steps")) else b""
+    if session.world.broadcast(begun):
+        return
+    largest = max((settings.batch_size for settings in trainings(session.config).values()), default=SAMPLES)
+    problem = None
+    try:
+        batch = real(session, max(SAMPLES, largest // session.world.size))
+        require(session.config, session.manifest.num_classes, batch, session.world.device)
+    except UserError as error:
+        problem = str(error)
+    session.world.agree(problem)
+
+
+def require(config: Config, classes: int, batch: Batch, device: torch.device) -> None:
+    """Make one step of each training on `batch`, and save and load the network once.
+
+    Raises UserError where one of them fails, no parameter or (with several workers) not every parameter gets a
+    gradient, or what is saved cannot be loaded.
+    """
+    for name, settings in trainings(config).items():
+        model = place(build_network(config.model, classes, config.seed), config, device)
+        _step(model, config, name, settings, batch)
+    _save_and_load(config, classes, device)
+
+
+def _step(model: nn.Module, config: Config, name: str, settings: Train, batch: Batch) -> None:
+    factory = f"model.factory={config.model.factory}"
+    parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    _require_real(factory, parameters)
+    optimizer = recipe.make_optimizer(settings, list(model.parameters()))
+    device = next(iter(parameters.values())).device
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            logits = forward(model, batch.images.to(device), config, settings.precision)
+            _require_logits(factory, logits, len(batch.labels))
+            loss = losses(settings, logits, batch.labels.to(device)).mean()
+            if not loss.requires_grad:
+                raise UserError(f"{factory}: no gradient reaches its parameters: they must take part in its output")
+            loss.backward()
+            _require_gradients(factory, config, parameters)
+            optimizer.step()
+            weights = [value.data for value in parameters.values()]
+            masking.Applier(weights, [torch.ones_like(weight, dtype=torch.bool) for weight in weights]).apply()
+    except torch.OutOfMemoryError:
+        raise  # the command line has words for it
+    except FOREIGN as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{factory} cannot be trained: the first step of {name} fails: {reason}") from error
+
+
+def _require_real(factory: str, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise UserError where nothing can be trained, or parameters are of a kind that is not."""
+    if not parameters:
+        raise UserError(f"{factory}: every parameter has requires_grad=False, so nothing can be trained: set some free")
+    for name, value in parameters.items():
+        if value.is_complex():
+            raise UserError(
+                f"{factory}: parameter {name} is complex ({value.dtype}), which is not supported: hold its real and "
+                "imaginary parts as two parameters"
+            )
+
+
+def _require_logits(factory: str, logits: Tensor, samples: int) -> None:
+    if logits.ndim != 2 or len(logits) != samples:
+        raise UserError(f"{factory}: gives outputs of shape {tuple(logits.shape)} in training, not (samples, classes)")
+
+
+def _require_gradients(factory: str, config: Config, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise UserError for parameters without a gradient where several workers would wait for it."""
+    without = [name for name, value in parameters.items() if value.grad is None]
+    if without and config.cluster.max_workers > 1:
+        raise UserError(
+            f"{factory}: {few(without)} gets no gradient, and the workers of "
+            f"cluster.workers={config.cluster.workers} wait for one of each parameter: set requires_grad=False there, "
+            "take it out of the network, or set cluster.workers=1"
+        )
+
+
+def _save_and_load(config: Config, classes: int, device: torch.device) -> None:
+    """Save the network as a run does, and load it into another. Raises UserError where that does not work."""
+    untrained = config.model.model_copy(update={"checkpoint": None})
+    model = place(build_network(untrained, classes, config.seed), config, device)
+    other = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if other:
+        raise UserError(
+            f"model.factory={config.model.factory}: {few(other)} in its state_dict is no tensor, and a checkpoint "
+            "holds only tensors: register it as a buffer, or leave it out of the state"
+        )
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        file = Path(folder, "model.safetensors")
+        save_file(checkpoint.plain_tensors(dict(model.state_dict())), file)
+        load_weights(model, file)

@@ -1,0 +1,172 @@
+"""What only the first step of a training shows is known before anything is spent, in one sentence."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import ALONE
+from torch import nn
+
+from pipeline import stages
+from pipeline.base.errors import UserError
+from pipeline.local import LocalEngine
+from pipeline.paper.reproduce import figure5_run
+from pipeline.rounds import preflight
+from pipeline.run.events import Event, Progress, StageBegun
+from pipeline.run.state import open_run, run_root
+from pipeline.settings.config import Config
+
+
+class TwoOutputs(nn.Module):
+    """In training a second output, as GoogLeNet has."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, classes)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.fc(x.flatten(1))
+        return (logits, logits) if self.training else logits
+
+
+class Cut(nn.Module):
+    """No gradient reaches its parameters."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1)).detach()
+
+
+class ComplexFilter(nn.Module):
+    """A complex parameter among real ones."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, classes)
+        self.filter = nn.Parameter(torch.ones(64, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc((x.flatten(1) * self.filter).abs())
+
+
+class Unused(nn.Module):
+    """A layer that its output does not depend on."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.fc, self.spare = nn.Linear(64, classes), nn.Linear(64, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1))
+
+
+class Wide(nn.Module):
+    """Doubles in a layer: training it in bf16 meets another type."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, classes).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1) if self.training else x.flatten(1).double())
+
+
+class Remembering(nn.Module):
+    """State that is no tensor."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, classes)
+
+    def get_extra_state(self) -> Any:
+        return {"note": "mine"}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take it back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1))
+
+
+def frozen(classes: int = 10) -> nn.Module:
+    """Nothing in it can be trained."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    return network.requires_grad_(False)
+
+
+def of(factory: str) -> dict[str, Any]:
+    return {"model.factory": f"test_preflight:{factory}", "model.kwargs": {}, "prune.allocation": "uniform"}
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize(
+    ("factory", "more", "words"),
+    [
+        ("TwoOutputs", {}, "the first step of dense fails: it gives a tuple, not one tensor of logits"),
+        ("Cut", {}, "no gradient reaches its parameters"),
+        ("ComplexFilter", {}, r"parameter filter is complex \(torch.complex64\)"),
+        ("Unused", {"cluster.workers": 2}, r"spare.weight, spare.bias gets no gradient.*cluster.workers=1"),
+        ("Wide", {}, "the first step of dense fails: .*dtype"),
+        ("Remembering", {}, "_extra_state in its state_dict is no tensor"),
+        ("frozen", {}, "every parameter has requires_grad=False"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_refused_before_anything_is_spent(
+    tiny: Callable[..., Config], factory: str, more: dict[str, Any], words: str
+) -> None:
+    config, events = tiny(**of(factory), **more), list[Event]()
+    with pytest.raises(UserError, match=rf"model.factory=test_preflight:{factory}.*{words}"):
+        stages.run(config, LocalEngine(ALONE), events.append)
+    assert not any(isinstance(event, StageBegun) for event in events)
+
+
+def test_one_worker_trains_a_network_with_a_layer_that_is_not_used(tiny: Callable[..., Config]) -> None:
+    preflight.check(tiny(**of("Unused")))
+
+
+def scan(config: Config, progress: Progress) -> None:
+    with open_run(config) as here:
+        stages.scan(config, LocalEngine(ALONE), here, progress)
+
+
+def measure_figure5(config: Config, progress: Progress) -> None:
+    figure5_run(config, LocalEngine(ALONE), progress)
+
+
+def run(config: Config, progress: Progress) -> None:
+    stages.run(config, LocalEngine(ALONE), progress)
+
+
+@pytest.mark.parametrize("command", [run, scan, measure_figure5])
+def test_an_unknown_criterion_is_refused_before_the_dense_network_is_trained(
+    tiny: Callable[..., Config], command: Callable[[Config, Progress], None]
+) -> None:
+    config, events = tiny(**{"prune.criterion": "magnitud"}), list[Event]()
+    with pytest.raises(UserError, match=r"prune.criterion.*magnitud.*magnitude"):
+        command(config, events.append)
+    assert events == []
+    assert not Path(run_root(config), "dense").exists()
+
+
+def test_the_check_draws_no_random_number_and_leaves_no_file(tiny: Callable[..., Config]) -> None:
+    config = tiny()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preflight.check(config)
+    assert torch.equal(torch.rand(4), expected)
+    assert not Path(run_root(config)).exists()
