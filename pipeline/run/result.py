@@ -238,7 +238,9 @@ class Result(Part, Record):
                     key = place.pop()
                     said = f"{key} is missing" if problem["type"] == "missing" else f"{key} is not known"
                 problems.append(f"{'/'.join(place) or '(top)'}: {said}")
-            raise UserError(f"'{origin}': result.json breaks its contract: {'; '.join(problems)}") from error
+            raise UserError(
+                f"'{origin}' breaks its contract: {'; '.join(problems)}; delete it and run the same command again"
+            ) from error
 
 
 def schema() -> dict[str, Any]:
