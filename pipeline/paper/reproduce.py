@@ -39,7 +39,7 @@ from pipeline.settings.config import Config
 from pipeline.train.world import configure_process
 
 ALL_NETWORKS = ",".join(printed.NETWORKS)
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "paper"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "paper"
 
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="lenet-300-100, lenet-5, figure5 or all.")]
 DataRoot = Annotated[str | None, typer.Option("--data", help="Folder of MNIST's idx files; sets data.root.")]
