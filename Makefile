@@ -48,6 +48,7 @@ bench: install
 
 schema: install
 	$(BIN)/python -c 'import json; from pipeline.settings.config import Config; print(json.dumps(Config.model_json_schema(), indent=1))' > configs/schema.json
+	$(BIN)/python -c 'import json; from pipeline.run.result import schema; print(json.dumps(schema(), indent=1))' > pipeline/results/result.schema.json
 
 lock: install
 	(echo "# Exact versions of everything that is installed; made by \`make lock\`."; \

@@ -66,7 +66,7 @@ def compare(
     with torch.no_grad():
         wanted = masked(inputs)
         differences = {form: float((model(inputs) - wanted).abs().max()) for form, model in forms.items()}
-    rows = latency.measure(forms, shape, threads=THREADS, repeats=200)
+    rows = latency.measure(forms, shape, threads=THREADS, passes=latency.Passes(repeats=200))
     for row in rows:
         model = forms[row.name]
         count = sum(int((p != 0).sum()) for p in masked.parameters()) if row.name == "CSR" else sum(

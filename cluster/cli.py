@@ -82,7 +82,7 @@ def reproduce(
     configs: paper.Configs = paper.CONFIGS,
 ) -> None:
     """The paper's tables 1-3 and figures 4-7 beside ours; goes on where it was stopped."""
-    jobs = paper.jobs(target, overrides or [], data, seeds, runs_dir, networks, configs, _checked)
+    jobs = paper.jobs(paper.Wanted(target, data, seeds, runs_dir, networks, configs), overrides or [], _checked)
     paper.carry_out(jobs, RayEngine(), _typed())
 
 
@@ -104,7 +104,7 @@ def bench(
     configure_process(config)
     with state.open_run(config) as here:
         found = bench_run(here.root, repeats)
-        final.update(here, latency_ms=found["summary"])
+        final.update(here, latency_ms=found.summary)
     show_bench(found)
 
 

@@ -43,7 +43,7 @@ def reproduce(
     configs: paper.Configs = paper.CONFIGS,
 ) -> None:
     """The paper's tables 1-3 and figures 4-7 beside ours; goes on where it was stopped."""
-    jobs = paper.jobs(target, overrides or [], data, seeds, runs_dir, networks, configs)
+    jobs = paper.jobs(paper.Wanted(target, data, seeds, runs_dir, networks, configs), overrides or [])
     first = next(iter(jobs[0].runs.values()))
     configure_process(first)
     with torchrun_world(first) as world:

@@ -21,6 +21,7 @@ from pipeline.results import final
 from pipeline.rounds import branch, preflight
 from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.records import DataFacts, Scan
+from pipeline.run.result import Result
 from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
 from pipeline.settings.config import Config, hashed
@@ -196,7 +197,7 @@ def up_to(config: Config, *ends: Stage) -> list[Stage]:
     return [SHARDS, DENSE, *scan, *(stage for stage in ends if stage is not SCAN)]
 
 
-def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
+def run(config: Config, engine: Engine, progress: Progress) -> Result:
     """Carry a run to its end and return its result.json. Raises as `carry_out` does."""
     with open_run(config, lambda text: progress(Noted(text))) as here:
         mirror, patience = None, patience_s()
@@ -204,8 +205,8 @@ def run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
             mirror = Mirror(here.root, config, lambda text: progress(Warned(text)))
         try:
             carry_out(up_to(config, ROUNDS, FINAL), Driver(config, engine, here, progress))
-            result: dict[str, Any] = here.read("result.json")
-            if mirror is not None and result["mlflow"] is None:
+            result = here.load(Result, "result.json")
+            if mirror is not None and result.mlflow is None:
                 started = time.monotonic()
                 synced = mirror.flush(patience)
                 patience = max(0.0, patience - (time.monotonic() - started))

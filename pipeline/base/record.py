@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping
 from functools import cache
 from typing import Any, Self, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipeline.base.errors import UserError
 
@@ -32,19 +32,18 @@ class Record:
 
         Raises UserError, which names `origin` (a path, or what the user gave) and the first key that does not fit.
         """
-        try:
-            return cast(Self, _adapter(cast(Hashable, cls)).validate_python(document))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "the whole of it"
-            raise UserError(
-                f"'{origin}' is damaged, or of another version of secateur ({where}: {problem['msg'].lower()}); delete "
-                "it and run the same command again"
-            ) from error
+        return cast(Self, _validated(cast(Hashable, cls), document, origin))
+
+    @classmethod
+    def all_from_json(cls, document: Any, origin: str) -> tuple[Self, ...]:
+        """The records that a list holds, in its order. Raises UserError as `from_json` does."""
+        return cast(tuple[Self, ...], _validated(cast(Any, tuple)[cls, ...], document, origin))
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it: records and dataclasses become mappings, tuples become lists."""
+    """A value as JSON knows it: records, dataclasses and pydantic's models become mappings, tuples become lists."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: plain(inner)
@@ -58,6 +57,18 @@ def plain(value: Any) -> Any:
     return value
 
 
+def _validated(kind: Hashable, document: Any, origin: str) -> Any:
+    try:
+        return _adapter(kind).validate_python(document)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the whole of it"
+        raise UserError(
+            f"'{origin}' is damaged, or of another version of secateur ({where}: {problem['msg'].lower()}); delete "
+            "it and run the same command again"
+        ) from error
+
+
 @cache
-def _adapter(cls: Hashable) -> TypeAdapter[Any]:
-    return TypeAdapter(cast(Any, cls))
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    return TypeAdapter(cast(Any, kind))

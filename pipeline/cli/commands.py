@@ -20,6 +20,7 @@ from pipeline.engine import Engine
 from pipeline.results import budgets, figures, final, plots
 from pipeline.rounds import outlook, preflight
 from pipeline.run import lease
+from pipeline.run.result import Result
 from pipeline.run.state import Run, config_of, run_root
 from pipeline.settings.config import Config, load_config, parse_config
 from pipeline.tracking import mirror, tracking
@@ -85,7 +86,7 @@ def leave(command_line: Callable[[], None]) -> NoReturn:
     raise SystemExit(code)
 
 
-def run(config: Config, engine: Engine) -> dict[str, Any]:
+def run(config: Config, engine: Engine) -> Result:
     """Carry a run to its end, show its progress and its result."""
     configure_process(config)
     with Display() as display:
@@ -144,8 +145,8 @@ def sync(run_dir: str | Path, uri: str | None = None) -> Synced:
         values = config.model_dump(mode="json")
         config = parse_config({**values, "tracking": {**values["tracking"], "uri": uri}}, origin="--uri")
     synced = tracking.sync(run_dir, config)
-    result = storage.join(run_dir, "result.json")
-    if storage.exists(result) and storage.read_json(result)["mlflow"] is None:
+    here = Run(str(run_dir), 0)
+    if here.has("result.json") and here.load(Result, "result.json").mlflow is None:
         with lease.hold(str(run_dir), config.cluster.lease_seconds, lambda: None, warnings.warn) as fence:
             final.update(Run(str(run_dir), fence), mlflow=synced.place)
         synced = tracking.sync(run_dir, config)

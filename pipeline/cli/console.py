@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, assert_never
+from typing import assert_never
 
 import torch
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.table import Table
 from pipeline import storage
 from pipeline.base.errors import RunStopped, UserError
 from pipeline.cli import sigterm
+from pipeline.export.bench import Bench
 from pipeline.results import report
 from pipeline.results.tables import TextTable
 from pipeline.rounds.outlook import RunPlan
@@ -33,6 +34,7 @@ from pipeline.run.events import (
     Warned,
 )
 from pipeline.run.records import Scan
+from pipeline.run.result import Result
 from pipeline.settings.config import Config, dump_config
 
 LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
@@ -223,10 +225,10 @@ def _tensor_table(plan: RunPlan) -> Table:
     return table
 
 
-def show_result(result: dict[str, Any], report_path: str, console: Console | None = None) -> None:
+def show_result(result: Result, report_path: str, console: Console | None = None) -> None:
     """Print the result of a run as a table."""
     console = console or make_console()
-    table = Table("", "", title=f"{result['name']} ({result['network']})", show_header=False)
+    table = Table("", "", title=f"{result.name} ({result.network})", show_header=False)
     for label, value in report.summary_rows(result):
         table.add_row(label, value)
     table.add_row("report", report_path)
@@ -261,21 +263,21 @@ def show_scan(scan: Scan, console: Console | None = None) -> None:
     console.print(table)
 
 
-def show_bench(found: dict[str, Any], console: Console | None = None) -> None:
+def show_bench(found: Bench, console: Console | None = None) -> None:
     """Print latency and memory of each form of the network, and what they come to in words."""
     console = console or make_console()
     table = Table(title="median latency (10-90% of the passes)")
     for title, side in (("network", "left"), ("batch", "right"), ("ms", "right"), ("parameters", "right")):
         table.add_column(title, justify=side)  # type: ignore[arg-type]
-    for row in found["rows"]:
-        spread = f"{row['median_ms']:.3f} ({row['p10_ms']:.3f}-{row['p90_ms']:.3f})"
-        table.add_row(row["name"], str(row["batch"]), spread, f"{row['parameter_bytes'] / 1000:,.0f} kB")
+    for row in found.rows:
+        spread = f"{row.median_ms:.3f} ({row.p10_ms:.3f}-{row.p90_ms:.3f})"
+        table.add_row(row.name, str(row.batch), spread, f"{row.parameter_bytes / 1000:,.0f} kB")
     console.print(table)
-    removed = ", ".join(f"{layer} {count}" for layer, count in found["removed"].items() if count)
+    removed = ", ".join(f"{layer} {count}" for layer, count in found.removed.items() if count)
     console.print(f"units removed from the compact network: {removed or 'none'}", markup=False)
-    for note in found["notes"]:
+    for note in found.notes:
         console.print(f"note: {note}", markup=False)
-    console.print(found["verdict"], markup=False)
+    console.print(found.verdict, markup=False)
 
 
 def show_tables(

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import platform
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.base.record import Record
 from pipeline.data import loader, shards
 from pipeline.data.images import normalize
-from pipeline.data.shards import Manifest
+from pipeline.data.split import Split
 from pipeline.export import export, latency
+from pipeline.export.latency import Latency
 from pipeline.network.build import build_network, load_weights
 from pipeline.network.compact import Compacted, compact
+from pipeline.run.result import LatencySummary
 from pipeline.run.state import Run, config_of
-from pipeline.settings.config import Config
+from pipeline.settings.data import Data
 from pipeline.train import checkpoint, session
 from pipeline.train.world import choose_device
 
@@ -29,13 +31,28 @@ SAMPLES = 64  # random and real inputs each, on which the compact network and th
 TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that passes for rounding of float32
 
 
-def bench_run(run_dir: str | Path, repeats: int = 100) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Bench(Record):
+    """final/latency.json: what was measured, and the files that were checked on the way.
+
+    `rows` are of the networks dense, pruned, compact, and CSR (the pruned one with CSR matrices). `differences` are
+    the largest of outputs from the pruned network's, by file; `removed` counts units by layer, and `notes` say what
+    compaction left alone. `summary` is result.json's latency_ms, at batch 1.
+    """
+
+    rows: tuple[Latency, ...]
+    verdict: str
+    differences: dict[str, float]
+    removed: dict[str, int]
+    notes: tuple[str, ...]
+    summary: LatencySummary
+
+
+def bench_run(run_dir: str | Path, repeats: int = 100) -> Bench:
     """Write final/{compact.safetensors, model.onnx, compact.onnx, fc.csr.safetensors, latency.json}; returns the last.
 
-    latency.json holds `rows` (fields of latency.Latency; dense, pruned, compact, and CSR: the pruned network with CSR
-    matrices), the `verdict`, largest output `differences` from the pruned network, `removed` units by layer, `notes`
-    on what compaction left alone, and `summary`: result.json's latency_ms, at batch 1. Measured on config.device with
-    config.threads. Raises UserError for a run that is not finished, and where onnxscript or onnxruntime is missing.
+    Measured on config.device with config.threads. Raises UserError for a run that is not finished, and where
+    onnxscript or onnxruntime is missing.
     """
     config = config_of(run_dir)
     here = Run(str(run_dir), 0)
@@ -46,36 +63,36 @@ def bench_run(run_dir: str | Path, repeats: int = 100) -> dict[str, Any]:
     dense = copy.deepcopy(pruned)
     load_weights(pruned, here.path("final", "model.safetensors"))
     dense.load_state_dict(checkpoint.load(here, "dense/checkpoint").weights)
-    inputs = check_inputs(config, here, manifest)
+    split = loader.open_split(config.data, session.data_root(config, here), manifest, "val")
+    inputs = check_inputs(split, config.data, config.seed)
     found = compact(pruned, inputs[:2])
     differences = write_files(here, pruned, found, inputs)
     device = choose_device(config)
     rows = latency.measure(
         {"dense": dense, "pruned": pruned, "compact": found.model, "CSR": export.to_csr(pruned)},
-        session.input_shape(config), BATCHES, config.threads, repeats, device=device,
+        session.input_shape(config), BATCHES, config.threads, latency.Passes(repeats), device,
     )  # fmt: skip
     where = device_name(device, config.threads)
     verdict = latency.verdict(rows, where)
     single = {row.name: row.median_ms for row in rows if row.batch == BATCHES[0]}
-    summary = {"device": where, "batch": BATCHES[0], **{name: single[name] for name in ("dense", "pruned", "compact")}}
-    report = {
-        "rows": [asdict(row) for row in rows],
-        "verdict": verdict,
-        "differences": differences,
-        "removed": found.removed,
-        "notes": found.notes,
-        "summary": {**summary, "verdict": verdict},
-    }
-    storage.write_json(here.path("final", "latency.json"), report)
-    return report
+    summary = LatencySummary(
+        device=where,
+        batch=BATCHES[0],
+        dense=single["dense"],
+        pruned=single["pruned"],
+        compact=single["compact"],
+        verdict=verdict,
+    )
+    made = Bench(tuple(rows), verdict, differences, found.removed, tuple(found.notes), summary)
+    storage.write_json(here.path("final", "latency.json"), made.to_json())
+    return made
 
 
-def check_inputs(config: Config, here: Run, manifest: Manifest) -> Tensor:
+def check_inputs(split: Split, data: Data, seed: int) -> Tensor:
     """Random inputs and then real ones, of val (never test), float32 (at most 2 * SAMPLES, channels, height, width)."""
-    split = loader.open_split(config.data, session.data_root(config, here), manifest, "val")
-    batch = next(loader.EvalLoader(split, config.data, SAMPLES, config.seed).batches(0, 1))
-    real = normalize(batch.images[:SAMPLES], config.data.mean, config.data.std)
-    noise = torch.randn(SAMPLES, *real.shape[1:], generator=torch.Generator().manual_seed(config.seed))
+    batch = next(loader.EvalLoader(split, data, SAMPLES, seed).batches(0, 1))
+    real = normalize(batch.images[:SAMPLES], data.mean, data.std)
+    noise = torch.randn(SAMPLES, *real.shape[1:], generator=torch.Generator().manual_seed(seed))
     return torch.cat([noise, real])
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 (tor
 from torch.utils._pytree import tree_leaves  # noqa: PLC2701 (torch has no public name for it)
 
 from pipeline.base.errors import UserError
+from pipeline.base.record import Record
 
 CLOSE = 1.05  # a ratio nearer to 1 than this is no gain worth naming, however sure
 
@@ -24,7 +25,7 @@ SAME = "no faster"
 
 
 @dataclass(frozen=True)
-class Latency:
+class Latency(Record):
     """One network at one batch size: milliseconds a forward pass, and bytes.
 
     `p10_ms` and `p90_ms` bound the middle 80% of the repeats. `parameter_bytes` is what the network holds (a CSR
@@ -41,33 +42,45 @@ class Latency:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How often a network is timed at one batch size: `repeats` after `warmup` others, which are not timed.
+
+    It ends after about `seconds`, though never before 5 repeats.
+    """
+
+    repeats: int = 100
+    warmup: int = 10
+    seconds: float = 10.0
+
+
+USUAL = Passes()
+
+
 def measure(
     networks: Mapping[str, nn.Module],
     sample_shape: Sequence[int],
     batches: Sequence[int] = (1, 64),
     threads: int = 1,
-    repeats: int = 100,
-    warmup: int = 10,
+    passes: Passes = USUAL,
     device: str | torch.device = "cpu",
-    seconds: float = 10.0,
 ) -> list[Latency]:
     """Time every network on the same random inputs, (batch, *sample_shape) in float32.
 
     The networks are brought to `device` and into evaluation mode, and stay so.
-    Repeats are interleaved, each in another order, so that whatever else the machine does hits all alike. A batch size
-    stops after about `seconds`, though never before 5 repeats. torch's threads are put back. Raises UserError where the
-    device is not there.
+    Repeats are interleaved, each in another order, so that whatever else the machine does hits all alike. torch's
+    threads are put back. Raises UserError where the device is not there.
     """
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: this machine has no usable GPU; measure with device=cpu")
-    assert repeats >= 1
+    assert passes.repeats >= 1
     models = {name: network.to(where).eval() for name, network in networks.items()}
     found = []
     with _threads(threads), torch.inference_mode():
         for batch in batches:
             inputs = torch.randn(batch, *sample_shape, generator=torch.Generator().manual_seed(batch)).to(where)
-            times = _interleaved(models, inputs, repeats, warmup, seconds)
+            times = _interleaved(models, inputs, passes)
             for name, model in models.items():
                 low, middle, high = np.percentile(times[name], [10, 50, 90]).tolist()
                 found.append(Latency(name, batch, middle, low, high, parameter_bytes(model), peak_bytes(model, inputs)))
@@ -142,20 +155,18 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _interleaved(
-    models: Mapping[str, nn.Module], inputs: Tensor, repeats: int, warmup: int, seconds: float
-) -> dict[str, list[float]]:
+def _interleaved(models: Mapping[str, nn.Module], inputs: Tensor, passes: Passes) -> dict[str, list[float]]:
     """Milliseconds of every repeat, by network."""
     names = list(models)
-    for _ in range(warmup):
+    for _ in range(passes.warmup):
         for model in models.values():
             model(inputs)
     clock = _cuda_ms if inputs.is_cuda else _cpu_ms
     times: dict[str, list[float]] = {name: [] for name in names}
     draw = random.Random(0)
     started = time.perf_counter()
-    for repeat in range(repeats):
-        if repeat >= 5 and time.perf_counter() - started > seconds:
+    for repeat in range(passes.repeats):
+        if repeat >= 5 and time.perf_counter() - started > passes.seconds:
             break
         for name in draw.sample(names, len(names)):  # a fixed order would let one always follow the same other
             times[name].append(clock(models[name], inputs))

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.export import coding, unpack
-from pipeline.export.unpack import CODINGS, DTYPES, ENTRY, MAGIC, PRELUDE, UNSIGNED, VERSION, Entry
+from pipeline.export.unpack import CODINGS, DTYPES, ENTRY, MAGIC, PRELUDE, UNSIGNED, VERSION, PackedTensor
 
 Values = Literal["fp32", "fp16", "bf16"]
 VALUES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -136,7 +136,9 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor], stored: torch.dtype | 
     return PackedSizes(front + payload, front, index, sizes), unpacked
 
 
-def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, stored: torch.dtype | None) -> tuple[Entry, TensorSize]:
+def _write_tensor(
+    file: BinaryIO, name: str, tensor: Tensor, stored: torch.dtype | None
+) -> tuple[PackedTensor, TensorSize]:
     plain = _stored_as(name, tensor.detach(), stored).resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     item, numel = plain.element_size(), plain.numel()
     raw = plain.view(torch.uint8).numpy() if numel else np.zeros(0, np.uint8)  # torch cannot view nothing
@@ -156,7 +158,7 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, stored: torch.dtype
     length, entries = choice.total_bytes, choice.entries
     fillers = entries - kept if choice.coding == "relative" else 0
     index = 0 if choice.coding == "dense" else length - kept * item
-    entry = Entry(
+    entry = PackedTensor(
         name, tuple(tensor.shape), _dtype(plain), choice.coding, choice.width, entries, length, digest.digest()
     )
     return entry, TensorSize(choice.coding, choice.width, kept, fillers, index, length)
@@ -172,7 +174,7 @@ def _stored_as(name: str, tensor: Tensor, stored: torch.dtype | None) -> Tensor:
     return cast
 
 
-def _pack_entry(entry: Entry) -> bytes:
+def _pack_entry(entry: PackedTensor) -> bytes:
     name = entry.name.encode()
     dtype, kind = list(DTYPES).index(entry.dtype), CODINGS.index(entry.coding)
     fixed = ENTRY.pack(len(name), dtype, kind, entry.width, len(entry.shape), entry.entries, entry.length, entry.digest)

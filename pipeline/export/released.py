@@ -40,7 +40,7 @@ MAX_WEIGHTS = 2**31  # of a layer
 Bytes = NDArray[np.uint8]
 
 
-class Layer(BaseModel):
+class ReleasedLayer(BaseModel):
     """A layer whose weights are stored: its name in the prototxt and its weight's shape, (out, in[, h, w])."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,14 +66,14 @@ class Stored(NamedTuple):
     gaps: Bytes
 
 
-def load_layers(path: str | Path) -> list[Layer]:
+def load_layers(path: str | Path) -> list[ReleasedLayer]:
     """A YAML list of {name, shape}, in prototxt order. Raises UserError where it is not one."""
     if not storage.exists(path):
         raise UserError(
             f"list of layers '{path}' does not exist: write a YAML list of {{name: fc1, shape: [300, 784]}}"
         )
     try:
-        layers = TypeAdapter(list[Layer]).validate_python(yaml.safe_load(storage.read_bytes(path)))
+        layers = TypeAdapter(list[ReleasedLayer]).validate_python(yaml.safe_load(storage.read_bytes(path)))
     except yaml.YAMLError as error:
         raise UserError(f"list of layers '{path}' is no YAML: {error}") from None
     except ValidationError as error:
@@ -90,7 +90,7 @@ def load_layers(path: str | Path) -> list[Layer]:
     return layers
 
 
-def read_released(path: str | Path, layers: Sequence[Layer]) -> dict[str, NDArray[Any]]:
+def read_released(path: str | Path, layers: Sequence[ReleasedLayer]) -> dict[str, NDArray[Any]]:
     """The arrays of a released file, as the module's head names them.
 
     Raises UserError where the file and the layers do not fit each other. All lengths are checked before anything is
@@ -122,7 +122,7 @@ def read_released(path: str | Path, layers: Sequence[Layer]) -> dict[str, NDArra
     return tensors
 
 
-def write_released(path: str | Path, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]]) -> int:
+def write_released(path: str | Path, layers: Sequence[ReleasedLayer], tensors: Mapping[str, NDArray[Any]]) -> int:
     """Write a released file; returns its bytes. For each layer, besides its bias, the first of these that is there:
 
     1. codebook, codes and gaps: written as they are, so that what `read_released` gave comes out byte for byte. A
@@ -151,13 +151,13 @@ def _fail(path: str | Path, problem: str) -> NoReturn:
     )
 
 
-def _length(layer: Layer, count: int) -> int:
+def _length(layer: ReleasedLayer, count: int) -> int:
     """Bytes that a layer of so many entries takes."""
     pairs = (count + 1) // 2
     return 4 * 2**layer.bits + 4 * layer.shape[0] + (count if layer.bits == 8 else pairs) + pairs
 
 
-def _split(path: str | Path, layer: Layer, count: int, data: Bytes) -> tuple[Stored, NDArray[np.float32]]:
+def _split(path: str | Path, layer: ReleasedLayer, count: int, data: Bytes) -> tuple[Stored, NDArray[np.float32]]:
     """A layer's parts, as copies."""
     ends = np.cumsum([4 * 2**layer.bits, 4 * layer.shape[0], count if layer.bits == 8 else (count + 1) // 2])
     codebook, bias, codes, gaps = np.split(data, ends)
@@ -180,7 +180,7 @@ def _reach(stored: Stored) -> int:
     return len(stored.gaps) + int(stored.gaps.sum(dtype=np.int64))
 
 
-def _weight(layer: Layer, stored: Stored) -> NDArray[np.float32]:
+def _weight(layer: ReleasedLayer, stored: Stored) -> NDArray[np.float32]:
     """The weight that codes and gaps stand for."""
     places = np.cumsum(stored.gaps.astype(np.int64) + 1) - 1
     weight = np.zeros(layer.weights, np.float32)
@@ -188,7 +188,7 @@ def _weight(layer: Layer, stored: Stored) -> NDArray[np.float32]:
     return weight.reshape(layer.shape)
 
 
-def _stored(layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> Stored:
+def _stored(layer: ReleasedLayer, tensors: Mapping[str, NDArray[Any]]) -> Stored:
     """A layer's weight in the form that is written, from whichever form it has."""
     name = layer.name
     if f"{name}.codes" not in tensors:
@@ -219,7 +219,7 @@ def _stored(layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> Stored:
     return stored
 
 
-def _from_values(layer: Layer, weight: NDArray[np.float32]) -> Stored:
+def _from_values(layer: ReleasedLayer, weight: NDArray[np.float32]) -> Stored:
     """Quantised weights, their codebook in rising order after 0."""
     values = np.unique(weight[weight != 0])
     most = 2**layer.bits - 1
@@ -242,12 +242,14 @@ def _from_codes(codebook: NDArray[np.float32], codes: Bytes) -> Stored:
     return Stored(codebook, all_codes.astype(np.uint8), all_gaps.astype(np.uint8))
 
 
-def _floats(layer: Layer, tensors: Mapping[str, NDArray[Any]], part: str, length: int) -> NDArray[np.float32]:
+def _floats(layer: ReleasedLayer, tensors: Mapping[str, NDArray[Any]], part: str, length: int) -> NDArray[np.float32]:
     """A tensor of float32 and of that many elements, flat."""
     return _part(layer, tensors, part, length, "float32").astype("<f4", copy=False)
 
 
-def _small(layer: Layer, tensors: Mapping[str, NDArray[Any]], part: str, length: int | None, bits: int) -> Bytes:
+def _small(
+    layer: ReleasedLayer, tensors: Mapping[str, NDArray[Any]], part: str, length: int | None, bits: int
+) -> Bytes:
     """A tensor of uint8 that fit in so many bits, flat."""
     found = _part(layer, tensors, part, length, "uint8")
     if len(found) and found.max() >= 2**bits:
@@ -255,7 +257,9 @@ def _small(layer: Layer, tensors: Mapping[str, NDArray[Any]], part: str, length:
     return found
 
 
-def _part(layer: Layer, tensors: Mapping[str, NDArray[Any]], part: str, length: int | None, dtype: str) -> NDArray[Any]:
+def _part(
+    layer: ReleasedLayer, tensors: Mapping[str, NDArray[Any]], part: str, length: int | None, dtype: str
+) -> NDArray[Any]:
     name = f"{layer.name}.{part}"
     if name not in tensors:
         raise UserError(f"tensor '{name}' is missing: the layer needs its bias, and codebook and codes or a weight")
@@ -272,7 +276,7 @@ def _pack_nibbles(numbers: Bytes) -> Bytes:
     return np.asarray(even[::2] | even[1::2] << 4, np.uint8)
 
 
-def _unpack_nibbles(path: str | Path, layer: Layer, data: Bytes, count: int) -> Bytes:
+def _unpack_nibbles(path: str | Path, layer: ReleasedLayer, data: Bytes, count: int) -> Bytes:
     """The numbers that `_pack_nibbles` packed."""
     numbers = np.stack([data & 15, data >> 4], axis=1).reshape(-1)
     if numbers[count:].any():

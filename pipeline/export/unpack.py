@@ -73,7 +73,7 @@ class Damaged(ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class PackedTensor:
     """One tensor in the header. `length` is the bytes of its payload, `digest` their SHA-256."""
 
     name: str
@@ -105,7 +105,7 @@ def load_torch(path: str | Path) -> dict[str, Tensor]:
     return {entry.name: to_torch(entry, raw) for entry, raw in iterate(path)}
 
 
-def iterate(path: str | Path, most: int | None = None) -> Iterator[tuple[Entry, Raw]]:
+def iterate(path: str | Path, most: int | None = None) -> Iterator[tuple[PackedTensor, Raw]]:
     """The tensors one at a time, as the bytes of their elements: only one is held in memory.
 
     `most`: bytes that the file may unpack to; by default what FREE_BYTES and EXPANSION allow. Raises Damaged before
@@ -122,7 +122,7 @@ def require(condition: bool, problem: str, remedy: str = "fetch it again, or wri
         raise Damaged(f"{problem}; {remedy}")
 
 
-def read_header(file: BinaryIO, most: int | None = None) -> list[Entry]:
+def read_header(file: BinaryIO, most: int | None = None) -> list[PackedTensor]:
     """The tensors that a packed file holds, their lengths checked against each other and against the file's."""
     start = file.read(PRELUDE.size)
     require(start.startswith(MAGIC), "it is not a packed file", "give a file that secateur wrote")
@@ -147,7 +147,7 @@ def read_header(file: BinaryIO, most: int | None = None) -> list[Entry]:
     return entries
 
 
-def parse(text: bytes) -> list[Entry]:
+def parse(text: bytes) -> list[PackedTensor]:
     """The header's tensors, each one consistent in itself."""
     entries = []
     offset = 0
@@ -163,7 +163,7 @@ def parse(text: bytes) -> list[Entry]:
             raise Damaged("a name in its header is not UTF-8; write it anew") from None
         require(dtype < len(DTYPES) and coding < len(CODINGS), f"tensor {name!r} has an unknown dtype or coding")
         shape = struct.unpack_from(f"<{dims}Q", text, offset + name_length)
-        entry = Entry(name, shape, list(DTYPES)[dtype], CODINGS[coding], width, kept, length, digest)
+        entry = PackedTensor(name, shape, list(DTYPES)[dtype], CODINGS[coding], width, kept, length, digest)
         require(dims <= 64 and math.prod(max(d, 1) for d in shape) <= MAX_ELEMENTS, f"tensor {name!r} is too large")
         require(consistent(entry), f"the sizes of tensor {name!r} contradict each other")
         entries.append(entry)
@@ -171,7 +171,7 @@ def parse(text: bytes) -> list[Entry]:
     return entries
 
 
-def consistent(entry: Entry) -> bool:
+def consistent(entry: PackedTensor) -> bool:
     """Whether coding, width and lengths can belong together."""
     if entry.coding == "dense":
         return entry.width == 0 and entry.entries == entry.numel and entry.length == entry.numel * entry.item
@@ -187,7 +187,7 @@ def consistent(entry: Entry) -> bool:
     return entry.width in RICE_WIDTHS and (entry.entries + 7) // 8 <= index - planes <= longest
 
 
-def read_tensor(file: BinaryIO, entry: Entry) -> Raw:
+def read_tensor(file: BinaryIO, entry: PackedTensor) -> Raw:
     """The bytes of the elements of the tensor whose payload comes next."""
     part = np.fromfile(file, np.uint8, entry.length)
     intact = hashlib.sha256(part.data).digest() == entry.digest
@@ -195,7 +195,7 @@ def read_tensor(file: BinaryIO, entry: Entry) -> Raw:
     return decode(entry, part)
 
 
-def decode(entry: Entry, part: Raw) -> Raw:
+def decode(entry: PackedTensor, part: Raw) -> Raw:
     """The bytes of a tensor's elements, from its payload; they may be the payload's own."""
     index, values = np.split(part, [entry.length - entry.entries * entry.item])
     if entry.coding == "dense":
@@ -208,7 +208,7 @@ def decode(entry: Entry, part: Raw) -> Raw:
     return raw
 
 
-def places(entry: Entry, index: Raw) -> NDArray[Any]:
+def places(entry: PackedTensor, index: Raw) -> NDArray[Any]:
     """Where the values stand: their positions in rising order, or a mask with as many True."""
     if entry.coding == "bitmask":
         mask = bits(index, entry.numel)
@@ -243,7 +243,7 @@ def numbers(data: Raw, count: int, width: int) -> NDArray[np.uint32]:
     return found
 
 
-def to_numpy(entry: Entry, raw: Raw) -> NDArray[Any]:
+def to_numpy(entry: PackedTensor, raw: Raw) -> NDArray[Any]:
     """The bytes of a tensor's elements as an array."""
     if entry.dtype == "bfloat16":
         return (raw.view("<u2").astype("<u4") << 16).view("<f4").reshape(entry.shape)
@@ -252,7 +252,7 @@ def to_numpy(entry: Entry, raw: Raw) -> NDArray[Any]:
     return raw.view(entry.dtype).reshape(entry.shape)
 
 
-def to_torch(entry: Entry, raw: Raw) -> Tensor:
+def to_torch(entry: PackedTensor, raw: Raw) -> Tensor:
     """The bytes of a tensor's elements as a tensor that shares them."""
     import torch
 

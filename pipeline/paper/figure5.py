@@ -11,10 +11,12 @@ from typing import Any
 
 from pipeline import stages
 from pipeline.base.errors import UserError
-from pipeline.prune import round_plan, schedules
+from pipeline.paper.curves import Measured
+from pipeline.prune import schedules
 from pipeline.rounds import attempts, method
 from pipeline.rounds.subject import open_subject
 from pipeline.run.layout import round_folder
+from pipeline.run.records import DataFacts, DenseMetrics, RoundMetrics
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
@@ -64,12 +66,17 @@ def one_shot_folder(number: int) -> str:
     return f"figure5/{number:02d}"
 
 
-def read(config: Config, run: Run) -> dict[str, Any]:
-    """What `measure` left, as `pipeline.paper.curves.assemble` takes it."""
-    numbers = range(1, len(round_plan.densities(config.prune, config.target)) + 1)
-    chain = [round_folder(number) for number in numbers] if config.retrain.l1 == 0 else []
-    return {
-        "dense": run.read("dense", "metrics.json")["val"],
-        "one-shot": [run.read(one_shot_folder(number), "metrics.json") for number in numbers],
-        "iterative": [run.read(folder, "metrics.json") for folder in chain],
-    }
+def read(run: Run, points: int, iterative: bool, seconds: float) -> Measured:
+    """What `measure` left of so many densities, with the chain of rounds or without it."""
+    numbers = range(1, points + 1)
+
+    def load(folder: str) -> RoundMetrics:
+        return run.load(RoundMetrics, folder, "metrics.json")
+
+    return Measured(
+        dense_top1=run.load(DenseMetrics, "dense", "metrics.json").val.top1,
+        samples=run.load(DataFacts, "data.json").val,
+        one_shot=tuple(load(one_shot_folder(number)) for number in numbers),
+        iterative=tuple(load(round_folder(number)) for number in numbers) if iterative else (),
+        seconds=seconds,
+    )

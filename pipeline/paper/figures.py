@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 from numpy.typing import NDArray
 
+from pipeline.paper.curves import Curve
 from pipeline.results.figures import INK, PALETTE, new, styled
 
 CLOSE_UP = (-5.0, 1.0)  # points of accuracy, about the range of the paper's figure 5
@@ -57,23 +58,34 @@ def bands(kept: NDArray[np.bool_], size: int) -> Figure:
     return figure
 
 
-def centre(kept: NDArray[np.bool_], size: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Centre:
     """How the kept weights lie over the image: the share of its middle (half its height and width), and empty pixels.
 
     `rows` are the non-zeros of each row of pixels, from the top: the bands.
     """
+
+    middle_share: float
+    middle_area: float
+    empty_pixels: int
+    pixels: int
+    rows: list[int]
+
+
+def centre(kept: NDArray[np.bool_], size: int) -> Centre:
+    """How the weights of figure 4 lie; `kept` is as in `bands`."""
     image = kept.sum(0).reshape(size, size)
     middle = slice(size // 4, size - size // 4)
-    return {
-        "middle_share": float(image[middle, middle].sum() / max(1, image.sum())),
-        "middle_area": float(image[middle, middle].size / image.size),
-        "empty_pixels": int((image == 0).sum()),
-        "pixels": int(image.size),
-        "rows": image.sum(1).tolist(),
-    }
+    return Centre(
+        middle_share=float(image[middle, middle].sum() / max(1, image.sum())),
+        middle_area=float(image[middle, middle].size / image.size),
+        empty_pixels=int((image == 0).sum()),
+        pixels=int(image.size),
+        rows=image.sum(1).tolist(),
+    )
 
 
-def tradeoff(curves: Sequence[Mapping[str, Any]], title: str) -> Figure:
+def tradeoff(curves: Sequence[Curve], title: str) -> Figure:
     """Figure 5: accuracy lost (points) against parameters away (%), close up as in the paper, and whole.
 
     The whole has a logarithmic axis, which gives the steep end room.
@@ -95,18 +107,18 @@ def tradeoff(curves: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def _tradeoff_panel(axis: Axes, curves: Sequence[Mapping[str, Any]]) -> None:
+def _tradeoff_panel(axis: Axes, curves: Sequence[Curve]) -> None:
     axis.axhline(0, color=INK, linewidth=1, zorder=1)
     for curve in curves:
-        colour, marker, line = _LOOKS[curve["name"]]
-        points = sorted(curve["points"], key=lambda point: point["away"])
+        colour, marker, line = _LOOKS[curve.name]
+        points = sorted(curve.points, key=lambda point: point.away)
         axis.plot(
-            [100 * point["away"] for point in points],
-            [-100 * point["loss"] for point in points],
+            [100 * point.away for point in points],
+            [-100 * point.loss for point in points],
             color=colour,
             marker=marker,
             linestyle=line,
-            label=curve["name"],
+            label=curve.name,
         )
     axis.set_xlabel("parameters pruned away")
 

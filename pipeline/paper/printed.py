@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Layer:
+class PrintedLayer:
     """A row of tables 2 and 3: Act%, Weights% and FLOP% are shares left after pruning, in percent."""
 
     name: str
@@ -28,8 +28,8 @@ class Network:
     weights: int
     weights_kept: int
     compression: float
-    layers: tuple[Layer, ...]
-    total: Layer
+    layers: tuple[PrintedLayer, ...]
+    total: PrintedLayer
 
 
 NETWORKS = {
@@ -42,11 +42,11 @@ NETWORKS = {
         weights_kept=22_000,
         compression=12,
         layers=(
-            Layer("fc1", 235_000, 470_000, 38, 8, 8),
-            Layer("fc2", 30_000, 60_000, 65, 9, 4),
-            Layer("fc3", 1_000, 2_000, 100, 26, 17),
+            PrintedLayer("fc1", 235_000, 470_000, 38, 8, 8),
+            PrintedLayer("fc2", 30_000, 60_000, 65, 9, 4),
+            PrintedLayer("fc3", 1_000, 2_000, 100, 26, 17),
         ),
-        total=Layer("total", 266_000, 532_000, 46, 8, 8),
+        total=PrintedLayer("total", 266_000, 532_000, 46, 8, 8),
     ),
     "lenet-5": Network(
         title="LeNet-5",
@@ -57,12 +57,12 @@ NETWORKS = {
         weights_kept=36_000,
         compression=12,
         layers=(
-            Layer("conv1", 500, 576_000, 82, 66, 66),
-            Layer("conv2", 25_000, 3_200_000, 72, 12, 10),
-            Layer("fc1", 400_000, 800_000, 55, 8, 6),
-            Layer("fc2", 5_000, 10_000, 100, 19, 10),
+            PrintedLayer("conv1", 500, 576_000, 82, 66, 66),
+            PrintedLayer("conv2", 25_000, 3_200_000, 72, 12, 10),
+            PrintedLayer("fc1", 400_000, 800_000, 55, 8, 6),
+            PrintedLayer("fc2", 5_000, 10_000, 100, 19, 10),
         ),
-        total=Layer("total", 431_000, 4_586_000, 77, 8, 16),
+        total=PrintedLayer("total", 431_000, 4_586_000, 77, 8, 16),
     ),
 }
 

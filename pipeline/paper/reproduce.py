@@ -14,29 +14,32 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from safetensors.numpy import load as load_safetensors
 
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
 from pipeline.base.names import lookup
+from pipeline.base.record import Record
 from pipeline.cli import commands
 from pipeline.cli.console import Display, show_tables
 from pipeline.engine import Engine
-from pipeline.paper import curves, figure5, figures, printed
-from pipeline.paper import tables as results
-from pipeline.paper.tables import SeedRun
+from pipeline.paper import curves, figure5, figures, printed, seeds, tables
+from pipeline.paper.curves import Figure5, Measured
+from pipeline.paper.seeds import SeedRun
 from pipeline.prune import round_plan
 from pipeline.results import final, plots
 from pipeline.results.figures import to_png
 from pipeline.rounds import preflight
 from pipeline.run import state
+from pipeline.run.contents import Contents, read
 from pipeline.run.events import Progress
-from pipeline.run.records import Scan
+from pipeline.run.result import Result
 from pipeline.settings.config import Config
 from pipeline.train.world import configure_process
 
 ALL_NETWORKS = ",".join(printed.NETWORKS)
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "paper"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "paper"
 
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="lenet-300-100, lenet-5, figure5 or all.")]
 DataRoot = Annotated[str | None, typer.Option("--data", help="Folder of MNIST's idx files; sets data.root.")]
@@ -55,14 +58,21 @@ class Job:
     runs: dict[Any, Config]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a command asks for: its target and options as they were typed."""
+
+    target: str
+    data: str | None = None
+    seeds: str = "0,1,2"
+    runs_dir: str | None = None
+    networks: str = ALL_NETWORKS
+    configs: Path = CONFIGS
+
+
 def jobs(
-    target: str,
+    wanted: Wanted,
     overrides: Sequence[str],
-    data: str | None,
-    seeds: str,
-    runs_dir: str | None,
-    networks: str,
-    configs: Path,
     checked: Callable[[str, list[str]], list[str]] = lambda _, overrides: overrides,
 ) -> list[Job]:
     """What a command has to do; `checked` may refuse settings before they are used.
@@ -70,9 +80,10 @@ def jobs(
     Raises UserError for an unknown name or seed, or where no data is named.
     """
     known: dict[str, Sequence[str]] = {name: (name,) for name in (*printed.NETWORKS, "figure5")}
-    names = lookup({**known, "all": tuple(known)}, target, "TARGET")
-    numbers = _seeds(seeds)
-    settings = [*overrides, *_data_root(overrides, data), *([f"runs_dir={runs_dir}"] if runs_dir else [])]
+    names = lookup({**known, "all": tuple(known)}, wanted.target, "TARGET")
+    numbers, configs = _seeds(wanted.seeds), wanted.configs
+    settings = [*overrides, *_data_root(overrides, wanted.data)]
+    settings += [f"runs_dir={wanted.runs_dir}"] if wanted.runs_dir else []
     for override in overrides:
         if override.startswith(("seed=", "name=")):
             raise UserError(f"'{override}': the runs are named by their seeds; use --seeds instead")
@@ -85,7 +96,7 @@ def jobs(
             raise UserError(f"--configs={configs}: there is no {name}.yaml; give the folder configs/paper of a clone")
         return commands.load(path, checked(str(path), settings))
 
-    figure = [network.strip() for network in networks.split(",")]
+    figure = [network.strip() for network in wanted.networks.split(",")]
     return [
         _figure5_job(load, figure, numbers[0]) if name == "figure5" else _network_job(load, name, numbers)
         for name in names
@@ -165,10 +176,10 @@ def _network(job: Job, engine: Engine, command: str) -> None:
         for seed, config in job.runs.items():
             display.line(f"{network.title}, seed {seed}")
             configure_process(config)
-            runs.append(_seed_run(seed, config, stages.run(config, engine, display)))
-    found = results.aggregate(job.name, network, runs)
+            runs.append(_seed_run(seed, config.name, stages.run(config, engine, display), read(state.run_root(config))))
+    found = seeds.aggregate(job.name, network, runs)
     config = next(iter(job.runs.values()))
-    first = storage.join(config.runs_dir, config.name)
+    first = read(state.run_root(config))
     drawn = [_figure7(first)]
     if round_plan.needs_scan(config.prune, config.target):
         drawn.insert(0, _figure6(first))
@@ -177,87 +188,86 @@ def _network(job: Job, engine: Engine, command: str) -> None:
     for number, png, _ in drawn:
         storage.write_bytes(storage.join(job.folder, f"figure{number}.png"), png)
     texts = [(number, f"figure{number}.png", text) for number, _, text in drawn]
-    _write(job, found, results.markdown(found, texts, command))
-    show_tables(results.tables(found), [results.conclusion(found), *results.notes(found)], _page(job))
+    _write(job, found, tables.markdown(found, texts, command))
+    show_tables(tables.tables(found), [tables.conclusion(found), *tables.notes(found)], _page(job))
 
 
-def _seed_run(seed: int, config: Config, result: dict[str, Any]) -> SeedRun:
+def _seed_run(seed: int, name: str, result: Result, run: Contents) -> SeedRun:
     """A finished run with what its result.json does not hold: each layer's number of outputs, where Act% was taken."""
-    root = state.run_root(config)
-    weights = load_safetensors(storage.read_bytes(storage.join(root, "final", "model.safetensors")))
-    activity = storage.read_json(storage.join(root, "final", "activity.json"))
+    weights = _final_weights(run)
     outputs = {
-        row["name"]: row["flops"] * len(weights[row["name"]]) // (2 * row["weights"]) for row in result["layers"]
+        layer.name: (layer.flops or 0) * len(weights[layer.name]) // (2 * layer.weights) for layer in result.layers
     }
-    return SeedRun(seed, config.name, result, outputs, {row["name"]: row["measured"] for row in activity})
+    return SeedRun(seed, name, result, outputs, {row.name: row.measured for row in run.activity})
+
+
+def _final_weights(run: Contents) -> dict[str, NDArray[Any]]:
+    return load_safetensors(storage.read_bytes(storage.join(run.path, "final", "model.safetensors")))
 
 
 Drawn = tuple[int, bytes, str]  # the figure's number, PNG, and what it shows in words
 
 
-def _figure4(root: str, size: int) -> Drawn:
-    weights = load_safetensors(storage.read_bytes(storage.join(root, "final", "model.safetensors")))
-    kept = weights["fc1.weight"] != 0
+def _figure4(run: Contents, size: int) -> Drawn:
+    kept = _final_weights(run)["fc1.weight"] != 0
     lie = figures.centre(kept, size)
     text = (
-        f"{lie['middle_share']:.0%} of the kept weights read the middle of the image, {lie['middle_area']:.0%} of its "
-        f"pixels; {lie['empty_pixels']} of {lie['pixels']} pixels have no weight left, and "
-        f"{int(np.count_nonzero(lie['rows']))} of the {len(lie['rows'])} rows of pixels have a band."
+        f"{lie.middle_share:.0%} of the kept weights read the middle of the image, {lie.middle_area:.0%} of its "
+        f"pixels; {lie.empty_pixels} of {lie.pixels} pixels have no weight left, and "
+        f"{int(np.count_nonzero(lie.rows))} of the {len(lie.rows)} rows of pixels have a band."
     )
     return 4, to_png(figures.bands(kept, size)), text
 
 
-def _figure6(root: str) -> Drawn:
-    file = storage.join(root, "scan", "scan.json")
-    scan = Scan.from_json(storage.read_json(file), file)
+def _figure6(run: Contents) -> Drawn:
+    scan = run.scan
+    assert scan is not None, "a run whose allocation needs a scan has one"
     ranked = sorted(scan.tensors, key=lambda tensor: tensor.quality)
     names = ", ".join(f"{tensor.name.removesuffix('.weight')} ({tensor.quality:.2f})" for tensor in ranked)
     text = f"from the most to the least sensitive, with the quality at a drop of {100 * scan.delta:g} points: {names}."
     return 6, to_png(plots.sensitivity(scan)), text
 
 
-def _figure7(root: str) -> Drawn:
-    tensors = storage.read_json(storage.join(root, "final", "histograms.json"))["tensors"]
-    largest = max(tensors, key=lambda tensor: sum(tensor["before"]))
-    figure = plots.histograms({"tensors": [largest]})[largest["name"]]
-    return 7, to_png(figure), f"{largest['name']}, dense and after the last round."
+def _figure7(run: Contents) -> Drawn:
+    assert run.histograms is not None, "a finished run has histograms"
+    largest = max(run.histograms.tensors, key=lambda tensor: sum(tensor.before))
+    return 7, to_png(plots.histogram(largest)), f"{largest.name}, dense and after the last round."
 
 
 def _figure5(job: Job, engine: Engine, command: str) -> None:
     """The five curves of each network."""
-    measured: dict[str, dict[str, Any]] = {}
-    facts: dict[str, Any] = {}
+    measured: dict[str, dict[str, Measured]] = {}
+    of_network: dict[str, int] = {}
     with Display() as display:
         for (network, regulariser), config in job.runs.items():
             display.line(f"figure 5: {printed.NETWORKS[network].title}, {regulariser.upper()}")
             configure_process(config)
-            found = figure5_run(config, engine, display)
-            measured.setdefault(network, {})[regulariser] = found
-            facts[network] = {"seed": config.seed, "samples": found["val"]}
+            measured.setdefault(network, {})[regulariser] = figure5_run(config, engine, display)
+            of_network[network] = config.seed
     parts = []
     for network, each in measured.items():
-        part = curves.assemble(network, **facts[network], measured=each)
-        part["seconds"] = sum(found["seconds"] for found in each.values())
-        picture = figures.tradeoff(part["curves"], printed.NETWORKS[network].title)
+        part = curves.assemble(network, of_network[network], each)
+        picture = figures.tradeoff(part.curves, printed.NETWORKS[network].title)
         storage.write_bytes(storage.join(job.folder, f"figure5-{network}.png"), to_png(picture))
         parts.append(part)
-    result = {"name": job.name, "networks": parts}
+    result = Figure5(job.name, tuple(parts))
     _write(job, result, curves.markdown(result, {n: f"figure5-{n}.png" for n in measured}, command))
-    said = [f"{printed.NETWORKS[part['network']].title}: {text}" for part in parts for text in curves.sentences(part)]
+    said = [f"{printed.NETWORKS[part.network].title}: {text}" for part in parts for text in curves.sentences(part)]
     show_tables([curves.table(part) for part in parts], said, _page(job))
 
 
-def figure5_run(config: Config, engine: Engine, progress: Progress) -> dict[str, Any]:
-    """The stages of one regulariser's run; returns its measurements, val's samples, and seconds."""
+def figure5_run(config: Config, engine: Engine, progress: Progress) -> Measured:
+    """The stages of one regulariser's run; returns what it measured."""
     with state.open_run(config) as here:
         stages.carry_out(stages.up_to(config, figure5.FIGURE5), stages.Driver(config, engine, here, progress))
         times = [final.stage_seconds(here, stage) for stage in ("shards", "dense", "scan", "figure5")]
         seconds = sum(each for each in times if each is not None)
-        return {**figure5.read(config, here), "val": here.read("data.json")["val"], "seconds": seconds}
+        points = len(round_plan.densities(config.prune, config.target))
+        return figure5.read(here, points, iterative=config.retrain.l1 == 0, seconds=seconds)
 
 
-def _write(job: Job, result: dict[str, Any], page: str) -> None:
-    storage.write_json(storage.join(job.folder, "result.json"), result)
+def _write(job: Job, result: Record, page: str) -> None:
+    storage.write_json(storage.join(job.folder, "result.json"), result.to_json())
     storage.write_bytes(_page(job), page.encode())
 
 

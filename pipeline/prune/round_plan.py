@@ -172,7 +172,14 @@ def make(basis: Basis, goal: Goal, standing: Standing) -> RoundPlan:
         for name, weight in weights.items()
     )
     predicted = prediction(basis, keep, (least, most), spend)
-    return RoundPlan(goal.round, goal.attempt, goal.density, sum(keep.values()), predicted, tensors)
+    return RoundPlan(
+        round=goal.round,
+        attempt=goal.attempt,
+        planned_density=goal.density,
+        budget=sum(keep.values()),
+        predicted=predicted,
+        tensors=tensors,
+    )
 
 
 def sigmas(basis: Basis, standing: Standing) -> dict[str, float]:

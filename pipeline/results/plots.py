@@ -5,7 +5,6 @@ Arguments are what the run directory holds (see `contents.py`); accuracies there
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +16,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from pipeline.results.budgets import Options
 from pipeline.results.figures import GRID, INK, MUTED, PALETTE, new, styled
-from pipeline.run.records import DenseFigures, Level, Scan, TensorScan
+from pipeline.run.records import DenseFigures, DenseMetrics, Level, RoundMetrics, Scan, TensorScan, WeightHistogram
+from pipeline.run.result import LayerResult
 
 Part = Mapping[str, Any]
 Metric = Literal["top1", "loss"]
@@ -120,30 +120,30 @@ def _kept_axis(axis: Axes, smallest: float) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def rounds(dense: Part, metrics: Sequence[Part], control: Part | None = None) -> Figure:
+def rounds(dense: DenseMetrics, metrics: Sequence[RoundMetrics], control: DenseMetrics | None = None) -> Figure:
     """Top-1 accuracy on val against compression, a point a round: with the drop before retraining, and close up."""
     with styled():
         figure, (whole, close) = new(10.5, 3.3, 1, 2)
-        kept = sorted((m for m in metrics if m.get("accepted", True)), key=lambda m: m["compression"])
-        undone = [m for m in metrics if not m.get("accepted", True)]
-        x = [m["compression"] for m in kept]
-        before = [100 * m["val_before_retrain"]["top1"] for m in kept]
-        after = [100 * m["val"]["top1"] for m in kept]
+        kept = sorted((m for m in metrics if m.accepted), key=lambda m: m.compression)
+        undone = [m for m in metrics if not m.accepted]
+        x = [m.compression for m in kept]
+        before = [100 * m.val_before_retrain.top1 for m in kept]
+        after = [100 * m.val.top1 for m in kept]
         whole.vlines(x, before, after, color=GRID, linewidth=2.5, zorder=1)
         whole.plot(x, before, "v", color=PALETTE[1], linestyle="none", label="pruned, before retraining")
         for m in kept:
-            spot = (m["compression"], 100 * m["val"]["top1"])
-            close.annotate(f"{m['round']}", spot, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+            spot = (m.compression, 100 * m.val.top1)
+            close.annotate(f"{m.round}", spot, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
         for axis, title in ((whole, "Before and after retraining"), (close, "After retraining, close up, by round")):
-            axis.axhline(100 * dense["val"]["top1"], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
+            axis.axhline(100 * dense.val.top1, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
             if control is not None:
-                level = 100 * control["val"]["top1"]
+                level = 100 * control.val.top1
                 axis.axhline(level, color=MUTED, linewidth=1.3, linestyle=(0, (1, 1.5)), label="dense control")
             axis.plot(x, after, "o-", color=PALETTE[0], label="pruned and retrained")
             if undone:
-                spots = [m["compression"] for m in undone], [100 * m["val"]["top1"] for m in undone]
+                spots = [m.compression for m in undone], [100 * m.val.top1 for m in undone]
                 axis.plot(*spots, "x", color=PALETTE[1], linestyle="none", label="undone")
-            _compression_axis(axis, [1.0, *x, *(m["compression"] for m in undone)])
+            _compression_axis(axis, [1.0, *x, *(m.compression for m in undone)])
             axis.margins(y=0.14)
             axis.set_title(title)
             axis.set_xlabel("compression (weights / weights kept)")
@@ -181,20 +181,16 @@ def budgets(options: Options) -> Figure:
     return figure
 
 
-def histograms(data: Part) -> dict[str, Figure]:
-    """Figure 7, by tensor name: weights before pruning (one peak at 0) and the kept ones after (two lobes)."""
-    return {tensor["name"]: _histogram(tensor) for tensor in data["tensors"]}
-
-
-def _histogram(tensor: Part) -> Figure:
+def histogram(tensor: WeightHistogram) -> Figure:
+    """Figure 7: a tensor's weights before pruning (one peak at 0) and the kept ones after (two lobes)."""
     with styled():
         figure, axes = new(5.2, 1.9, 1, 2, sharex=True)
-        edges = tensor["edges"]
-        for axis, part, colour, title in (
-            (axes[0], "before", MUTED, "dense"),
-            (axes[1], "after", PALETTE[0], "pruned, retrained"),
+        edges = tensor.edges
+        for axis, counts, colour, title in (
+            (axes[0], tensor.before, MUTED, "dense"),
+            (axes[1], tensor.after, PALETTE[0], "pruned, retrained"),
         ):
-            axis.stairs(tensor[part], edges, fill=True, color=colour, alpha=0.85)
+            axis.stairs(counts, edges, fill=True, color=colour, alpha=0.85)
             axis.set_title(title, fontsize=8, fontweight="normal")
             axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
@@ -206,21 +202,20 @@ def _histogram(tensor: Part) -> Figure:
     return figure
 
 
-def layers(result: Part) -> Figure:
-    """Weights kept in each layer, in percent."""
-    rows = list(result["layers"])
+def layers(rows: Sequence[LayerResult], density: float) -> Figure:
+    """Weights kept in each layer, in percent; `density` is that of all of them together."""
     with styled():
         figure, (axis,) = new(10.5, 0.9 + 0.24 * max(2, len(rows)))
-        kept = [100 * row["density"] for row in rows]
+        kept = [100 * row.density for row in rows]
         places = range(len(rows))
         axis.barh(places, [100] * len(rows), color=GRID, height=0.66)
         axis.barh(places, kept, color=PALETTE[0], height=0.66)
         for place, row, percent in zip(places, rows, kept, strict=True):
-            text = f"{percent:.3g}%  of {_count(row['weights'])}"
+            text = f"{percent:.3g}%  of {_count(row.weights)}"
             axis.annotate(text, (percent, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
-        overall = 100 * result["density"]
+        overall = 100 * density
         axis.axvline(overall, color=PALETTE[1], linewidth=1.2, linestyle=(0, (4, 3)))
-        axis.set_yticks(list(places), [_short(row["name"]) for row in rows], color=INK)
+        axis.set_yticks(list(places), [_short(row.name) for row in rows], color=INK)
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_xlim(0, 100)
         axis.grid(visible=False, axis="y")
@@ -229,29 +224,26 @@ def layers(result: Part) -> Figure:
     return figure
 
 
-def training(dense: Part | None, metrics: Sequence[Part], control: Part | None = None) -> Figure:
+def training(dense: DenseMetrics, metrics: Sequence[RoundMetrics], control: DenseMetrics | None = None) -> Figure:
     """Loss and val accuracy by epoch: dense training, then each round's retraining, one after the other.
 
     Attempts that were undone are no part of the network's training and are left out.
     """
-    kept = [m for m in metrics if m.get("accepted", True)]
-    segments = [("dense", dense), *((f"round {m['round']}", m) for m in kept)]
+    segments = [("dense", dense.history), *((f"round {m.round}", m.history) for m in metrics if m.accepted)]
     with styled():
         figure, axes = new(10.5, 4.6, 2, 1, sharex=True)
         start, ends = 0, []
-        for i, (_, part) in enumerate(segments):
-            history = part["history"] if part is not None else []
+        for i, (_, history) in enumerate(segments):
             colour = MUTED if i == 0 else PALETTE[0]
             epochs = [start + k + 1 for k in range(len(history))]
-            _curve(axes[0], epochs, [h["loss"] for h in history], colour, percent=False)
-            _curve(axes[1], epochs, [h["val_top1"] for h in history], colour, percent=True)
+            _curve(axes[0], epochs, [epoch.loss for epoch in history], colour)
+            _curve(axes[1], epochs, [100 * epoch.val_top1 for epoch in history], colour)
             start += len(history)
             ends.append(start)
-        after_dense = ends[0]
         if control is not None:
-            epochs = [after_dense + k + 1 for k in range(len(control["history"]))]
-            _curve(axes[0], epochs, [h["loss"] for h in control["history"]], PALETTE[1], percent=False, dashed=True)
-            _curve(axes[1], epochs, [h["val_top1"] for h in control["history"]], PALETTE[1], percent=True, dashed=True)
+            epochs = [ends[0] + k + 1 for k in range(len(control.history))]
+            _curve(axes[0], epochs, [epoch.loss for epoch in control.history], PALETTE[1], dashed=True)
+            _curve(axes[1], epochs, [100 * epoch.val_top1 for epoch in control.history], PALETTE[1], dashed=True)
         for axis in axes:
             for end in ends[:-1]:
                 axis.axvline(end + 0.5, color=GRID, linewidth=1)
@@ -267,11 +259,8 @@ def training(dense: Part | None, metrics: Sequence[Part], control: Part | None =
     return figure
 
 
-def _curve(
-    axis: Axes, x: Sequence[int], y: Sequence[float | None], colour: str, *, percent: bool, dashed: bool = False
-) -> None:
-    values = [math.nan if value is None else (100 * value if percent else value) for value in y]
-    axis.plot(x, values, color=colour, marker=".", markersize=4, linestyle=(0, (3, 2)) if dashed else "-")
+def _curve(axis: Axes, x: Sequence[int], y: Sequence[float], colour: str, dashed: bool = False) -> None:
+    axis.plot(x, y, color=colour, marker=".", markersize=4, linestyle=(0, (3, 2)) if dashed else "-")
 
 
 def _name_segments(axis: Axes, names: Sequence[str], ends: Sequence[int]) -> None:

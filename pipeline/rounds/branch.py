@@ -22,6 +22,7 @@ from pipeline.rounds.campaign import Origin
 from pipeline.run import state
 from pipeline.run.layout import DENSE, START, accepted, control_folder, round_folder, trail
 from pipeline.run.records import Ancestor, RoundMetrics, RunFacts, StartFacts
+from pipeline.run.result import Result
 from pipeline.run.state import Run
 from pipeline.scan import together
 from pipeline.settings.config import Config, differences, load_config
@@ -171,7 +172,7 @@ def _facts(given: str, run: Run, config: Config, number: int, prunable: Sequence
                 f"{given}: a branch from a pruned round prunes the same tensors, but prune.include and prune.exclude "
                 f"choose {few(sorted(theirs ^ ours))} in only one of the two: give them as there"
             )
-    result = run.read("result.json") if run.has("result.json") else {}
+    result = run.load(Result, "result.json") if run.has("result.json") else None
     return StartFacts(
         run=config.name,
         path=run.root,
@@ -182,7 +183,7 @@ def _facts(given: str, run: Run, config: Config, number: int, prunable: Sequence
         kept=kept,
         density=kept / weights,
         compression=weights / kept,
-        mlflow_run_id=(result.get("mlflow") or {}).get("run_id"),
+        mlflow_run_id=result.mlflow.run_id if result and result.mlflow else None,
         ancestors=(*before.ancestors, Ancestor(before.run, before.uid, before.round)) if before else (),
         retrain=(*(before.retrain if before else ()), *[config.retrain.model_dump(mode="json")] * number),
     )

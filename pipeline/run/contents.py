@@ -7,16 +7,28 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import yaml
+from typing import Any, TypeVar
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.run.records import Scan
+from pipeline.base.record import Record
+from pipeline.run.records import (
+    DataFacts,
+    DenseMetrics,
+    Histograms,
+    LayerActivity,
+    RoundMetrics,
+    RoundPlan,
+    RunFacts,
+    Scan,
+    StartFacts,
+)
+from pipeline.run.result import Result
+from pipeline.settings.config import Config, load_config
 from pipeline.storage import Stat
 
 Json = dict[str, Any]
+R = TypeVar("R", bound=Record)
 
 _FILES = (
     "run.json",
@@ -41,31 +53,31 @@ class Round:
     number: int
     attempt: int
     folder: str
-    plan: Json | None
-    metrics: Json | None
+    plan: RoundPlan | None
+    metrics: RoundMetrics | None
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A run directory, parsed. Shapes are those that `pipeline/stages.py` and `pipeline/rounds/` write."""
+    """A run directory, parsed."""
 
     path: str
-    run: Json
+    run: RunFacts
     config_text: str
-    config: Json
-    data: Json | None
-    dense: Json | None
+    config: Config
+    data: DataFacts | None
+    dense: DenseMetrics | None
     scan: Scan | None
     rounds: tuple[Round, ...]
-    control: Json | None
-    start: Json | None
-    histograms: Json | None
-    activity: tuple[Json, ...]
-    result: Json | None
+    control: DenseMetrics | None
+    start: StartFacts | None
+    histograms: Histograms | None
+    activity: tuple[LayerActivity, ...]
+    result: Result | None
     looks: int
 
     @property
-    def finished_rounds(self) -> list[Json]:
+    def finished_rounds(self) -> list[RoundMetrics]:
         """Metrics of the rounds that are done, undone attempts too, in order."""
         return [each.metrics for each in self.rounds if each.metrics is not None]
 
@@ -76,8 +88,8 @@ class Contents:
         Taken from what the files say and never from their modification times, which a copy changes.
         """
         parts = [part for part in (self.dense, *self.finished_rounds, self.control) if part is not None]
-        latest = max([int(part.get("finished_ms") or 0) for part in parts] + [int(self.run["created_ms"])])
-        final = ((self.result or {}).get("seconds") or {}).get("final") or 0.0
+        latest = max([part.finished_ms for part in parts] + [self.run.created_ms])
+        final = (self.result.seconds.final if self.result is not None else None) or 0.0
         return latest + round(1000 * final)
 
 
@@ -87,31 +99,31 @@ def read(run_dir: str | Path) -> Contents:
     Raises UserError if it is not one, or if a file in it is damaged.
     """
 
-    def parsed(*parts: str) -> Any:
-        return _json(storage.join(run_dir, *parts))
+    def parsed(kind: type[R], *parts: str) -> R | None:
+        return _record(kind, storage.join(run_dir, *parts))
 
-    run = parsed("run.json")
+    run = parsed(RunFacts, "run.json")
     if run is None:
         raise UserError(f"'{run_dir}' is not a run: it has no run.json; name a folder under runs_dir")
-    config = _text(storage.join(run_dir, "config.yaml"))
-    if config is None:
+    config, activity = (storage.join(run_dir, name) for name in ("config.yaml", "final/activity.json"))
+    config_text = _text(config)
+    if config_text is None:
         raise UserError(f"run '{run_dir}' has no config.yaml; start it again with the command that made it")
-    scan = parsed("scan", "scan.json")
     looks = _text(storage.join(run_dir, "test_looks.jsonl")) or ""
     return Contents(
         path=str(run_dir),
         run=run,
-        config_text=config,
-        config=yaml.safe_load(config) or {},
-        data=parsed("data.json"),
-        dense=parsed("dense", "metrics.json"),
-        scan=None if scan is None else Scan.from_json(scan, storage.join(run_dir, "scan", "scan.json")),
+        config_text=config_text,
+        config=load_config(config),
+        data=parsed(DataFacts, "data.json"),
+        dense=parsed(DenseMetrics, "dense", "metrics.json"),
+        scan=parsed(Scan, "scan", "scan.json"),
         rounds=tuple(_rounds(storage.join(run_dir, "rounds"))),
-        control=parsed("rounds", "control.json"),
-        start=parsed("start", "start.json"),
-        histograms=parsed("final", "histograms.json"),
-        activity=tuple(parsed("final", "activity.json") or ()),
-        result=parsed("result.json"),
+        control=parsed(DenseMetrics, "rounds", "control.json"),
+        start=parsed(StartFacts, "start", "start.json"),
+        histograms=parsed(Histograms, "final", "histograms.json"),
+        activity=LayerActivity.all_from_json(_json(activity) or (), activity),
+        result=parsed(Result, "result.json"),
         looks=sum(1 for line in looks.splitlines() if line),
     )
 
@@ -149,15 +161,20 @@ def _attempts(folder: str) -> Iterator[str]:
 def _rounds(folder: str) -> Iterator[Round]:
     seen: set[tuple[int, int]] = set()
     for part in _attempts(folder):
-        plan, metrics = (_json(storage.join(folder, part, name)) for name in ("plan.json", "metrics.json"))
-        if plan is not None and metrics is not None and plan.get("attempt", 1) != metrics.get("attempt", 1):
+        plan = _record(RoundPlan, storage.join(folder, part, "plan.json"))
+        metrics = _record(RoundMetrics, storage.join(folder, part, "metrics.json"))
+        if plan is not None and metrics is not None and plan.attempt != metrics.attempt:
             metrics = None  # left from the attempt before this one
         known = metrics or plan
         if known is not None:
-            number, attempt = int(known["round"]), int(known.get("attempt") or 1)
-            if (number, attempt) not in seen:  # one that is being undone is in two places
-                yield Round(number, attempt, f"rounds/{part}", plan, metrics)
-            seen.add((number, attempt))
+            if (known.round, known.attempt) not in seen:  # one that is being undone is in two places
+                yield Round(known.round, known.attempt, f"rounds/{part}", plan, metrics)
+            seen.add((known.round, known.attempt))
+
+
+def _record(kind: type[R], url: str) -> R | None:
+    document = _json(url)
+    return None if document is None else kind.from_json(document, url)
 
 
 def _json(url: str) -> Any:

@@ -1,7 +1,8 @@
 """The documents of a run's folder, each a record: who writes one and who reads it share its type.
 
 Numbers of top1, top5, drops and densities are fractions in 0..1; losses are in nats; `..._ms` are milliseconds since
-1970. What only one module writes and reads (checkpoints' manifests, the lease, result.json) has its type there.
+1970. What only one module writes and reads (checkpoints' manifests, the lease) has its type there; result.json
+has its own in `result`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class DenseMetrics(Record):
     val: Evaluation
     history: tuple[Epoch, ...]
     seconds: float
-    finished_ms: int
+    finished_ms: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Prediction(Record):
     """What the scan lets expect of a plan's counts before retraining: the rise of the loss (nats).
 
     `least` is the least that any allocation within the same limits could have for the same cost; `budget` and `spent`
-    count in `unit`; `power` and `scale` say how the damages of single tensors were composed.
+    count in `unit`; `power` and `scale` say how the damages of single tensors were composed, which older plans lack.
     """
 
     unit: str
@@ -91,11 +92,11 @@ class Prediction(Record):
     spent: int
     rise: float
     least: float
-    power: float
-    scale: float
+    power: float | None = None
+    scale: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorPlan(Record):
     """What one tensor is to keep, and the score under which its weights go.
 
@@ -105,22 +106,23 @@ class TensorPlan(Record):
     name: str
     weights: int
     keep: int
-    dead: int
+    dead: int = 0  # older plans lack it
     threshold: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundPlan(Record):
     """rounds/NN/plan.json: the exact counts of an attempt at a round (from 1), fixed before anything is trained.
 
-    `budget` is the weights that all tensors keep together. `predicted` is None without a scan.
+    `budget` is the weights that all tensors keep together. `predicted` is None without a scan. Older plans lack what
+    has a default.
     """
 
     round: int
-    attempt: int
+    attempt: int = 1
     planned_density: float
     budget: int
-    predicted: Prediction | None
+    predicted: Prediction | None = None
     tensors: tuple[TensorPlan, ...]
 
     @property
@@ -179,12 +181,15 @@ class Fit(Record):
     reconstructed: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundMetrics(Record):
-    """rounds/NN/metrics.json: what an attempt at a round measured. Counts come from the masks, not from the plan."""
+    """rounds/NN/metrics.json: what an attempt at a round measured. Counts come from the masks, not from the plan.
+
+    Older metrics lack what has a default.
+    """
 
     round: int
-    attempt: int
+    attempt: int = 1
     planned_density: float
     density: float
     compression: float
@@ -194,14 +199,14 @@ class RoundMetrics(Record):
     val: Evaluation
     mask_digest: str
     layers: tuple[LayerCount, ...]
-    accepted: bool
-    dead: int
-    dropout: dict[str, float]
-    reconstruction: tuple[Fit, ...]
+    accepted: bool = True
+    dead: int = 0
+    dropout: dict[str, float] = field(default_factory=dict)
+    reconstruction: tuple[Fit, ...] = ()
     history: tuple[Epoch, ...]
     steps: int
     seconds: float
-    finished_ms: int
+    finished_ms: int = 0
     against_dense: Judgement | None = optional()  # in a campaign without loss
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline import storage
+from pipeline.base.record import plain
 from pipeline.results import figures, plots
-from pipeline.run.contents import Contents, Json, Round, mirrored_files
+from pipeline.run.contents import Contents, Round, mirrored_files
+from pipeline.run.records import DenseMetrics, LayerCount, RoundMetrics, WeightHistogram
+from pipeline.run.result import LayerResult
 from pipeline.settings.config import Config, flatten
 
 MAX_PARAM, MAX_KEY = 6000, 250  # characters that MLflow takes
@@ -44,7 +47,7 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Record:
+class MlflowRun:
     """One MLflow run as it should be. `identity` are the tags it is found by."""
 
     name: str
@@ -58,30 +61,31 @@ class Record:
     tables: tuple[str, ...] = ()
 
 
-def parent(run: Contents, config: Config) -> Record:
+def parent(run: Contents, config: Config) -> MlflowRun:
     """The run itself: settings, the course of the rounds, the final numbers, and every file worth keeping."""
     result = run.result
     tags = {"secateur.network": config.model.factory}
     if result is not None:
-        tags |= {"secateur.network": result["network"], "secateur.verdict": result["verdict"]}
+        tags |= {"secateur.network": result.network, "secateur.verdict": result.verdict}
     if run.start is not None:
-        tags |= {f"secateur.source_{key}": str(run.start[key]) for key in ("run", "uid", "round")}
-        tags |= {PARENT: run.start["mlflow_run_id"]} if run.start["mlflow_run_id"] else {}
-    drawn = [_table("layers.json", result["layers"])] if result is not None else []
-    return Record(
-        name=str(run.run["name"]),
-        identity={UID: str(run.run["uid"]), KIND: "run"},
+        begun = {"run": run.start.run, "uid": run.start.uid, "round": str(run.start.round)}
+        tags |= {f"secateur.source_{key}": value for key, value in begun.items()}
+        tags |= {PARENT: run.start.mlflow_run_id} if run.start.mlflow_run_id else {}
+    drawn = [_table("layers.json", result.layers)] if result is not None else []
+    return MlflowRun(
+        name=run.run.name,
+        identity={UID: run.run.uid, KIND: "run"},
         tags=tags,
         params={_key(name): _cut(_text(value)) for name, value in flatten(config).items()},
         points=(*_course(run), *_outcome(run)),
         artifacts=(*_files(run, _of_the_run), *drawn, *_figures(run)),
-        start_ms=int(run.run["created_ms"]),
+        start_ms=run.run.created_ms,
         end_ms=run.finished_ms if result is not None else None,
         tables=tuple(each.path for each in drawn),
     )
 
 
-def child(run: Contents, each: Round) -> Record:
+def child(run: Contents, each: Round) -> MlflowRun:
     """One round: its numbers, its retraining by epoch, its plan."""
     metrics = each.metrics
     again = f" (attempt {each.attempt})" if each.attempt > 1 else ""
@@ -90,19 +94,19 @@ def child(run: Contents, each: Round) -> Record:
     end = None
     tags = {}
     if metrics is not None:
-        end = int(metrics["finished_ms"])
+        end = metrics.finished_ms
         points = [*_numbers(_round_numbers(metrics), each.number, end), *_history("epoch", metrics)]
-        tables = [_table("layers.json", metrics["layers"])]
-        tags = {"secateur.accepted": str(bool(metrics["accepted"])).lower()}
+        tables = [_table("layers.json", metrics.layers)]
+        tags = {"secateur.accepted": str(metrics.accepted).lower()}
     folder = f"{each.folder}/"
 
     def of_this_attempt(name: str) -> bool:
         return name.startswith(folder) and "/" not in name.removeprefix(folder)
 
-    return Record(
+    return MlflowRun(
         name=f"round {each.number}{again}",
         identity={
-            UID: str(run.run["uid"]),
+            UID: run.run.uid,
             KIND: "round",
             ROUND: str(each.number),
             ATTEMPT: str(each.attempt),
@@ -123,51 +127,49 @@ def _of_the_run(name: str) -> bool:
 
 def _began(run: Contents, each: Round) -> int:
     """The end of what came before a round: the same while it runs and later, as MLflow keeps the first it is told."""
-    before = [m for m in run.finished_rounds if (m["round"], m["attempt"]) < (each.number, each.attempt)]
+    before = [m for m in run.finished_rounds if (m.round, m.attempt) < (each.number, each.attempt)]
     parts = [part for part in (run.dense, *before) if part is not None]
-    return max([int(run.run["created_ms"]), *(int(part.get("finished_ms") or 0) for part in parts)])
+    return max([run.run.created_ms, *(part.finished_ms for part in parts)])
 
 
 def _course(run: Contents) -> Iterator[Point]:
     """`round.*`, step = round, the dense network as round 0; and the training curves of dense and its control."""
     if run.dense is not None:
-        when = int(run.dense["finished_ms"])
-        val = run.dense["val"]
-        start = {"density": 1.0, "sparsity": 0.0, "compression": 1.0, "val_top1": val["top1"], "val_loss": val["loss"]}
+        val, when = run.dense.val, run.dense.finished_ms
+        start = {"density": 1.0, "sparsity": 0.0, "compression": 1.0, "val_top1": val.top1, "val_loss": val.loss}
         yield from _numbers({f"round.{key}": value for key, value in start.items()}, 0, when)
         yield from _history("dense", run.dense)
     for metrics in run.finished_rounds:
-        if metrics["accepted"]:
+        if metrics.accepted:
             numbers = _round_numbers(metrics)
             del numbers["kept"], numbers["seconds"]
             numbers = {f"round.{key}": value for key, value in numbers.items()}
-            yield from _numbers(numbers, int(metrics["round"]), int(metrics["finished_ms"]))
+            yield from _numbers(numbers, metrics.round, metrics.finished_ms)
     if run.control is not None:
         yield from _history("control", run.control)
 
 
-def _round_numbers(metrics: Json) -> dict[str, Any]:
+def _round_numbers(metrics: RoundMetrics) -> dict[str, float]:
     return {
-        "density": metrics["density"],
-        "sparsity": 1.0 - metrics["density"],
-        "compression": metrics["compression"],
-        "kept": metrics["kept"],
-        "val_top1": metrics["val"]["top1"],
-        "val_loss": metrics["val"]["loss"],
-        "val_top1_before_retrain": metrics["val_before_retrain"]["top1"],
-        "seconds": metrics["seconds"],
+        "density": metrics.density,
+        "sparsity": 1.0 - metrics.density,
+        "compression": metrics.compression,
+        "kept": metrics.kept,
+        "val_top1": metrics.val.top1,
+        "val_loss": metrics.val.loss,
+        "val_top1_before_retrain": metrics.val_before_retrain.top1,
+        "seconds": metrics.seconds,
     }
 
 
-def _history(prefix: str, part: Json) -> Iterator[Point]:
+def _history(prefix: str, part: DenseMetrics | RoundMetrics) -> Iterator[Point]:
     """A training's curves, step = epoch. Each epoch's time is counted back from the end of the part."""
-    history = part["history"]
     left = 0.0  # seconds from the end of this epoch to the end of the last
-    for entry in reversed(history):
-        when = int(part.get("finished_ms") or 0) - round(1000 * left)
-        curves = {f"{prefix}.{key}": entry.get(key) for key in ("loss", "val_top1", "lr")}
-        yield from _numbers(curves, int(entry["epoch"]), when)
-        left += entry.get("seconds") or 0.0
+    for epoch in reversed(part.history):
+        when = part.finished_ms - round(1000 * left)
+        curves = {f"{prefix}.loss": epoch.loss, f"{prefix}.val_top1": epoch.val_top1, f"{prefix}.lr": epoch.lr}
+        yield from _numbers(curves, epoch.epoch, when)
+        left += epoch.seconds
 
 
 def _outcome(run: Contents) -> Iterator[Point]:
@@ -175,31 +177,29 @@ def _outcome(run: Contents) -> Iterator[Point]:
     result = run.result
     if result is None:
         return
-    test, mcnemar = result["test"], result["test"]["mcnemar"]
-    control = test["dense_control"] or {}
-    reference = test["dense_control"] or test["dense"]
-    low, high = mcnemar["drop_ci95"]
+    test, mcnemar = result.test, result.test.mcnemar
+    low, high = mcnemar.drop_ci95
     numbers = {
-        "compression": result["compression"],
-        "density": result["density"],
-        "flops_density": result["flops_density"],
-        "weights_total": result["weights_total"],
-        "weights_kept": result["weights_kept"],
-        **{f"test.{key}": value for key, value in test["pruned"].items()},
-        **{f"test.dense_{key}": value for key, value in test["dense"].items()},
-        **{f"test.dense_control_{key}": value for key, value in control.items()},
-        "test.drop": reference["top1"] - test["pruned"]["top1"],
+        "compression": result.compression,
+        "density": result.density,
+        "flops_density": result.flops_density,
+        "weights_total": result.weights_total,
+        "weights_kept": result.weights_kept,
+        **{f"test.{key}": value for key, value in test.pruned},
+        **{f"test.dense_{key}": value for key, value in test.dense},
+        **{f"test.dense_control_{key}": value for key, value in test.dense_control or ()},
+        "test.drop": test.reference.top1 - test.pruned.top1,
         "test.drop_low": low,
         "test.drop_high": high,
-        "test.p_value": mcnemar["p_value"],
-        "test.looks": result["test_looks"],
-        **{f"bytes.{key}": value for key, value in result["bytes"].items()},
-        **{f"seconds.{key}": value for key, value in result["seconds"].items()},
+        "test.p_value": mcnemar.p_value,
+        "test.looks": result.test_looks,
+        **{f"bytes.{key}": value for key, value in result.bytes},
+        **{f"seconds.{key}": value for key, value in result.seconds},
     }
-    yield from _numbers(numbers, int(result["test_looks"]), run.finished_ms)
+    yield from _numbers(numbers, result.test_looks, run.finished_ms)
 
 
-def _numbers(values: dict[str, Any], step: int, when: int) -> Iterator[Point]:
+def _numbers(values: Mapping[str, float | None], step: int, when: int) -> Iterator[Point]:
     """Points for the values that were measured; a null is left out."""
     for key, value in values.items():
         if value is not None:
@@ -221,10 +221,11 @@ def _fetch(url: str, folder: Path) -> Path:
     return target
 
 
-def _table(path: str, rows: list[Json]) -> Artifact:
+def _table(path: str, rows: Sequence[LayerResult] | Sequence[LayerCount]) -> Artifact:
     """A table in the form that MLflow's page shows: pandas' "split" JSON, columns and rows apart."""
-    columns = list(rows[0]) if rows else []
-    text = json.dumps({"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]})
+    plain_rows = [plain(row) for row in rows]
+    columns = list(plain_rows[0]) if plain_rows else []
+    text = json.dumps({"columns": columns, "data": [list(row.values()) for row in plain_rows]})
     return _generated(path, text.encode(), lambda: text.encode())
 
 
@@ -241,18 +242,18 @@ def _figures(run: Contents) -> Iterator[Artifact]:
         yield _figure("rounds", basis, lambda: figures.to_png(plots.rounds(dense, metrics, control)))
         yield _figure("training", basis, lambda: figures.to_png(plots.training(dense, metrics, control)))
     if run.result is not None:
-        result = run.result
-        yield _figure("layers", [result["layers"], result["density"]], lambda: figures.to_png(plots.layers(result)))
-    for tensor in (run.histograms or {"tensors": []})["tensors"]:
+        layers, density = run.result.layers, run.result.density
+        yield _figure("layers", [layers, density], lambda: figures.to_png(plots.layers(layers, density)))
+    for tensor in run.histograms.tensors if run.histograms is not None else ():
 
-        def draw(tensor: Json = tensor) -> bytes:
-            return figures.to_png(plots.histograms({"tensors": [tensor]})[tensor["name"]])
+        def draw(tensor: WeightHistogram = tensor) -> bytes:
+            return figures.to_png(plots.histogram(tensor))
 
-        yield _figure(f"weights/{_safe(tensor['name'])}", tensor, draw)
+        yield _figure(f"weights/{_safe(tensor.name)}", tensor, draw)
 
 
 def _figure(name: str, basis: Any, draw: Callable[[], bytes]) -> Artifact:
-    return _generated(f"figures/{name}.png", json.dumps(basis, sort_keys=True).encode(), draw)
+    return _generated(f"figures/{name}.png", json.dumps(plain(basis), sort_keys=True).encode(), draw)
 
 
 def _generated(path: str, basis: bytes, make: Callable[[], bytes]) -> Artifact:

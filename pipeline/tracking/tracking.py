@@ -21,9 +21,11 @@ from typing import Any
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.run.contents import read
+from pipeline.run.records import StartFacts
+from pipeline.run.result import MlflowPlace
 from pipeline.settings.config import Config
 from pipeline.tracking import records
-from pipeline.tracking.records import ATTEMPT, KIND, PARENT, ROUND, UID, Artifact, Point, Record
+from pipeline.tracking.records import ATTEMPT, KIND, PARENT, ROUND, UID, Artifact, MlflowRun, Point
 
 _LEDGER, _LEDGER_PART = "secateur.artifacts", 4000  # characters in a tag; some stores take no more than 5000
 _LARGE = 2**20  # bytes
@@ -55,9 +57,9 @@ class Synced:
     experiment_id: str
 
     @property
-    def place(self) -> dict[str, str]:
+    def place(self) -> MlflowPlace:
         """What result.json says of it."""
-        return {"tracking_uri": self.tracking_uri, "run_id": self.run_id}
+        return MlflowPlace(tracking_uri=self.tracking_uri, run_id=self.run_id)
 
 
 def tracking_uri(config: Config) -> str:
@@ -83,13 +85,13 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
 
     try:
         experiment = _experiment(client, config)
-        known = _known(client, experiment, str(contents.run["uid"]))
+        known = _known(client, experiment, contents.run.uid)
         whole = records.parent(contents, config)
         run_id = _store(client, experiment, whole, known, _parent_run(client, experiment, contents.start))
         above = {"mlflow.parentRunId": run_id}
         children = [_store(client, experiment, records.child(contents, e), known, above) for e in contents.rounds]
         if {run_id, *children} != {run.info.run_id for run in known}:  # some were made, or are too many
-            _delete_twins(client, _known(client, experiment, str(contents.run["uid"])))
+            _delete_twins(client, _known(client, experiment, contents.run.uid))
         # Last: a parent that says FINISHED has all its rounds.
         _set_status(client, client.get_run(run_id), whole)
     except (MlflowException, SQLAlchemyError, OSError) as error:
@@ -145,15 +147,15 @@ def _known(client: Any, experiment: str, uid: str) -> list[Any]:
     return sorted(found, key=lambda run: (_LEDGER not in run.data.tags, run.info.run_id))
 
 
-def _parent_run(client: Any, experiment: str, start: dict[str, Any] | None) -> dict[str, str]:
+def _parent_run(client: Any, experiment: str, start: StartFacts | None) -> dict[str, str]:
     """The tag that leads to the run branched off from, where that was in MLflow only after the branch had begun."""
-    if start is None or start["mlflow_run_id"]:
+    if start is None or start.mlflow_run_id:
         return {}
-    found = [run for run in _known(client, experiment, str(start["uid"])) if run.data.tags.get(KIND) == "run"]
+    found = [run for run in _known(client, experiment, start.uid) if run.data.tags.get(KIND) == "run"]
     return {PARENT: str(found[0].info.run_id)} if found else {}
 
 
-def _store(client: Any, experiment: str, record: Record, known: Sequence[Any], tags: dict[str, str]) -> str:
+def _store(client: Any, experiment: str, record: MlflowRun, known: Sequence[Any], tags: dict[str, str]) -> str:
     """Make one MLflow run hold what its record says. Returns its id."""
     same = [run for run in known if record.identity.items() <= run.data.tags.items()]
     if same:
@@ -180,7 +182,7 @@ def _delete_twins(client: Any, known: Sequence[Any]) -> None:
         kept.add(identity)
 
 
-def _set_params(client: Any, run: Any, record: Record) -> None:
+def _set_params(client: Any, run: Any, record: MlflowRun) -> None:
     """MLflow's params cannot be changed: a setting changed since (as the number of workers may) is told in a tag."""
     from mlflow.entities import Param
 
@@ -272,7 +274,7 @@ def _set_tags(client: Any, run: Any, tags: dict[str, str]) -> None:
         run.data.tags.update(tags)
 
 
-def _set_status(client: Any, run: Any, record: Record) -> None:
+def _set_status(client: Any, run: Any, record: MlflowRun) -> None:
     """FINISHED, at the time it ended, or RUNNING."""
     if record.end_ms is None:
         if run.info.status != "RUNNING":

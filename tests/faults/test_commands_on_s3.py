@@ -23,7 +23,8 @@ def test_report_bench_and_sync_take_a_url(
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = tiny(**{"runs_dir": f"{s3}/runs", "tracking.enabled": True, "tracking.uri": uri})
-    result = stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), unheard)
+    place = stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), unheard).mlflow
+    assert place is not None
     run = f"{s3}/runs/tiny"
     storage.remove(f"{run}/report.html")
     assert secateur("report", run).strip() == f"{run}/report.html"
@@ -31,8 +32,8 @@ def test_report_bench_and_sync_take_a_url(
     assert "median latency" in secateur("bench", run, "--repeats=5")
     assert storage.read_json(f"{run}/result.json")["latency_ms"]["batch"] == 1
     assert {"model.onnx", "compact.safetensors"} <= set(storage.list_files(f"{run}/final"))
-    assert secateur("sync", run).split()[-1] == result["mlflow"]["run_id"]
-    found = mlflow.MlflowClient(uri).get_run(result["mlflow"]["run_id"])
+    assert secateur("sync", run).split()[-1] == place.run_id
+    found = mlflow.MlflowClient(uri).get_run(place.run_id)
     assert found.info.status == "FINISHED"
     files = {item.path for item in mlflow.MlflowClient(uri).list_artifacts(found.info.run_id, "final")}
     assert "final/model.onnx" in files

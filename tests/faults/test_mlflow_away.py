@@ -140,7 +140,7 @@ def whole_after_sync(run: LocalRun, undisturbed: Undisturbed) -> None:
     assert same_weights(undisturbed.run.folder, run.folder)
     assert "resumed" not in run.output  # nothing was done twice
     first = commands.sync(run.folder)
-    assert json.loads((run.folder / "result.json").read_text())["mlflow"] == first.place
+    assert json.loads((run.folder / "result.json").read_text())["mlflow"] == first.place.model_dump()
     held = of_this_run(run)
     assert shape(held) == undisturbed.shape
     assert commands.sync(run.folder) == first

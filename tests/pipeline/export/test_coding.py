@@ -79,7 +79,7 @@ def test_every_coding_has_the_size_foretold_and_gives_the_elements_back(
             payload = np.concatenate([part.view(np.uint8) for part in parts])
             sizes[coding_name, width] = len(payload)
             name = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}[item]
-            entry = unpack.Entry("w", (numel,), name, coding_name, width, entries, len(payload), b"")
+            entry = unpack.PackedTensor("w", (numel,), name, coding_name, width, entries, len(payload), b"")
             if entries <= numel:
                 assert unpack.consistent(entry)
                 assert unpack.decode(entry, payload).view(dtype).tolist() == elements.tolist()

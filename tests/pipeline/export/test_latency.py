@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from pipeline import stages
 from pipeline.base.errors import UserError
 from pipeline.export import bench, export, latency
-from pipeline.export.latency import Latency
+from pipeline.export.latency import Latency, Passes
 from pipeline.local import LocalEngine
 from pipeline.network.build import build_network, load_weights
 from pipeline.network.compact import rebuild
-from pipeline.results import schema
 from pipeline.run.events import unheard
+from pipeline.run.result import Result
 from pipeline.run.state import run_root
 from pipeline.settings.config import Config
 from pipeline.train.world import World, configure_process
@@ -40,7 +40,7 @@ def test_repeats_are_interleaved_after_a_warm_up_and_threads_are_put_back() -> N
     log: list[tuple[str, int]] = []
     before = torch.get_num_threads()
     rows = latency.measure(
-        {"a": Counting(log, "a"), "b": Counting(log, "b")}, (3,), (1, 4), threads=2, repeats=6, warmup=2
+        {"a": Counting(log, "a"), "b": Counting(log, "b")}, (3,), (1, 4), threads=2, passes=Passes(repeats=6, warmup=2)
     )
     assert torch.get_num_threads() == before
     assert [(row.name, row.batch) for row in rows] == [("a", 1), ("b", 1), ("a", 4), ("b", 4)]
@@ -52,7 +52,7 @@ def test_repeats_are_interleaved_after_a_warm_up_and_threads_are_put_back() -> N
 
 def test_a_measurement_ends_in_time_but_has_five_repeats() -> None:
     log: list[tuple[str, int]] = []
-    latency.measure({"a": Counting(log, "a")}, (3,), (1,), threads=2, repeats=1000, warmup=0, seconds=0)
+    latency.measure({"a": Counting(log, "a")}, (3,), (1,), threads=2, passes=Passes(repeats=1000, warmup=0, seconds=0))
     assert len(log) == 5 + 1
 
 
@@ -99,13 +99,13 @@ def test_bench_of_a_run_writes_files_that_agree(tiny: Callable[..., Config]) -> 
     stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), unheard)
     root = Path(run_root(config))
     report = bench.bench_run(root, repeats=5)
-    assert json.loads((root / "final/latency.json").read_text()) == report
-    assert {(r["name"], r["batch"]) for r in report["rows"]} == {
+    assert json.loads((root / "final/latency.json").read_text()) == report.to_json()
+    assert {(r.name, r.batch) for r in report.rows} == {
         (name, batch) for name in ("dense", "pruned", "compact", "CSR") for batch in (1, 64)
     }
-    assert set(report["differences"]) == {"compact.safetensors", "model.onnx", "compact.onnx"}
-    assert max(report["differences"].values()) < 1e-4
-    assert sum(report["removed"].values()) > 0
+    assert set(report.differences) == {"compact.safetensors", "model.onnx", "compact.onnx"}
+    assert max(report.differences.values()) < 1e-4
+    assert sum(report.removed.values()) > 0
     small = rebuild(build_network(config.model, 10), root / "final/compact.safetensors")
     big = build_network(config.model, 10).eval()
     load_weights(big, root / "final/model.safetensors")
@@ -113,7 +113,7 @@ def test_bench_of_a_run_writes_files_that_agree(tiny: Callable[..., Config]) -> 
     assert torch.allclose(small(images), big(images), atol=1e-4)
     assert (root / "final/compact.onnx").stat().st_size < (root / "final/model.onnx").stat().st_size
     result = json.loads((root / "result.json").read_text())
-    schema.validate({**result, "latency_ms": report["summary"]})
+    Result.from_json({**result, "latency_ms": report.summary.model_dump()}, "result.json")
 
 
 def test_bench_of_an_unfinished_run_is_refused(tmp_path: Path, tiny_yaml: Path) -> None:

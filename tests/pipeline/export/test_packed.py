@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.base.errors import UserError
 from pipeline.export import packed, unpack
-from pipeline.export.unpack import Entry
+from pipeline.export.unpack import PackedTensor
 
 anywhere = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
@@ -238,7 +238,7 @@ def test_a_cut_or_padded_file_is_refused(file: Path, data: st.DataObject) -> Non
             packed.read(other)
 
 
-def parts(data: bytes) -> tuple[list[Entry], bytes]:
+def parts(data: bytes) -> tuple[list[PackedTensor], bytes]:
     length = unpack.PRELUDE.unpack(data[: unpack.PRELUDE.size])[2]
     front = unpack.PRELUDE.size + length
     return unpack.parse(data[unpack.PRELUDE.size : front]), data[front:]
@@ -249,7 +249,7 @@ def assembled(header: bytes, payload: bytes) -> bytes:
     return unpack.PRELUDE.pack(*fixed) + header + payload
 
 
-def forge(path: Path, change: Callable[[list[Entry]], Any], payload: bytes | None = None) -> None:
+def forge(path: Path, change: Callable[[list[PackedTensor]], Any], payload: bytes | None = None) -> None:
     """Rewrite a file's header, with hashes that fit: what a careful attacker would send."""
     entries, body = parts(path.read_bytes())
     body = body if payload is None else payload
@@ -262,8 +262,8 @@ def forge(path: Path, change: Callable[[list[Entry]], Any], payload: bytes | Non
     path.write_bytes(assembled(b"".join(packed._pack_entry(entry) for entry in entries), body))
 
 
-def entry_change(place: int, **values: Any) -> Callable[[list[Entry]], None]:
-    def change(entries: list[Entry]) -> None:
+def entry_change(place: int, **values: Any) -> Callable[[list[PackedTensor]], None]:
+    def change(entries: list[PackedTensor]) -> None:
         entries[place] = replace(entries[place], **values)
 
     return change
@@ -301,7 +301,7 @@ def test_a_forged_header_that_changes_nothing_is_fine(file: Path) -> None:
         (lambda entries: entries.clear(), "do not fill"),
     ],
 )
-def test_a_lying_header_is_refused(file: Path, change: Callable[[list[Entry]], Any], problem: str) -> None:
+def test_a_lying_header_is_refused(file: Path, change: Callable[[list[PackedTensor]], Any], problem: str) -> None:
     forge(file, change)
     with pytest.raises(UserError, match=f"cannot be read: .*{problem}"):
         packed.read(file)
@@ -336,7 +336,7 @@ def test_indices_that_point_elsewhere_are_refused(tmp_path: Path, file: Path) ->
 
 
 def test_a_small_file_of_a_huge_tensor_takes_no_memory(tmp_path: Path) -> None:
-    huge = Entry("w", (2**34,), "float32", "relative", 1, 0, 0, hashlib.sha256().digest())
+    huge = PackedTensor("w", (2**34,), "float32", "relative", 1, 0, 0, hashlib.sha256().digest())
     (tmp_path / "a").write_bytes(assembled(packed._pack_entry(huge), b""))
     tracemalloc.start()
     with pytest.raises(UserError, match="unpack to 68,719,476,736 bytes, more than"):

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from pipeline.base.errors import UserError
 from pipeline.export import released
-from pipeline.export.released import Layer
+from pipeline.export.released import ReleasedLayer
 
 anywhere = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
-LAYERS = [Layer(name="conv1", shape=(2, 1, 3, 3)), Layer(name="fc1", shape=(2, 20))]
+LAYERS = [ReleasedLayer(name="conv1", shape=(2, 1, 3, 3)), ReleasedLayer(name="fc1", shape=(2, 20))]
 CONV_BOOK = np.array([0, *np.linspace(-1, 1, 255)], "<f4")
 FC_BOOK = np.array([0, 0.5, -2, 4, *[9] * 12], "<f4")  # in no order, and a value twice
 
@@ -64,7 +64,7 @@ def test_what_was_read_is_written_byte_for_byte(file: Path, tmp_path: Path) -> N
 
 def test_fillers_that_nobody_needs_are_kept(tmp_path: Path) -> None:
     """A stored zero with a short gap, and a filler after the last weight: other encoders may write them."""
-    layer = [Layer(name="ip1", shape=(1, 40))]
+    layer = [ReleasedLayer(name="ip1", shape=(1, 40))]
     entries = bytes([0x01, 0x00]) + bytes([0x33, 0x0F])  # codes 1 0 0, gaps 3 3 15
     data = struct.pack("<I", 3) + FC_BOOK.tobytes() + bytes(4) + entries
     (tmp_path / "a").write_bytes(data)
@@ -94,7 +94,7 @@ def test_codes_of_the_weights_shape(file: Path, tmp_path: Path) -> None:
 def test_quantised_weights_come_back(
     tmp_path: Path, name: str, out: int, width: int, density: float, seed: int
 ) -> None:
-    layer = Layer(name=name, shape=(out, width))
+    layer = ReleasedLayer(name=name, shape=(out, width))
     chance = np.random.default_rng(seed)
     book = chance.standard_normal(2**layer.bits - 1).astype(np.float32)
     weight = np.where(chance.random((out, width)) < density, chance.choice(book, (out, width)), 0).astype(np.float32)

@@ -138,8 +138,8 @@ def test_the_two_regularisers_are_trained_apart(mnist: Path, tmp_path: Path) -> 
 
 
 def jobs(target: str, data: str | None, tmp_path: Path, *overrides: str, **options: Any) -> list[reproduce.Job]:
-    known = {"seeds": "0,1,2", "networks": reproduce.ALL_NETWORKS, "configs": reproduce.CONFIGS, **options}
-    return reproduce.jobs(target, overrides, data, runs_dir=str(tmp_path / "runs"), **known)
+    wanted = reproduce.Wanted(target, data, runs_dir=str(tmp_path / "runs"), **options)
+    return reproduce.jobs(wanted, overrides)
 
 
 def test_all_is_both_networks_and_figure_5_with_three_seeds(

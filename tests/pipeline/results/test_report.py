@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import scan_records
-from run_files import LAYERS, begin, config, finals, put, result, round_done, scan, scores, whole
+from run_files import (
+    LAYERS,
+    begin,
+    config,
+    finals,
+    histograms,
+    put,
+    result,
+    round_done,
+    scan,
+    scores,
+    taken,
+    whole,
+)
 
 from pipeline.base.errors import UserError
 from pipeline.results import figures, plots, report
-from pipeline.run.records import DenseFigures
+from pipeline.run.records import DataFacts, DenseFigures, Histograms
+from pipeline.settings.config import dump_config
 
 HOSTILE = '<script>alert("x")</script>&amp;$\\frac{$'
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -93,13 +107,13 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     hostile = result(settings, name=HOSTILE, network=HOSTILE)
     hostile["layers"][0]["name"] = HOSTILE
     hostile["versions"][HOSTILE] = HOSTILE
-    put(run / "result.json", hostile)
-    scan(run, [(HOSTILE, "linear", 10), ("_hidden", "linear", 10)])
-    histograms = json.loads((run / "final/histograms.json").read_text())
-    histograms["tensors"][0]["name"] = HOSTILE
-    put(run / "final/histograms.json", histograms)
-    put(run / "data.json", {"source": HOSTILE, "root": HOSTILE, "bad": {HOSTILE: 3}})
-    (run / "config.yaml").write_text("name: '</code></pre><script>'\n", encoding="utf-8")
+    put(run / "result.json", taken(hostile))
+    scan(run, [(HOSTILE, "fc", 10), ("_hidden", "fc", 10)])
+    first, *others = histograms().tensors
+    put(run / "final/histograms.json", Histograms((replace(first, name=HOSTILE), *others)))
+    put(run / "data.json", DataFacts(1, 1, 1, 1, 1, source=HOSTILE, root=HOSTILE, bad={HOSTILE: "3"}))
+    worst = config(tmp_path, tracking={"experiment": f"</code></pre>{HOSTILE}"})
+    (run / "config.yaml").write_text(dump_config(worst), encoding="utf-8")
     text = report.render(run)
     page = Page(text)
     assert "<script" not in text
@@ -115,7 +129,7 @@ def test_parts_that_are_missing_are_said_to_be(tmp_path: Path) -> None:
     bare["bytes"] |= {"packed": None, "packed_index": None, "dense_gzip": None}
     bare["layers"][0] |= {"flops": None, "activation_density": None, "flops_density": None, "threshold": None}
     bare["flops_density"] = None
-    put(run / "result.json", bare)
+    put(run / "result.json", taken(bare))
     page = Page(report.render(run))
     assert "not measured" in page.text
     assert "prune.dense_control is off" in page.text
@@ -137,7 +151,7 @@ def test_verdicts_are_explained(tmp_path: Path, verdict: str, interval: list[flo
     run = whole(settings)
     changed = result(settings, verdict=verdict, test_looks=3)
     changed["test"]["mcnemar"]["drop_ci95"] = interval
-    put(run / "result.json", changed)
+    put(run / "result.json", taken(changed))
     text = Page(report.render(run)).text
     assert said in text
     assert "looked at 3 times" in text
@@ -149,7 +163,7 @@ def test_accuracy_among_the_classes_present(tmp_path: Path) -> None:
     changed = result(settings)
     assert "classes present" not in report.render(run)
     changed["test"] |= {"dense": scores(0.7, top1_present=0.91), "pruned": scores(0.69, top1_present=0.905)}
-    put(run / "result.json", changed)
+    put(run / "result.json", taken(changed))
     text = Page(report.render(run)).text
     assert "10 classes present" in text
     assert "91.00%" in text
@@ -170,7 +184,7 @@ def test_user_mistakes_are_named(tmp_path: Path) -> None:
 
 
 def test_summary_rows(tmp_path: Path) -> None:
-    rows = dict(report.summary_rows(result(config(tmp_path))))
+    rows = dict(report.summary_rows(taken(result(config(tmp_path)))))
     assert rows["verdict"] == "no loss"
     assert rows["compression"] == "13.7×"
     assert rows["drop against dense control"] == "+0.03 points (95%: −0.15 to +0.21 points)"

@@ -17,6 +17,7 @@ from tracking_server import TrackingServer, client_of, everything, named, same_e
 
 from pipeline.base.errors import UserError
 from pipeline.results import report
+from pipeline.run.records import RunFacts
 from pipeline.settings.config import Config
 from pipeline.tracking import tracking
 from pipeline.tracking.mirror import Mirror
@@ -162,7 +163,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     client_of(settings).delete_experiment(synced.experiment_id)
     with pytest.raises(UserError, match=r"tracking\.experiment='secateur' is deleted"):
         tracking.sync(run, settings)
-    put(run / "run.json", {"uid": "x' OR 1=1", "name": "lenet", "created_ms": CREATED})
+    put(run / "run.json", RunFacts("x' OR 1=1", "lenet", CREATED))
     with pytest.raises(UserError, match="uid="):
         tracking.sync(run, config(tmp_path, tracking={"experiment": "other"}))
 
