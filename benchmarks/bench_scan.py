@@ -43,6 +43,7 @@ from pipeline.scan.levels import against, scan_tensor
 from pipeline.settings.config import Config, parse_config
 from pipeline.settings.pruning import Scan
 from pipeline.task.answers import Answers
+from pipeline.task.feed import Feed
 
 CPU = torch.device("cpu")
 LEVELS = list(Scan.model_fields["levels"].default)
@@ -90,7 +91,7 @@ def main() -> None:
     for name in filter(None, given.networks.split(",")):
         model, tensors = make_network(name, data, given.every)
         batches = read(config, given.images)
-        inputs = ScanInputs(config, CPU, model, batches)
+        inputs = scan_of(config, CPU, model, batches)
         dense, once = timed(inputs.answers)
         found, seconds = same_grid(inputs, tensors, dense)
         share, ratio = suffix_share(model, tensors), seconds / found.seconds
@@ -149,6 +150,11 @@ def same_grid(given: ScanInputs, tensors: list[Prunable], dense: Answers) -> tup
     return theirs, ours
 
 
+def scan_of(config: Config, device: torch.device, model: nn.Module, batches: list[Batch]) -> ScanInputs:
+    """What a scan with these settings measures levels with."""
+    return ScanInputs(config.scan, config.prune, Feed.of(config), device, model, batches)
+
+
 def straightforward(given: ScanInputs, name: str) -> dict[float, Answers]:
     found = {}
     for density in given.settings.levels:
@@ -187,7 +193,7 @@ def race(data: str, count: int, every: int) -> Table:
     config, adaptive = make_config(data, levels=POINTS), make_config(data, levels=LEVELS, **ADAPTIVE)
     batches = read(config, count)
     mixed = shuffled(batches, count, config.data.eval_batch, seed=0)
-    plain, raced = ScanInputs(config, CPU, model, batches), ScanInputs(adaptive, CPU, model, mixed)
+    plain, raced = scan_of(config, CPU, model, batches), scan_of(adaptive, CPU, model, mixed)
     dense, once = timed(raced.answers)
     theirs = Straightforward({}, 0.0)
     levels, seconds = [], 0.0

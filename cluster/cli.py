@@ -101,7 +101,7 @@ def bench(
 ) -> None:
     """Measure dense, pruned, compact and CSR networks of a finished run on this machine, and export ONNX."""
     config = config_of(run_dir)
-    configure_process(config)
+    configure_process(config.threads)
     with state.open_run(config) as here:
         found = bench_run(here.root, repeats)
         final.update(here, latency_ms=found.summary)

@@ -26,7 +26,8 @@ from pipeline.scan.inputs import ScanInputs, scan_inputs
 from pipeline.scan.together import measure
 from pipeline.settings.config import Config, parse_config
 from pipeline.task.answers import Answers
-from pipeline.train.session import open_session, place
+from pipeline.task.feed import Feed
+from pipeline.train.session import open_session
 from pipeline.train.world import World, choose_device, configure_process
 
 
@@ -130,15 +131,18 @@ def shared_inputs(config: Config, run: Run, source: str) -> Shared:
 def trial_inputs(shared: Shared) -> ScanInputs:
     """The shared inputs in a process of Ray's, on its device."""
     config = parse_config(shared.config)
-    configure_process(config)
-    device = choose_device(config)
+    configure_process(config.threads)
+    device = choose_device(config.device)
     model = build_network(config.model, shared.classes, config.seed)
+    feed = Feed.of(config)
     # Arrays of the object store are read-only, and weights are changed in place: copied once here.
     model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in shared.weights.items()})
     return ScanInputs(
-        config=config,
+        scan=config.scan,
+        prune=config.prune,
+        feed=feed,
         device=device,
-        model=place(model, config, device),
+        model=feed.place(model, device),
         batches=[Batch(*map(_readonly_tensor, arrays)) for arrays in shared.batches],
         alive={name: _readonly_tensor(mask) for name, mask in shared.alive.items()},
         calibration=[Batch(*map(_readonly_tensor, arrays)) for arrays in shared.calibration],

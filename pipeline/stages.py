@@ -61,13 +61,13 @@ class Stage:
 
     name: str
     title: str
-    settings: Callable[[Config, Run], Sequence[Any]]
+    settings: Callable[[Driver], Sequence[Any]]
     drive: Callable[[Driver], None]
     gives: tuple[str, ...] = ()
     again: Callable[[Driver], bool] = lambda driver: False
 
 
-def on_workers(name: str, title: str, settings: Callable[[Config, Run], Sequence[Any]], function: str) -> Stage:
+def on_workers(name: str, title: str, settings: Callable[[Driver], Sequence[Any]], function: str) -> Stage:
     """A stage whose work all workers do together: a function of a Session, as "package.module:name"."""
     work = Work(name, function)
 
@@ -88,7 +88,7 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
     made_from: list[str] = []
     for stage in stages:
         started = time.monotonic()
-        made_from = [fingerprint(stage.name, *made_from, *stage.settings(config, run))]
+        made_from = [fingerprint(stage.name, *made_from, *stage.settings(driver))]
         there = run.finished(stage.name, made_from[0]) and all(run.has(file) for file in stage.gives)
         if there and not stage.again(driver):
             driver.progress(StageBegun(stage.name, stage.title, skipped=True))
@@ -102,6 +102,8 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
 
 # Settings of data that change how it is read, but not what is read.
 HOW_READ = {"cache_bytes", "cache_dir", "cache_disk_bytes", "decode_threads"}
+# The groups of settings that decide what the dense network becomes.
+DENSE_SETTINGS = ("seed", "threads", "device", "task", "model", "data", "dense")
 # Settings of prune that decide what a scan measures.
 SCAN_SETTINGS = {"criterion", "statistics_samples", "include", "exclude", "pattern"}
 # The settings that decide which bytes `shards build` writes.
@@ -110,9 +112,10 @@ BUILD_SETTINGS = {
 }  # fmt: skip
 
 
-def _shards_settings(config: Config, run: Run) -> list[Any]:
+def _shards_settings(driver: Driver) -> list[Any]:
+    config = driver.config
     if sources.of(config.data).in_place:
-        return [shards.load_manifest(session.data_root(config, run)).made_from]
+        return [shards.load_manifest(session.data_root(config, driver.run)).made_from]
     return [config.seed, config.data.model_dump(mode="json", include=BUILD_SETTINGS)]
 
 
@@ -143,11 +146,12 @@ def _shards(driver: Driver) -> None:
     run.commit(facts, "data.json")
 
 
-def _dense_settings(config: Config, run: Run) -> list[Any]:
-    everything = hashed(config)
-    settings = {key: everything[key] for key in ("seed", "threads", "device", "model", "data", "dense")}
+def _dense_settings(driver: Driver) -> list[Any]:
+    everything = hashed(driver.config)
+    settings = {key: everything[key] for key in DENSE_SETTINGS if key in everything}
     settings["data"] = {key: value for key, value in settings["data"].items() if key not in HOW_READ}
-    return [settings] if config.start.source is None else [config.start.source, settings]
+    source = driver.config.start.source
+    return [settings] if source is None else [source, settings]
 
 
 def _dense(driver: Driver) -> None:
@@ -161,10 +165,10 @@ def _dense(driver: Driver) -> None:
     driver.progress(Noted(text))
 
 
-def _scan_settings(config: Config, run: Run) -> list[Any]:
-    everything = hashed(config)
+def _scan_settings(driver: Driver) -> list[Any]:
+    everything = hashed(driver.config)
     given = {key: value for key, value in everything["prune"].items() if key in SCAN_SETTINGS}
-    return [{"scan": everything["scan"] | {"together": scans.together_at(config)}, **given}]
+    return [{"scan": everything["scan"] | {"together": scans.together_at(driver.config)}, **given}]
 
 
 def _scan(driver: Driver) -> None:
@@ -172,9 +176,9 @@ def _scan(driver: Driver) -> None:
     scans.measure(driver.prunable(), driver.config, driver.engine, driver.run, driver.progress, driver.merged)
 
 
-def rounds_settings(config: Config, run: Run) -> list[Any]:
+def rounds_settings(driver: Driver) -> list[Any]:
     """The settings that decide what the rounds make."""
-    everything = hashed(config)
+    everything = hashed(driver.config)
     return [{key: everything[key] for key in ("prune", "retrain", "target")}]
 
 
@@ -188,7 +192,7 @@ SHARDS = Stage("shards", "shards", _shards_settings, _shards)
 DENSE = Stage("dense", "dense network", _dense_settings, _dense)
 SCAN = Stage("scan", "sensitivity scan", _scan_settings, _scan, again=lambda driver: bool(driver.merged))
 ROUNDS = on_workers("rounds", "rounds", rounds_settings, "pipeline.rounds.method:prune")
-FINAL = Stage("final", "final", lambda config, run: [config.target.margin], _final, gives=("result.json",))
+FINAL = Stage("final", "final", lambda driver: [driver.config.target.margin], _final, gives=("result.json",))
 
 
 def up_to(config: Config, *ends: Stage) -> list[Stage]:

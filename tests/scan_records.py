@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
+from pipeline.data.loader import Batch
 from pipeline.run.records import DenseFigures, Level, Scan, ScanOrigin, TensorScan, TogetherRow
+from pipeline.scan.inputs import ScanInputs
+from pipeline.settings.config import Config
+from pipeline.task.feed import Feed
 
 DIFFERENCE: dict[str, Any] = {
     "samples": 100, "top1": 0.9, "low": 0.83, "high": 0.94, "drop": 0.0, "drop_low": -0.04, "drop_high": 0.04,
@@ -38,3 +45,10 @@ def scan(tensors: Iterable[TensorScan], **values: Any) -> Scan:
         "made_of": ScanOrigin("ab", "cd", {"seed": 0}),
     }
     return Scan(tensors=tuple(tensors), **{**made, **values})
+
+
+def scan_of(
+    config: Config, device: torch.device, model: nn.Module, batches: Sequence[Batch], **more: Any
+) -> ScanInputs:
+    """What a scan with these settings measures levels with."""
+    return ScanInputs(config.scan, config.prune, Feed.of(config), device, model, batches, **more)

@@ -88,7 +88,7 @@ def leave(command_line: Callable[[], None]) -> NoReturn:
 
 def run(config: Config, engine: Engine) -> Result:
     """Carry a run to its end, show its progress and its result."""
-    configure_process(config)
+    configure_process(config.threads)
     with Display() as display:
         try:
             result = stages.run(config, engine, display)

@@ -18,7 +18,7 @@ from pipeline.rounds import preflight
 from pipeline.run import state
 from pipeline.run.records import Scan
 from pipeline.settings.config import Config
-from pipeline.train import session
+from pipeline.task.feed import Feed
 
 CURVE = 25  # compressions of the curve
 BAR = 60  # characters of its longest bar
@@ -76,7 +76,7 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
         raise UserError(f"--budgets needs a scan, and '{run.root}' has none yet: `secateur scan CONFIG` makes it")
     scan, classes = run.load(Scan, "scan", "scan.json"), preflight.count_samples(config).classes
     model = build_network(config.model, classes, config.seed)
-    flops = cost.flops(model, session.input_shape(config))
+    flops = cost.flops(model, Feed.of(config).shape)
     weights = {tensor.name: tensor.weights for tensor in scan.tensors}
     if missing := weights.keys() - flops.keys():
         raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")

@@ -48,7 +48,8 @@ from pipeline.run.result import (
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
 from pipeline.task.answers import Marks
-from pipeline.train import checkpoint, session
+from pipeline.task.feed import Feed
+from pipeline.train import checkpoint
 
 HISTOGRAM_BINS = 80
 PACKAGES = ("torch", "torchvision", "ray", "webdataset", "mlflow", "boto3", "numpy")
@@ -70,7 +71,7 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
         dense_gzip=len(gzip.compress(model_bytes, 6, mtime=0)),
     )
     model = build_network(config.model, here.load(DataFacts, "data.json").classes, config.seed)
-    flops = cost.flops(model, session.input_shape(config))
+    flops = cost.flops(model, Feed.of(config).shape)
     result = assemble(config, here, layer_rows(here, prunable, kept.masks, flops, sizes), stored)
     seconds = result.seconds.model_copy(update={"final": round(time.monotonic() - started, 3)})
     result = result.model_copy(update={"seconds": seconds})

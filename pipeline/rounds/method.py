@@ -36,7 +36,6 @@ from pipeline.run.records import (
     RoundPlan,
 )
 from pipeline.run.state import now_ms
-from pipeline.task.classification import forward
 from pipeline.train import checkpoint, first_step
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.loop import Training
@@ -249,7 +248,7 @@ def measure_activity(session: Session, prunable: list[Prunable]) -> None:
     data = EvalLoader(session.split("val"), session.config.data, limit=ACTIVITY_SAMPLES, seed=session.config.seed)
     with ActivationMeter(model, [tensor.name for tensor in prunable]) as meter, torch.inference_mode():
         for batch in data.batches(0, 1):
-            forward(model, batch.images.to(session.world.device), session.config)
+            session.feed.forward(model, batch.images.to(session.world.device))
     rows = [
         LayerActivity(name, found.output_density, found.input_density, found.measured)
         for name, found in meter.result().items()

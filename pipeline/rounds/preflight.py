@@ -19,8 +19,9 @@ from pipeline.rounds.campaign import Origin
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run, run_root
 from pipeline.settings.config import Config
+from pipeline.task.feed import Feed, task_of
 from pipeline.train import first_step, phases
-from pipeline.train.session import check_output, input_shape
+from pipeline.train.session import check_output
 from pipeline.train.world import choose_device
 
 
@@ -62,7 +63,7 @@ def check(config: Config, run: Run | None = None) -> None:
     counts = known_counts(config, run)
     check_network(config, counts, run)
     if not run.has("dense", "finished.json"):
-        first_step.require(config, counts.classes, first_step.zeros(config), choose_device(config))
+        first_step.require(config, counts.classes, first_step.zeros(config.data), choose_device(config.device))
 
 
 def check_again(config: Config, run: Run) -> None:
@@ -76,6 +77,7 @@ def check_names(config: Config, *, planned: bool = False) -> None:
 
     What is only `planned` can do without the files of a source whose numbers are known.
     """
+    task_of(config.task)
     axes.require_fitting(config.prune, config.target)
     sources.require_root(config.data, planned=planned)
 
@@ -86,9 +88,10 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     Warns of settings that do nothing to this network.
     """
     model = build_network(config.model, counts.classes, config.seed)
-    check_output(model, config, counts.classes)
+    feed = Feed.of(config)
+    check_output(model, config.model.factory, feed, counts.classes)
     prunable, left_out = survey(model, config.prune.include, config.prune.exclude)
-    sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, input_shape(config))
+    sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, feed.shape)
     round_plan.require_possible(config.prune, config.target, sizes, flops)
     begin = branch.origin(config, run, prunable)
     begin = attempts.priced(config, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
@@ -101,7 +104,7 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
         if samples and not batch_norm.norms(model):
             warnings.warn(f"{name}.bn_samples={samples} is ignored: the network has no batch norm", stacklevel=2)
-    for name, training in first_step.trainings(config).items():
+    for name, training in first_step.trainings(config.dense, config.retrain).items():
         if not placement.steps_per_epoch(counts.train, config.data.lanes, training.batch_size):
             raise UserError(
                 f"train has {counts.train} samples, too few for one step of {name}.batch_size={training.batch_size} in "

@@ -15,7 +15,7 @@ from pipeline.prune.round_plan import Basis, Scanned
 from pipeline.run.records import Scan
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
-from pipeline.train.session import Session, input_shape
+from pipeline.train.session import Session
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def open_subject(session: Session) -> Subject:
     dense = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
     scan = None
     if round_plan.needs_scan(config.prune, config.target):
-        flops = cost.flops(model, input_shape(config))
+        flops = cost.flops(model, session.feed.shape)
         found = session.run.load(Scan, "scan", "scan.json")
         scan = round_plan.scanned(config.target.budget, found, session.manifest.num_classes, flops)
     return Subject(session, model, prunable, dense, scan)

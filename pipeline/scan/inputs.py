@@ -17,10 +17,9 @@ from pipeline.network.survey import survey
 from pipeline.prune import criteria, patterns
 from pipeline.prune.patterns import Pattern
 from pipeline.scan import racing
-from pipeline.settings import pruning
-from pipeline.settings.config import Config
-from pipeline.task import classification
+from pipeline.settings.pruning import Prune, Scan
 from pipeline.task.answers import Answers
+from pipeline.task.feed import Feed
 from pipeline.train import checkpoint
 from pipeline.train.session import Session
 
@@ -35,7 +34,9 @@ class ScanInputs:
     are what the criterion needs of each weight, by tensor.
     """
 
-    config: Config
+    scan: Scan
+    prune: Prune
+    feed: Feed
     device: torch.device
     model: nn.Module
     batches: Sequence[Batch]
@@ -44,14 +45,9 @@ class ScanInputs:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def settings(self) -> pruning.Scan:
-        """How to scan."""
-        return self.config.scan
-
-    @property
     def pattern(self) -> Pattern:
         """How the weights that go must lie."""
-        return patterns.of(self.config.prune)
+        return patterns.of(self.prune)
 
     @torch.no_grad()
     def answers(self) -> Answers:
@@ -59,23 +55,23 @@ class ScanInputs:
         self.model.eval()
         rows = []
         for batch in self.batches:
-            logits = classification.forward(self.model, batch.images.to(self.device), self.config)
-            rows.append(classification.judge(logits, batch, None).cpu())
+            output = self.feed.forward(self.model, batch.images.to(self.device))
+            rows.append(self.feed.task.judge(output, batch, None).cpu())
         return Answers.of(torch.cat(rows, 1), present=False)
 
     def prepared(self, number: int) -> Tensor:
         """What the network takes for batch `number`: (n, channels, height, width), float32, on the device."""
         images = self.batches[number].images.to(self.device, non_blocking=True)
-        return classification.inputs(images, self.config)
+        return self.feed.inputs(images)
 
     def scores(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The criterion's scores of these tensors' weights; higher ones are kept."""
-        return criteria.scores(self.config.prune.criterion, weights, self.config.seed, self.statistics)
+        return criteria.scores(self.prune.criterion, weights, self.feed.seed, self.statistics)
 
     def calibrate(self) -> None:
         """Estimate batch norm's statistics of the network as it now is, if there are calibration batches."""
         if self.calibration:
-            batch_norm.recalibrate(self.model, self.calibration, self.config, self.device)
+            batch_norm.recalibrate(self.model, self.calibration, self.feed, self.device)
 
 
 def scan_inputs(opened: Session, source: str) -> ScanInputs:
@@ -92,7 +88,17 @@ def scan_inputs(opened: Session, source: str) -> ScanInputs:
     calibration = [*opened.calibration(config.scan.bn_samples)] if wanted else []
     prunable, _ = survey(model, config.prune.include, config.prune.exclude)
     statistics = statistics_for(opened, model, [tensor.name for tensor in prunable])
-    return ScanInputs(config, opened.world.device, model, batches, saved.masks, calibration, statistics)
+    return ScanInputs(
+        scan=config.scan,
+        prune=config.prune,
+        feed=opened.feed,
+        device=opened.world.device,
+        model=model,
+        batches=batches,
+        alive=saved.masks,
+        calibration=calibration,
+        statistics=statistics,
+    )
 
 
 def shuffled(batches: Iterable[Batch], samples: int, batch_size: int, seed: int) -> list[Batch]:

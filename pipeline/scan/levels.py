@@ -22,7 +22,6 @@ from pipeline.scan import racing, suffix
 from pipeline.scan.inputs import ScanInputs
 from pipeline.scan.one_tensor import OneTensor
 from pipeline.task.answers import Answers
-from pipeline.task.classification import judge
 
 CHUNK_BYTES = 2**28  # of shared states held at a time; a tensor is masked anew for each level and chunk
 PROBE = 2  # samples on which a cut is tried
@@ -37,7 +36,7 @@ def scan_tensor(given: ScanInputs, dense: Answers, name: str, known: Sequence[Le
     tensor = OneTensor(given, name)
     prefixes: _Prefixes | None = None
     levels = list(known)
-    while wanted := racing.next_levels(levels, given.settings, tensor.count):
+    while wanted := racing.next_levels(levels, given.scan, tensor.count):
         tensor.plan(wanted)
         if prefixes is None:
             prefixes = _Prefixes(given, tensor)
@@ -52,7 +51,7 @@ class _Prefixes:
     def __init__(self, given: ScanInputs, tensor: OneTensor) -> None:
         self.given, self.tensor = given, tensor
         self.ends = np.cumsum([len(batch.labels) for batch in given.batches])
-        self.kept: dict[int, State] | None = {} if given.settings.mode == "adaptive" else None
+        self.kept: dict[int, State] | None = {} if given.scan.mode == "adaptive" else None
         self.kept_bytes = 0
         with torch.no_grad(), tensor.shared():
             example = given.prepared(0)[:PROBE]
@@ -87,7 +86,7 @@ class _Prefixes:
 @torch.no_grad()
 def _measure(prefixes: _Prefixes, dense: Answers) -> list[Level]:
     """The planned levels, in turn, each on as many samples as it takes."""
-    tensor, settings = prefixes.tensor, prefixes.given.settings
+    tensor, settings, judge = prefixes.tensor, prefixes.given.scan, prefixes.given.feed.task.judge
     looks = racing.looks(len(dense.right), settings.interval is not None)
     z, dense_top1 = racing.critical(len(looks)), dense.figures().top1
     rows: list[list[Tensor]] = [[] for _ in tensor.densities]

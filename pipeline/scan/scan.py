@@ -147,7 +147,7 @@ def origin(source: str, config: Config, here: Run) -> ScanOrigin:
         weights=fingerprint(weights, masks),
         data=fingerprint([shard.sha256 for shard in manifest.splits[split]], manifest.holdout),
         settings={
-            "seed": config.seed,
+            **{key: everything[key] for key in ("seed", "task") if key in everything},
             **{
                 f"{part}.{key}": everything[part][key]
                 for part, keys in KEY_SETTINGS.items()

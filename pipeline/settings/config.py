@@ -28,7 +28,7 @@ _INSTEAD = (
 
 
 # Settings that came after runs had been made: see `hashed`.
-ADDED = ("prune.pattern",)
+ADDED = ("prune.pattern", "task")
 
 
 class Config(Section):
@@ -47,6 +47,7 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where the process has one.")
     data: Data = Field(default_factory=lambda: Data.model_validate({}))
     model: Model = Field(default_factory=lambda: Model.model_validate({}))
+    task: Text = Field("classification", description="What is learnt: classification of images.")
     dense: Train = Field(default_factory=lambda: Train.model_validate({}), description="Training of the dense network.")
     scan: Scan = Field(default_factory=lambda: Scan.model_validate({}))
     prune: Prune = Field(default_factory=lambda: Prune.model_validate({}))

@@ -7,14 +7,13 @@ import torch
 from torch import nn
 
 from pipeline.data.loader import EvalLoader
-from pipeline.settings.config import Config
 from pipeline.task.answers import Answers
-from pipeline.task.classification import forward, judge
+from pipeline.task.feed import Feed
 from pipeline.train.world import World
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: EvalLoader, config: Config, world: World, classes: int) -> Answers:
+def evaluate(model: nn.Module, loader: EvalLoader, feed: Feed, world: World, classes: int) -> Answers:
     """Evaluate in eval mode on a whole split; every rank returns all answers.
 
     Raises AssertionError if a sample was not read exactly once.
@@ -27,8 +26,8 @@ def evaluate(model: nn.Module, loader: EvalLoader, config: Config, world: World,
     training = model.training
     model.eval()
     for batch in loader.batches(world.rank, world.size):
-        logits = forward(model, batch.images.to(world.device, non_blocking=True), config)
-        rows[:, batch.indices] = judge(logits, batch, present).cpu()
+        output = feed.forward(model, batch.images.to(world.device, non_blocking=True))
+        rows[:, batch.indices] = feed.task.judge(output, batch, present).cpu()
         count[batch.indices] += 1
     model.train(training)
     rows = world.sum(rows.to(world.device)).cpu()

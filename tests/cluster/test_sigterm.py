@@ -71,7 +71,7 @@ def test_in_the_scan_under_ray(tmp_path: Path) -> None:
     """A scan of 300 levels; the dense network was trained before, without Ray."""
     levels = [round(1 - (number + 1) / 101, 4) for number in range(100)]
     path, config = written(tmp_path, **{"dense.epochs": 1, "scan.levels": levels})
-    configure_process(config)
+    configure_process(config.threads)
     with open_run(config) as here:
         made_from = stages.shards_stage(config, here, lambda event: None)
         stages.dense_stage(made_from, config, LocalEngine(ALONE), here, lambda event: None)

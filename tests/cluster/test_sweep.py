@@ -25,7 +25,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 def test_trials_prune_by_the_statistics_that_a_scan_measures_once(tiny: Callable[..., Config]) -> None:
     config = tiny(**{"prune.criterion": "taylor", "prune.statistics_samples": 100, "dense.epochs": 1})
-    configure_process(config)
+    configure_process(config.threads)
     with open_run(config) as here:
         stages.carry_out([stages.SHARDS, stages.DENSE], stages.Driver(config, LocalEngine(ALONE), here, unheard))
         given = sweep.trial_inputs(sweep.shared_inputs(config, here, scan.DENSE))

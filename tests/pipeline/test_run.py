@@ -23,7 +23,7 @@ from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.prune import round_plan
 from pipeline.rounds import campaign
-from pipeline.run.events import EpochEnded, Event, LevelMeasured, Resumed, RoundBegun, StageBegun
+from pipeline.run.events import EpochEnded, Event, LevelMeasured, Resumed, RoundBegun, StageBegun, unheard
 from pipeline.run.records import Scan
 from pipeline.run.state import fingerprint, run_root
 from pipeline.settings.config import Config
@@ -165,7 +165,7 @@ def test_a_scan_goes_on_with_the_levels_that_are_missing(tiny: Callable[..., Con
             if len(seen) == 3:
                 raise KeyboardInterrupt
 
-    configure_process(config)
+    configure_process(config.threads)
     with pytest.raises(KeyboardInterrupt):
         stages.run(config, LocalEngine(ALONE), stop_after_three)
     events: list[Event] = []
@@ -256,12 +256,16 @@ def test_survivors_made_anew_keep_the_pattern_alone(tiny: Callable[..., Config])
     torch.testing.assert_close(left, dense * (left != 0))
 
 
+def driver_of(config: Config) -> stages.Driver:
+    """A driver of a run that has not begun."""
+    return stages.Driver(config, LocalEngine(ALONE), stages.Run("nowhere", 0), unheard)
+
+
 def test_settings_of_the_recipe_belong_to_the_stage_that_uses_them(tiny: Callable[..., Config]) -> None:
     def changed(**changes: Any) -> list[str]:
-        before, after = tiny(), tiny(**changes)
-        nowhere = stages.Run("nowhere", 0)
+        before, after = driver_of(tiny()), driver_of(tiny(**changes))
         parts = (stages.DENSE, stages.SCAN, stages.ROUNDS)
-        return [part.name for part in parts if part.settings(before, nowhere) != part.settings(after, nowhere)]
+        return [part.name for part in parts if part.settings(before) != part.settings(after)]
 
     assert changed(**{"scan.bn_samples": 10}) == ["scan"]
     for key, value in {
@@ -276,8 +280,8 @@ def test_a_setting_that_came_later_leaves_the_stages_of_earlier_runs_finished(ti
     marked = {"dense": "1c7c78d057e7ea5d", "scan": "0e5f1abc812c14fc", "rounds": "82446920706469b1"}
 
     def made_from(config: Config) -> dict[str, str]:
-        nowhere, parts = stages.Run("nowhere", 0), (stages.DENSE, stages.SCAN, stages.ROUNDS)
-        return {part.name: fingerprint(*part.settings(config, nowhere)) for part in parts}
+        parts = (stages.DENSE, stages.SCAN, stages.ROUNDS)
+        return {part.name: fingerprint(*part.settings(driver_of(config))) for part in parts}
 
     assert made_from(tiny()) == marked
     other = made_from(tiny(**{"prune.pattern": "other"}))

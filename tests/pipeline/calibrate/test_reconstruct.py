@@ -218,7 +218,7 @@ def test_layers_that_cannot_be_reconstructed_are_named_and_stay_masked(config: C
 
 def two_ranks(rank: int, folder: str, config: Config, root: str, fence: int) -> None:
     """Statistics, masks and reconstruction on one of two ranks; what it holds afterwards, as a file."""
-    configure_process(config)
+    configure_process(config.threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = pruned_once(open_session(config, World(rank, 2, CPU), Run(root, fence), unheard))
     torch.save(found, Path(folder, f"{rank}.pt"))

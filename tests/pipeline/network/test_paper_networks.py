@@ -16,6 +16,7 @@ from pipeline.network.paper_networks import BUILTIN, alexnet_caffe, vgg_16
 from pipeline.network.survey import survey
 from pipeline.prune import round_plan
 from pipeline.settings.config import load_config
+from pipeline.task.feed import Feed
 from pipeline.train import session
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -88,7 +89,7 @@ def test_alexnets_first_weights_are_caffes() -> None:
 def test_the_network_of_each_config_builds_and_can_be_pruned(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml", ["data.root=/somewhere"])
     model = build_network(config.model, 1000, config.seed)
-    session.check_output(model, config, 1000)
+    session.check_output(model, config.model.factory, Feed.of(config), 1000)
     prunable, left_out = survey(model, config.prune.include, config.prune.exclude)
     assert len(prunable) >= 8
     kinds = {item.reason.split(" (")[0] for item in left_out}

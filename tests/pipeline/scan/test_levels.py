@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scan_records import level as known_level
+from scan_records import scan_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ from pipeline.data.loader import Batch
 from pipeline.prune.masks import nested, top_mask
 from pipeline.run.records import Level
 from pipeline.scan import racing
-from pipeline.scan.inputs import ScanInputs, shuffled
+from pipeline.scan.inputs import shuffled
 from pipeline.scan.levels import scan_tensor
 from pipeline.scan.suffix import Suffix
 from pipeline.settings.config import Config, parse_config
@@ -83,7 +84,7 @@ def by_hand(model: nn.Module, name: str, keep: int, batches: list[Batch]) -> tup
 def run(
     model: nn.Module, name: str, batches: list[Batch], config: Config, known: Sequence[Level] = (), **more: Any
 ) -> list[Level]:
-    given = ScanInputs(config, CPU, model, batches, **more)
+    given = scan_of(config, CPU, model, batches, **more)
     return list(scan_tensor(given, given.answers(), name, known))
 
 
@@ -122,7 +123,7 @@ def test_racing_stops_early_on_the_first_samples_of_one_order_for_all_levels() -
     given = config(interval=0.12)
     mixed = shuffled(batches, SAMPLES, 40, seed=1)
     looks = racing.looks(SAMPLES, racing=True)
-    dense = ScanInputs(given, CPU, model, mixed).answers()
+    dense = scan_of(given, CPU, model, mixed).answers()
     z = racing.critical(len(looks))
     levels = run(model, "3.weight", mixed, given)
     assert min(level.samples for level in levels) < SAMPLES - 1
@@ -170,10 +171,10 @@ def test_masks_of_a_round_stay_applied() -> None:
 def test_an_error_puts_the_tensor_back() -> None:
     model, batches = problem()
     before = model[3].weight.detach().clone()
-    dense = ScanInputs(config(), CPU, model, batches).answers()
+    dense = scan_of(config(), CPU, model, batches).answers()
     broken = Batch(batches[1].images[:, :, :4], batches[1].labels, batches[1].weights, batches[1].indices)
     with pytest.raises(RuntimeError):
-        list(scan_tensor(ScanInputs(config(), CPU, model, [batches[0], broken]), dense, "3.weight"))
+        list(scan_tensor(scan_of(config(), CPU, model, [batches[0], broken]), dense, "3.weight"))
     assert torch.equal(model[3].weight, before)
 
 

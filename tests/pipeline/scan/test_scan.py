@@ -25,7 +25,7 @@ ONE = {"dense.epochs": 1}
 
 def scan(config: Config, merged: tuple[str, ...] = (), after: int | None = None) -> tuple[Scan, list[str]]:
     """The scan, and the tensor of each level that was measured for it."""
-    configure_process(config)
+    configure_process(config.threads)
     events: list[Event] = []
     with open_run(config) as here:
         found = stages.scan(config, LocalEngine(ALONE), here, events.append, merged, after)
@@ -76,7 +76,7 @@ def test_a_finished_round_is_scanned_with_its_masks(tiny: Callable[..., Config])
     config = tiny(**ONE, **{"prune.allocation": "uniform", "prune.dense_control": False, "retrain.epochs": 1})
     with pytest.raises(UserError, match="--after 1: no round is finished"):
         scan(config, after=1)
-    configure_process(config)
+    configure_process(config.threads)
     stages.run(config, LocalEngine(ALONE), unheard)
     found, measured = scan(config, after=1)
     assert len(measured) == 6
@@ -98,7 +98,7 @@ def test_an_adaptive_scan_with_racing_goes_on_where_it_was_stopped(tiny: Callabl
     config = tiny(
         **{"scan.mode": "adaptive", "scan.levels": [0.5, 0.2, 0.02], "scan.max_levels": 6, "scan.interval": 0.1}
     )
-    configure_process(config)
+    configure_process(config.threads)
     seen: list[tuple[str, float]] = []
 
     def stop_after_four(event: Event) -> None:
@@ -123,7 +123,7 @@ def test_an_adaptive_scan_with_racing_goes_on_where_it_was_stopped(tiny: Callabl
 
 def test_tensors_are_also_pruned_together_where_the_allocation_goes_by_it(tiny: Callable[..., Config]) -> None:
     config = tiny(**ONE, **{"prune.allocation": "budget", "scan.together": [0.5, 0.2, 0.01, 0.005]})
-    configure_process(config)
+    configure_process(config.threads)
 
     class Stopped(LocalEngine):
         """One that is killed after so many allocations."""

@@ -6,14 +6,13 @@ import copy
 from dataclasses import replace
 
 import torch
-from scan_records import level, scan, tensor
+from scan_records import level, scan, scan_of, tensor
 from torch import nn
 
 from pipeline.prune.damage import POWERS
 from pipeline.prune.masks import top_mask
 from pipeline.run.records import DenseFigures, Level
 from pipeline.scan import together
-from pipeline.scan.inputs import ScanInputs
 from tests.pipeline.scan.test_levels import CPU, config, problem
 
 
@@ -42,7 +41,7 @@ def test_the_pruned_network_is_measured_against_the_dense_one_and_put_back() -> 
     norm = nn.BatchNorm1d(5).eval()
     model.append(norm)
     before = copy.deepcopy(model.state_dict())
-    given = ScanInputs(config(), CPU, model, batches)
+    given = scan_of(config(), CPU, model, batches)
     dense = given.answers()
     names = ["0.weight", "3.weight"]
     sizes = {name: dict(model.named_parameters())[name].numel() for name in names}
@@ -61,7 +60,7 @@ def test_the_pruned_network_is_measured_against_the_dense_one_and_put_back() -> 
 def test_batch_norm_is_calibrated_for_each_allocation_and_put_back() -> None:
     model, batches = problem()
     model.insert(1, nn.BatchNorm2d(6).eval())
-    given = ScanInputs(config(bn_samples=80), CPU, model, batches)
+    given = scan_of(config(bn_samples=80), CPU, model, batches)
     dense = given.answers()
     before = copy.deepcopy(model.state_dict())
     keep = {"0.weight": 10, "4.weight": 1000}
