@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from typing import Any
@@ -22,11 +23,14 @@ class LocalEngine:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self._working = False  # whether the followers are within a stage, too
 
     def train(self, stage: str, config: Config, run: Run, progress: Progress) -> None:
         """Run the stage here and on every follower."""
         self._call({"stage": stage, "config": config.model_dump(mode="json"), "root": run.root, "fence": run.fence})
+        self._working = True
         work(stage, open_session(config, self.world, run, progress))
+        self._working = False
 
     def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
         """Measure tensor after tensor in this process."""
@@ -51,8 +55,10 @@ class LocalEngine:
         return lambda keeps: together.measure(model, keeps, batches, dense, config, device, calibration, statistics)
 
     def close(self) -> None:
-        """Let the followers go."""
-        self._call({"stage": None})
+        """Let the followers go; out of the middle of a stage they go as this process does."""
+        if not self._working:
+            with contextlib.suppress(RuntimeError):  # torch's, where one was stopped too and is gone
+                self._call({"stage": None})
 
     def follow(self) -> None:
         """On ranks other than 0: do what rank 0 does until it closes."""
