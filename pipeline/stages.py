@@ -168,7 +168,9 @@ def _dense(driver: Driver) -> None:
 def _scan_settings(driver: Driver) -> list[Any]:
     everything = hashed(driver.config)
     given = {key: value for key, value in everything["prune"].items() if key in SCAN_SETTINGS}
-    return [{"scan": everything["scan"] | {"together": scans.together_at(driver.config)}, **given}]
+    return [
+        {"scan": everything["scan"] | {"together": scans.together_at(driver.config.scan, driver.config.prune)}, **given}
+    ]
 
 
 def _scan(driver: Driver) -> None:

@@ -9,7 +9,6 @@ import io
 import math
 import struct
 import zlib
-from typing import Any
 
 import numpy as np
 import torch
@@ -182,8 +181,8 @@ def normalize(
 ) -> torch.Tensor:
     """uint8 (N, C, H, W) to float32 (x/255 - mean) / std on the tensor's own device."""
     assert images.dtype == torch.uint8, images.dtype
-    options: dict[str, Any] = {"memory_format": torch.channels_last} if channels_last else {}
-    scaled = images.to(dtype=torch.float32, **options).div_(255)
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    scaled = images.to(dtype=torch.float32, memory_format=layout).div_(255)
     shape = (1, -1, 1, 1)
     centre = torch.tensor(mean, device=images.device).view(shape)
     return scaled.sub_(centre).div_(torch.tensor(std, device=images.device).view(shape))

@@ -25,7 +25,8 @@ from pipeline.data.tar import SampleFiles
 
 T = TypeVar("T")
 R = TypeVar("R")
-Members = dict[str, Any]  # one sample: __key__, __url__, then suffix -> bytes
+Item = dict[str, Any]  # what WebDataset's stages pass on
+Members = Item  # one sample: __key__, __url__, then suffix -> bytes
 _END: Any = object()
 
 
@@ -77,7 +78,7 @@ def read_pieces(
     return iter(DataPipeline(lambda: iter(ranges), *stages))
 
 
-def _open_ranges(cache: Cache | None, ranges: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _open_ranges(cache: Cache | None, ranges: Iterable[Item]) -> Iterator[Item]:
     """Our opener: through storage, never through WebDataset's URL handlers, which can run a shell."""
     for item in ranges:
         url, start, stop = item["url"], item["start"], item["stop"]
@@ -94,7 +95,7 @@ def _open_ranges(cache: Cache | None, ranges: Iterable[dict[str, Any]]) -> Itera
                 raise _mismatch(url, "has another SHA-256")
 
 
-def _expand(ranges: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _expand(ranges: Iterable[Item]) -> Iterator[Item]:
     """The files of each range, as WebDataset's stages pass them on; {} ends one. UserError where a tar is damaged."""
     for item in ranges:
         url = item["url"]

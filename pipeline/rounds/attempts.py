@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline import storage
+from pipeline.network.cost import Quantity
 from pipeline.network.survey import Prunable
 from pipeline.prune import limits
 from pipeline.prune.budget import Cost
@@ -26,7 +27,6 @@ from pipeline.run.events import Noted
 from pipeline.run.layout import START, attempt_folder, round_folder, standing, trail
 from pipeline.run.records import Judgement, RoundMetrics
 from pipeline.run.state import Run
-from pipeline.settings.config import Config
 from pipeline.task.answers import Answers, Marks
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
@@ -52,12 +52,12 @@ def origin(run: Run, prunable: Sequence[Prunable]) -> Origin:
     return Origin(start["kept"], total, start["generation"])
 
 
-def priced(config: Config, begin: Origin, sizes: Mapping[str, int], prices: Mapping[str, Cost]) -> Origin:
-    """Where the first round begins, in what target.budget counts; the config allows others than weights for whole runs.
+def priced(unit: Quantity, begin: Origin, sizes: Mapping[str, int], prices: Mapping[str, Cost]) -> Origin:
+    """Where the first round begins, in `unit`: others than weights are for runs from the dense network on.
 
     `sizes` and `prices` are those of the prunable tensors.
     """
-    if config.target.budget == "weights":
+    if unit == "weights":
         return begin
     total = limits.spent(sizes, prices)
     return Origin(total, total, begin.generation)
@@ -67,18 +67,18 @@ def beginning(subject: Subject) -> Origin:
     """Where the first round of the run begins, in what target.budget counts: others than weights rest on the scan."""
     sizes = {tensor.name: tensor.weights for tensor in subject.prunable}
     begin = origin(subject.session.run, subject.prunable)
-    return priced(subject.session.config, begin, sizes, subject.scan.prices if subject.scan else {})
+    return priced(subject.session.config.target.budget, begin, sizes, subject.scan.prices if subject.scan else {})
 
 
 def outlook(subject: Subject) -> list[Goal]:
     """All rounds of the run if each of them is accepted."""
     config = subject.session.config
-    return campaign.outlook(config, beginning(subject), floor(config, subject.prunable))
+    return campaign.outlook(config, beginning(subject), floor(config.prune.min_weights, subject.prunable))
 
 
-def floor(config: Config, prunable: Sequence[Prunable]) -> int:
+def floor(min_weights: int, prunable: Sequence[Prunable]) -> int:
     """The fewest weights that prune.min_weights allows."""
-    return sum(min(config.prune.min_weights, tensor.weights) for tensor in prunable)
+    return sum(min(min_weights, tensor.weights) for tensor in prunable)
 
 
 def following(subject: Subject) -> Goal | None:
@@ -87,7 +87,7 @@ def following(subject: Subject) -> Goal | None:
     if session.world.first:
         run, config = session.run, session.config
         tried = [Tried(metrics.planned_density, metrics.kept, metrics.accepted) for metrics in trail(run)]
-        goal = campaign.following(config, beginning(subject), floor(config, subject.prunable), tried)
+        goal = campaign.following(config, beginning(subject), floor(config.prune.min_weights, subject.prunable), tried)
         text = json.dumps(None if goal is None else asdict(goal)).encode()
         if goal is None and not any(each.accepted for each in tried):
             session.progress(Noted("no round was accepted: the network stays as it was before the first one"))

@@ -21,7 +21,7 @@ from pipeline.network.trace import graph_of
 from pipeline.prune import criteria, masks
 from pipeline.run.events import Noted, Warned
 from pipeline.run.records import Fit, RoundPlan
-from pipeline.settings.config import Config
+from pipeline.settings.pruning import Prune
 from pipeline.settings.training import Retrain
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
@@ -38,27 +38,27 @@ class Pruned(NamedTuple):
     fits: list[Fit]
 
 
-def rests_on_samples(config: Config) -> bool:
+def rests_on_samples(prune: Prune) -> bool:
     """Whether masks or survivors follow from sums over samples, whose last bits depend on the number of ranks."""
-    return bool(config.prune.reconstruct_samples or criteria.of(config.prune).statistic)
+    return bool(prune.reconstruct_samples or criteria.of(prune).statistic)
 
 
-def check(model: nn.Module, config: Config, names: list[str]) -> None:
+def check(model: nn.Module, prune: Prune, names: list[str]) -> None:
     """Raise UserError if this network cannot be given the statistics or the reconstruction that the config wants."""
-    statistics.require(model, names, config.prune)
-    if config.prune.reconstruct_samples:
+    statistics.require(model, names, prune)
+    if prune.reconstruct_samples:
         with evaluating(model):
             graph, notes = graph_of(model)
         if graph is None:
             raise UserError(
-                f"prune.reconstruct_samples={config.prune.reconstruct_samples} needs a network that can be run step by "
+                f"prune.reconstruct_samples={prune.reconstruct_samples} needs a network that can be run step by "
                 f"step, but {notes[0]}; set it to 0"
             )
 
 
 def keep(session: Session, model: nn.Module, folder: str, pruned: Pruned) -> None:
     """Keep a pruned network that another number of ranks would not make again to the bit, until it is retrained."""
-    if session.world.first and rests_on_samples(session.config):
+    if session.world.first and rests_on_samples(session.config.prune):
         state = {"plan": pruned.plan.to_json(), "fits": plain(pruned.fits)}
         saved = Checkpoint(dict(model.state_dict()), pruned.kept, state=state)
         checkpoint.save(session.run, f"{folder}/{PRUNED}", saved)
@@ -68,7 +68,7 @@ def keep(session: Session, model: nn.Module, folder: str, pruned: Pruned) -> Non
 def kept_before(session: Session, model: nn.Module, folder: str) -> Pruned | None:
     """The pruned network of a round whose retraining was stopped, set in `model`; None where there is none."""
     where = f"{folder}/{PRUNED}"
-    if not rests_on_samples(session.config) or not session.run.has(where, "manifest.json"):
+    if not rests_on_samples(session.config.prune) or not session.run.has(where, "manifest.json"):
         return None
     saved = checkpoint.load(session.run, where)
     model.load_state_dict(saved.weights)

@@ -119,11 +119,11 @@ def origin(config: Config, here: Run, prunable: Sequence[Prunable]) -> Origin:
     return find(config, prunable).origin
 
 
-def retrainings(config: Config, run: Run) -> list[Retrain]:
+def retrainings(recipe: Retrain, run: Run) -> list[Retrain]:
     """The recipe of each round from the dense network on: those of the ancestors, then the run's accepted own."""
     start = begun(run)
     before = start.retrain if start is not None else ()
-    return [*map(Retrain.model_validate, before), *[config.retrain] * accepted(run)]
+    return [*map(Retrain.model_validate, before), *[recipe] * accepted(run)]
 
 
 def begun(run: Run) -> StartFacts | None:

@@ -27,7 +27,7 @@ def control(session: Session) -> None:
     A branch's control also gets what the rounds got that it descends from, or takes it from its source.
     """
     run = session.run
-    recipes = branch.retrainings(session.config, run)
+    recipes = branch.retrainings(session.config.retrain, run)
     if run.has("rounds", "control.json") or not recipes:
         return
     model, clock = session.new_model(), time.monotonic()
@@ -64,7 +64,7 @@ def look_at_test(session: Session) -> None:
     if run.has("final", "test.json"):
         return
     states = {"dense": "dense/checkpoint", "pruned": f"{standing(run)}/checkpoint"}
-    trained = len(branch.retrainings(config, run))
+    trained = len(branch.retrainings(config.retrain, run))
     if config.prune.dense_control and trained:
         states["dense_control"] = f"{control_folder(trained)}/checkpoint"
     answers: dict[str, Answers] = {}

@@ -20,6 +20,7 @@ from pipeline.rounds.subject import prunable_weights
 from pipeline.run import state
 from pipeline.run.records import RoundPlan, Scan
 from pipeline.settings.config import Config
+from pipeline.settings.pruning import Target
 from pipeline.train import checkpoint, recipe
 
 
@@ -66,7 +67,7 @@ def make(config: Config) -> RunPlan:
     model, prunable, flops = checked.model, checked.prunable, checked.flops
     source = branch.find(config, prunable) if config.start.source is not None else None
     known = look_up(config, prunable_weights(model, prunable), source, counts.classes, flops)
-    notes = [*known.notes, *target_notes(config)]
+    notes = [*known.notes, *target_notes(config.target)]
     sizes = {tensor.name: tensor.weights for tensor in prunable}
     total = sum(sizes.values())
     other = 4 * sum(math.prod(tensor.shape) for tensor in checked.left_out)
@@ -109,9 +110,8 @@ def make(config: Config) -> RunPlan:
     return RunPlan(counts, prunable, checked.left_out, flops, densities, dense_steps, rows, notes)
 
 
-def target_notes(config: Config) -> list[str]:
+def target_notes(target: Target) -> list[str]:
     """What a table of rounds cannot say of target.mode=no-loss."""
-    target = config.target
     if not target.no_loss:
         return []
     drop = f"more than {100 * target.allowed:.2g} points"

@@ -19,6 +19,7 @@ from pipeline.rounds.campaign import Origin
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run, run_root
 from pipeline.settings.config import Config
+from pipeline.settings.pruning import Target
 from pipeline.task.feed import Feed, task_of
 from pipeline.train import first_step, phases
 from pipeline.train.session import check_output
@@ -62,7 +63,7 @@ def check(config: Config, run: Run | None = None) -> None:
         return
     counts = known_counts(config, run)
     check_network(config, counts, run)
-    require_enough(config, counts)
+    require_enough(config.target, counts)
     if not run.has("dense", "finished.json"):
         first_step.require(config, counts.classes, first_step.zeros(config.data), choose_device(config.device))
 
@@ -72,7 +73,7 @@ def check_again(config: Config, run: Run) -> None:
     if not run.has("rounds", "finished.json"):
         counts = known_counts(config, run)
         check_network(config, counts, run)
-        require_enough(config, counts)
+        require_enough(config.target, counts)
 
 
 def check_names(config: Config, *, planned: bool = False) -> None:
@@ -97,11 +98,11 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, feed.shape)
     round_plan.require_possible(config.prune, config.target, sizes, flops)
     begin = branch.origin(config, run, prunable)
-    begin = attempts.priced(config, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
-    fewest = attempts.floor(config, prunable)
+    begin = attempts.priced(config.target.budget, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
+    fewest = attempts.floor(config.prune.min_weights, prunable)
     campaign.require_room(config, begin, fewest)
     phases.require_layers(model, config.retrain.phases)
-    before_retraining.check(model, config, [tensor.name for tensor in prunable])
+    before_retraining.check(model, config.prune, [tensor.name for tensor in prunable])
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
         if samples and not batch_norm.norms(model):
             warnings.warn(f"{name}.bn_samples={samples} is ignored: the network has no batch norm", stacklevel=2)
@@ -114,10 +115,10 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     return Checked(model, prunable, left_out, flops, begin, fewest)
 
 
-def require_enough(config: Config, counts: Counts) -> None:
+def require_enough(target: Target, counts: Counts) -> None:
     """Raise UserError where val is too small for a campaign without loss to accept anything."""
-    if config.target.no_loss:
-        campaign.require_enough(counts.val, config.target)
+    if target.no_loss:
+        campaign.require_enough(counts.val, target)
 
 
 def known_counts(config: Config, run: Run) -> Counts:

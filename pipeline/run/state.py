@@ -113,7 +113,7 @@ def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Ite
     """
     root = run_root(config)
     if storage.is_local(root):
-        _make_folder(root, config)
+        _make_folder(root, config.runs_dir)
     with lease.hold(root, config.cluster.lease_seconds, lambda: _check_config(root, config), tell) as fence:
         run = Run(root, fence)
         storage.remove_leftovers(root)
@@ -123,11 +123,11 @@ def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Ite
         yield run
 
 
-def _make_folder(root: str, config: Config) -> None:
+def _make_folder(root: str, runs_dir: str) -> None:
     try:
         storage.local_path(root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"runs_dir={config.runs_dir} cannot be written: {error.strerror}") from error
+        raise UserError(f"runs_dir={runs_dir} cannot be written: {error.strerror}") from error
 
 
 def _check_config(root: str, config: Config) -> None:

@@ -29,6 +29,8 @@ from pipeline.run.records import (
 from pipeline.run.state import Run, fingerprint
 from pipeline.scan import racing, together
 from pipeline.settings.config import Config, hashed
+from pipeline.settings.pruning import Prune
+from pipeline.settings.pruning import Scan as ScanSettings
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import data_root
@@ -94,15 +96,15 @@ def measure(
         key=fingerprint(made_of.to_json()),
         made_of=made_of,
     )
-    if after is None and together_at(config):
+    if after is None and together_at(config.scan, config.prune):
         found = replace(found, together=measure_together(found, config, engine, here, progress))
     here.commit(found, "scan", "scan.json" if after is None else f"after-{after}.json")
     return found
 
 
-def together_at(config: Config) -> list[float]:
+def together_at(scan: ScanSettings, prune: Prune) -> list[float]:
     """The densities at which all tensors are pruned together: none unless the allocation goes by them."""
-    return [*config.scan.together] if allocation.of(config.prune).needs_together else []
+    return [*scan.together] if allocation.of(prune).needs_together else []
 
 
 def measure_together(
@@ -113,7 +115,7 @@ def measure_together(
     Kept as they come in scan/together.json, so that a scan that was stopped goes on.
     """
     classes = shards.load_manifest(data_root(config, here)).num_classes
-    wanted = together.allocations(scan, classes, together_at(config))
+    wanted = together.allocations(scan, classes, together_at(config.scan, config.prune))
     known: dict[str, Joint] = {}
     if here.has("scan", together.FILE):
         saved = here.load(JointTrials, "scan", together.FILE)

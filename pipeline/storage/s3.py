@@ -29,6 +29,7 @@ from pipeline.storage.stat import Stat, Versioned
 
 R = TypeVar("R")
 PART = 16 * 2**20  # bytes of a part of an upload
+Fields = dict[str, Any]  # what S3 takes and answers
 _WHOLE = 64 * 2**20  # a file up to this size is one PUT
 _BUFFER = 2**20
 _UNREACHED_TRIES = 4  # where the store has never answered this process, its address is more likely to be wrong
@@ -180,7 +181,7 @@ class Upload(io.RawIOBase):
         self._bucket, self._key = place(url)
         self._waiting = bytearray()
         self._id: str | None = None
-        self._parts: list[dict[str, Any]] = []
+        self._parts: list[Fields] = []
         # Known again on the object if the answer to its completion is lost.
         self._mark = uuid.uuid4().hex
 
@@ -292,7 +293,7 @@ def remove_tree(folder: str) -> None:
                 raise UserError(f"'s3://{bucket}/{first['Key']}' cannot be deleted ({first['Code']}): allow it")
 
 
-def _delete(bucket: str, orders: dict[str, Any]) -> Any:
+def _delete(bucket: str, orders: Fields) -> Any:
     return client().delete_objects(Bucket=bucket, Delete=orders)
 
 
@@ -316,11 +317,11 @@ def _prefix(folder: str) -> str:
     return f"{key}/" if key else ""
 
 
-def _pages(folder: str, operation: str, **options: Any) -> Iterator[dict[str, Any]]:
+def _pages(folder: str, operation: str, **options: Any) -> Iterator[Fields]:
     """The pages of a listing. boto3's paginator ends where a page fails, as if that were all."""
     bucket, _ = place(folder)
 
-    def ask(**following: str) -> dict[str, Any]:
+    def ask(**following: str) -> Fields:
         return dict(getattr(client(), operation)(Bucket=bucket, **options, **following))
 
     page = _call(folder, ask)
