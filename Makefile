@@ -11,7 +11,7 @@ help:
 	@echo "make demo    prune a real network on real digits, through every stage (about 2 minutes)"
 	@echo "make test    all tests"
 	@echo "make faults  every fault that a run should survive, made; ends with a table (under an hour)"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, the layers of imports, mypy"
 	@echo "make bench   benchmarks, each prints a table"
 	@echo "make install only the environment in $(VENV)"
 
@@ -36,6 +36,7 @@ faults: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
 format: install

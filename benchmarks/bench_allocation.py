@@ -88,7 +88,7 @@ def main() -> None:
         with Display(make_console(stderr=True)) as display:
             for seed in seeds:
                 base = make_config(network, seed, runs, [f"name=seed-{seed}", f"prune.allocation={SOLVED}"])
-                configure_process(base)
+                configure_process(base.threads)
                 prepare(base, display)
                 for allocation in given.allocations.split(","):
                     display.line(f"{network}, seed {seed}, {allocation}")

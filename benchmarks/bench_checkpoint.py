@@ -50,7 +50,7 @@ def measured(root: str) -> Table:
     table = Table("network", "MB", "seconds a checkpoint", "seconds a step", f"share at every {EVERY} steps")
     run = Run(root, 1)
     storage.write_json(run.path("lease.json"), {"fence": 1, "pid": 0, "host": "bench"})
-    world = World(0, 1, choose_device(parse_config({"name": "bench"})))
+    world = World(0, 1, choose_device("auto"))
     for factory, image, batch in NETWORKS:
         table.add_row(*measure(run, world, factory, image, batch))
     storage.remove_tree(run.root)

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,12 @@ from pipeline.network.survey import Prunable, survey
 from pipeline.network.trace import graph_of
 from pipeline.prune.masks import top_mask
 from pipeline.scan import racing, suffix
-from pipeline.scan.levels import Answers, _drop, answers_of, scan_tensor, shuffled
+from pipeline.scan.inputs import ScanInputs, shuffled
+from pipeline.scan.levels import against, scan_tensor
 from pipeline.settings.config import Config, parse_config
 from pipeline.settings.pruning import Scan
+from pipeline.task.answers import Answers
+from pipeline.task.feed import Feed
 
 CPU = torch.device("cpu")
 LEVELS = list(Scan.model_fields["levels"].default)
@@ -88,8 +91,9 @@ def main() -> None:
     for name in filter(None, given.networks.split(",")):
         model, tensors = make_network(name, data, given.every)
         batches = read(config, given.images)
-        dense, once = timed(lambda model=model, batches=batches: answers_of(model, batches, config, CPU))
-        found, seconds = same_grid(model, tensors, batches, dense, config)
+        inputs = scan_of(config, CPU, model, batches)
+        dense, once = timed(inputs.answers)
+        found, seconds = same_grid(inputs, tensors, dense)
         share, ratio = suffix_share(model, tensors), seconds / found.seconds
         cells = (f"{found.seconds:.1f}", f"{seconds:.1f}", f"{ratio:.3f}", f"{share:.3f}", f"{ratio / share:.2f}")
         table.add_row(name, str(len(tensors)), *cells, f"{once:.1f}")
@@ -131,34 +135,35 @@ def make_network(name: str, data: str, every: int) -> tuple[nn.Module, list[Prun
     return model, survey(model)[0][:: every if name == "squeezenet1_1" else 1]
 
 
-def same_grid(
-    model: nn.Module, tensors: list[Prunable], batches: list[Batch], dense: Answers, config: Config
-) -> tuple[Straightforward, float]:
+def same_grid(given: ScanInputs, tensors: list[Prunable], dense: Answers) -> tuple[Straightforward, float]:
     """Both scans, one tensor after the other; exits where a number differs. Returns ours' seconds too."""
     theirs, ours = Straightforward({}, 0.0), 0.0
     for tensor in tensors:
-        found, seconds = timed(lambda tensor=tensor: straightforward(model, tensor.name, batches, config))
+        found, seconds = timed(lambda tensor=tensor: straightforward(given, tensor.name))
         theirs.answers[tensor.name] = found
         theirs.seconds += seconds
-        levels, seconds = timed(
-            lambda tensor=tensor: list(scan_tensor(model, tensor.name, [], batches, dense, config, CPU))
-        )
+        levels, seconds = timed(lambda tensor=tensor: list(scan_tensor(given, dense, tensor.name)))
         ours += seconds
         for level in levels:
             figures = found[level.density].figures()
-            assert (level.top1, level.loss) == (figures["top1"], figures["loss"]), (tensor.name, level, figures)
+            assert (level.top1, level.loss) == (figures.top1, figures.loss), (tensor.name, level, figures)
     return theirs, ours
 
 
-def straightforward(model: nn.Module, name: str, batches: list[Batch], config: Config) -> dict[float, Answers]:
+def scan_of(config: Config, device: torch.device, model: nn.Module, batches: list[Batch]) -> ScanInputs:
+    """What a scan with these settings measures levels with."""
+    return ScanInputs(config.scan, config.prune, Feed.of(config), device, model, batches)
+
+
+def straightforward(given: ScanInputs, name: str) -> dict[float, Answers]:
     found = {}
-    for density in config.scan.levels:
-        copied = copy.deepcopy(model)
+    for density in given.settings.levels:
+        copied = copy.deepcopy(given.model)
         weight = dict(copied.named_parameters())[name]
         keep = racing.kept(density, weight.numel())
         alive = torch.ones_like(weight, dtype=torch.bool)
         weight.data.mul_(top_mask(weight.detach().abs(), alive, keep))
-        found[density] = answers_of(copied, batches, config, CPU)
+        found[density] = replace(given, model=copied).answers()
     return found
 
 
@@ -188,18 +193,19 @@ def race(data: str, count: int, every: int) -> Table:
     config, adaptive = make_config(data, levels=POINTS), make_config(data, levels=LEVELS, **ADAPTIVE)
     batches = read(config, count)
     mixed = shuffled(batches, count, config.data.eval_batch, seed=0)
-    dense, once = timed(lambda: answers_of(model, mixed, config, CPU))
+    plain, raced = scan_of(config, CPU, model, batches), scan_of(adaptive, CPU, model, mixed)
+    dense, once = timed(raced.answers)
     theirs = Straightforward({}, 0.0)
     levels, seconds = [], 0.0
     for tensor in tensors:
-        found, spent = timed(lambda name=tensor.name: straightforward(model, name, batches, config))
+        found, spent = timed(lambda name=tensor.name: straightforward(plain, name))
         theirs.answers[tensor.name] = found
         theirs.seconds += spent * len(LEVELS) / len(POINTS)
-        made, spent = timed(lambda name=tensor.name: list(scan_tensor(model, name, [], mixed, dense, adaptive, CPU)))
+        made, spent = timed(lambda name=tensor.name: list(scan_tensor(raced, dense, name)))
         levels += made
         seconds += spent
     widest = max((level.drop_high - level.drop_low) / 2 for level in levels)
-    inside, points, samples = coverage(batches, model, theirs, adaptive)
+    inside, points, samples = coverage(plain.answers(), theirs, adaptive.scan)
     table = Table("", "", title=f"adaptive, racing: SqueezeNet 1.1, {len(tensors)} tensors, {count} images")
     table.add_row("settings", ", ".join(f"{key}={value}" for key, value in ADAPTIVE.items()))
     table.add_row("levels of a tensor, mean", f"{len(levels) / len(tensors):.1f} (the grid has {len(LEVELS)})")
@@ -212,31 +218,36 @@ def race(data: str, count: int, every: int) -> Table:
     return table
 
 
-def coverage(batches: list[Batch], model: nn.Module, theirs: Straightforward, config: Config) -> tuple[int, int, float]:
+def coverage(dense: Answers, theirs: Straightforward, settings: Scan) -> tuple[int, int, float]:
     """How many intervals hold the drop of all samples, over other orders of them: the answers are those measured."""
-    dense = answers_of(model, batches, config, CPU)
     count, inside, points, spent = len(dense.right), 0, 0, 0
     looks = racing.looks(count, racing=True)
-    z, top1 = racing.critical(len(looks)), dense.figures()["top1"]
+    z, top1 = racing.critical(len(looks)), dense.figures().top1
     for repeat in range(REPEATS):
         order = np.random.default_rng(repeat).permutation(count)
         before = pick(dense, order)
         for levels in theirs.answers.values():
             for given in levels.values():
-                truth = top1 - given.figures()["top1"]
+                truth = top1 - given.figures().top1
                 after = pick(given, order)
                 for look in looks:
-                    drop = _drop(after.first(look), before, z)
-                    if racing.decided(drop["drop_low"], drop["drop_high"], top1, config.scan):
+                    seen = against(after.first(look), before, z)
+                    if racing.decided(seen.drop_low, seen.drop_high, top1, settings):
                         break
-                inside += drop["drop_low"] <= truth <= drop["drop_high"]
+                inside += seen.drop_low <= truth <= seen.drop_high
                 points += 1
                 spent += look
     return inside, points, spent / points
 
 
 def pick(given: Answers, order: Any) -> Answers:
-    return Answers(given.right[order], given.loss[order], given.valid[order])
+    return Answers(
+        right=given.right[order],
+        right5=given.right5[order],
+        right_present=None,
+        loss=given.loss[order],
+        valid=given.valid[order],
+    )
 
 
 if __name__ == "__main__":

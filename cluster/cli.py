@@ -101,7 +101,7 @@ def bench(
 ) -> None:
     """Measure dense, pruned, compact and CSR networks of a finished run on this machine, and export ONNX."""
     config = config_of(run_dir)
-    configure_process(config)
+    configure_process(config.threads)
     with state.open_run(config) as here:
         found = bench_run(here.root, repeats)
         final.update(here, latency_ms=found.summary)
@@ -244,7 +244,7 @@ def _typed() -> str:
 
 
 def command_line() -> None:
-    """Run the command line: 0 when done, 2 for a mistake that the user can mend, 130 for Ctrl-C."""
+    """Run the command line: 0 when done, 2 for a mistake that the user can mend, 130 for Ctrl-C and SIGTERM."""
     with one_message(resume=_typed()):
         app()
 

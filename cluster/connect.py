@@ -30,6 +30,8 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours to handle
+    # And so is SIGTERM, also while Ray starts: its handler would print a stack. Python still prints one of a crash.
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
 }
 
 
@@ -73,10 +75,24 @@ def here(ray: Any) -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def _hear_sigterm_again() -> None:
-    """Ray's core puts its own handler in place, which prints a stack and dies: a cancelled job would keep nothing."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Put this process's handler of SIGTERM back after a block in which Ray sets, or removes, its own.
+
+    Ray's own leaves with the signal's number as exit code; that is made the interruption that it would have been.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGTERM, ours)
 
 
 def check_shared(ray: Any, root: str) -> None:
@@ -118,7 +134,8 @@ def _init(ray: Any, address: str, config: Config) -> None:
         options |= {"num_cpus": max(os.cpu_count() or 1, demand(config)["CPU"]), "include_dashboard": False}
     try:
         knock(address)
-        ray.init(**options)
+        with sigterm_kept():
+            ray.init(**options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"cluster.address={address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one with "

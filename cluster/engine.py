@@ -6,8 +6,9 @@ from typing import Any
 
 from cluster import connect, sweep
 from cluster import train as training
-from pipeline.engine import OnLevel, Together, Trials, Work
+from pipeline.engine import Levels, OnLevel, Together, Work
 from pipeline.run.events import Progress
+from pipeline.run.records import Figures
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
 
@@ -23,7 +24,7 @@ class RayEngine:
         self._connect(config, run)
         training.train(self.ray, work, config, run, progress)
 
-    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
+    def scan(self, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
         """Run the scan as trials of Ray Tune."""
         self._connect(config, run)
         return sweep.scan(self.ray, todo, config, run, on_level, source)
@@ -40,4 +41,5 @@ class RayEngine:
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
         if self.ray is not None:
-            self.ray.shutdown()
+            with connect.sigterm_kept():
+                self.ray.shutdown()

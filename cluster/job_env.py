@@ -72,7 +72,7 @@ def _state_below(config: Config, folder: Path) -> list[str]:
 
 def _check_size(folder: Path, excludes: list[str]) -> None:
     """Raise UserError if Ray would refuse the folder, which it does only after packing all of it."""
-    from ray._private.runtime_env import packaging
+    from ray._private.runtime_env import packaging  # noqa: PLC2701 (test_ray_private.py names it)
 
     sizes: dict[str, int] = {}
 

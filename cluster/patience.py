@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback  # noqa: PLC2701 (test_ray_private.py names it)
 
 from cluster import connect
 from pipeline.settings.cluster import asked

@@ -16,10 +16,11 @@ from cluster import job_env
 from cluster.connect import require_shared_paths
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.cli import commands
 from pipeline.cli.console import INTERRUPTED, Told
 from pipeline.rounds import branch, preflight
 from pipeline.run.state import run_root
-from pipeline.settings.config import Config, load_config
+from pipeline.settings.config import Config
 
 RUN = "secateur"  # metadata of a job: the run that it carries out
 PATIENCE_S = 120.0  # how long a cluster that does not answer is asked again
@@ -45,7 +46,7 @@ def submit(config: str, overrides: list[str], address: str | None, wait: bool, r
         raise UserError(
             f"config '{config}' holds a password or signature, which a job's command would show: copy it here"
         )
-    loaded = load_config(config, overrides)
+    loaded = commands.read(config, overrides)
     require_shared_paths(loaded, "a job's working directory is temporary and the next submission does not see it")
     environment = job_env.make(loaded, runtime_env, Path.cwd())
     where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")

@@ -5,30 +5,33 @@ from __future__ import annotations
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cluster import connect
 from pipeline.base.errors import RunStopped
 from pipeline.data.loader import Batch
-from pipeline.engine import OnLevel, Together, Trials
+from pipeline.engine import Levels, OnLevel, Together
 from pipeline.network.build import build_network
 from pipeline.prune.budget import Keep
 from pipeline.run.events import unheard
+from pipeline.run.records import Difference, Figures, Level
 from pipeline.run.state import Run
 from pipeline.scan import levels
-from pipeline.scan.inputs import scan_inputs
-from pipeline.scan.levels import Answers, answers_of
+from pipeline.scan.inputs import ScanInputs, scan_inputs
 from pipeline.scan.together import measure
 from pipeline.settings.config import Config, parse_config
-from pipeline.train.session import open_session, place
+from pipeline.task.answers import Answers
+from pipeline.task.feed import Feed
+from pipeline.train.session import open_session
 from pipeline.train.world import World, choose_device, configure_process
 
 
-def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
+def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
     """Measure the missing levels of each tensor in parallel. Returns the figures of the network as it is.
 
     Weights and val images (uint8) go through the object store once, and the network's own answers are computed once,
@@ -38,15 +41,15 @@ def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, so
     from ray import tune
 
     shared = ray.put(shared_inputs(config, run, source))
-    dense = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is")
+    dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is")
     if not todo:
-        return dict(dense.figures())
+        return dense.figures()
     name = f"{config.name}-scan-{uuid.uuid4().hex[:8]}"
-    trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense)
+    trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense, known=todo)
     with connect.ray_folder(run, name) as folder:
         tuner = tune.Tuner(
             tune.with_resources(trial, {"CPU": config.cluster.cpus_per_trial, "GPU": config.cluster.gpus_per_trial}),
-            param_space={"tensor": tune.grid_search(list(todo)), "known": todo},
+            param_space={"tensor": tune.grid_search(list(todo))},
             tune_config=tune.TuneConfig(reuse_actors=True),
             run_config=tune.RunConfig(
                 name=name,
@@ -61,7 +64,7 @@ def scan(ray: Any, todo: Trials, config: Config, run: Run, on_level: OnLevel, so
         results = tuner.fit()
     if results.errors:
         raise RunStopped(f"scan: {len(results.errors)} trials failed: {str(results.errors[0]).splitlines()[-1]}")
-    return dict(dense.figures())
+    return dense.figures()
 
 
 def together(ray: Any, config: Config, run: Run, source: str) -> Together:
@@ -73,7 +76,7 @@ def together(ray: Any, config: Config, run: Run, source: str) -> Together:
     dense = as_task(ray, config, answer).remote(shared)
     task = as_task(ray, config, answer_pruned)
 
-    def measured(keeps: Sequence[Keep]) -> Iterator[dict[str, Any]]:
+    def measured(keeps: Sequence[Keep]) -> Iterator[Difference]:
         for started in [task.remote(shared, dense, keep) for keep in keeps]:
             yield finished(ray, started, "the network with all tensors pruned")
 
@@ -94,58 +97,67 @@ def finished(ray: Any, started: Any, what: str) -> Any:
         raise RunStopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
 
 
-def shared_inputs(config: Config, run: Run, source: str) -> dict[str, Any]:
-    """What every trial needs, as NumPy arrays, which actors on a node read without a copy."""
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """ScanInputs as NumPy arrays and plain values, for the object store: processes on a node read them without a copy.
+
+    `classes` is the size of the label space, which the network is built for.
+    """
+
+    config: dict[str, Any]
+    classes: int
+    weights: dict[str, NDArray[Any]]
+    batches: list[tuple[NDArray[Any], ...]]
+    alive: dict[str, NDArray[Any]]
+    calibration: list[tuple[NDArray[Any], ...]]
+    statistics: dict[str, NDArray[Any]]
+
+
+def shared_inputs(config: Config, run: Run, source: str) -> Shared:
+    """What every trial needs."""
     opened = open_session(config, World(0, 1, torch.device("cpu")), run, unheard)
-    model, alive, batches, calibration, statistics = scan_inputs(opened, source)
-    return {
-        "config": config.model_dump(mode="json"),
-        "classes": opened.manifest.num_classes,
-        "weights": {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()},
-        "alive": {name: mask.numpy() for name, mask in alive.items()},
-        "batches": [_arrays(batch) for batch in batches],
-        "calibration": [_arrays(batch) for batch in calibration],
-        "statistics": {name: statistic.numpy() for name, statistic in statistics.items()},
-    }
-
-
-class Inputs:
-    """The shared inputs in a process of Ray's: settings, device, network, masks and batches."""
-
-    def __init__(self, shared: dict[str, Any]) -> None:
-        self.settings = parse_config(shared["config"])
-        configure_process(self.settings)
-        self.device = choose_device(self.settings)
-        model = build_network(self.settings.model, shared["classes"], self.settings.seed)
-        # Arrays of the object store are read-only, and weights are changed in place: copied once here.
-        model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in shared["weights"].items()})
-        self.model = place(model, self.settings, self.device)
-        self.alive = {name: _readonly_tensor(mask) for name, mask in shared["alive"].items()}
-        self.batches = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["batches"]]
-        self.calibration = [Batch(*map(_readonly_tensor, arrays)) for arrays in shared["calibration"]]
-        measured = shared["statistics"].items()
-        self.statistics = {name: _readonly_tensor(array).to(self.device) for name, array in measured}
-
-
-def answer(shared: dict[str, Any]) -> Answers:
-    """The network's own answers, to which every level is compared."""
-    given = Inputs(shared)
-    return answers_of(given.model, given.batches, given.settings, given.device)
-
-
-def answer_pruned(shared: dict[str, Any], dense: Answers, keep: Keep) -> dict[str, Any]:
-    """How the network answers with all tensors pruned so far, against its own answers."""
-    given = Inputs(shared)
-    (found,) = measure(
-        given.model,
-        [keep],
-        given.batches,
-        dense,
-        given.settings,
-        given.device,
-        given.calibration,
-        given.statistics,
+    given = scan_inputs(opened, source)
+    return Shared(
+        config=config.model_dump(mode="json"),
+        classes=opened.manifest.num_classes,
+        weights={name: tensor.cpu().numpy() for name, tensor in given.model.state_dict().items()},
+        batches=[_arrays(batch) for batch in given.batches],
+        alive={name: mask.numpy() for name, mask in given.alive.items()},
+        calibration=[_arrays(batch) for batch in given.calibration],
+        statistics={name: statistic.numpy() for name, statistic in given.statistics.items()},
     )
+
+
+def trial_inputs(shared: Shared) -> ScanInputs:
+    """The shared inputs in a process of Ray's, on its device."""
+    config = parse_config(shared.config)
+    configure_process(config.threads)
+    device = choose_device(config.device)
+    model = build_network(config.model, shared.classes, config.seed)
+    feed = Feed.of(config)
+    # Arrays of the object store are read-only, and weights are changed in place: copied once here.
+    model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in shared.weights.items()})
+    return ScanInputs(
+        scan=config.scan,
+        prune=config.prune,
+        feed=feed,
+        device=device,
+        model=feed.place(model, device),
+        batches=[Batch(*map(_readonly_tensor, arrays)) for arrays in shared.batches],
+        alive={name: _readonly_tensor(mask) for name, mask in shared.alive.items()},
+        calibration=[Batch(*map(_readonly_tensor, arrays)) for arrays in shared.calibration],
+        statistics={name: _readonly_tensor(array).to(device) for name, array in shared.statistics.items()},
+    )
+
+
+def answer(shared: Shared) -> Answers:
+    """The network's own answers, to which every level is compared."""
+    return trial_inputs(shared).answers()
+
+
+def answer_pruned(shared: Shared, dense: Answers, keep: Keep) -> Difference:
+    """How the network answers with all tensors pruned so far, against its own answers."""
+    (found,) = measure(trial_inputs(shared), dense, [keep])
     return found
 
 
@@ -155,29 +167,18 @@ def make_trial(ray: Any, tune: Any) -> type:
     class ScanTrial(tune.Trainable):
         """One tensor; a step reports one level, the last step none."""
 
-        def setup(self, params: dict[str, Any], shared: list[Any], dense: Answers) -> None:
-            self.given, self.dense = Inputs(ray.get(shared[0])), dense
+        def setup(self, params: dict[str, Any], shared: list[Any], dense: Answers, known: Levels) -> None:
+            self.given, self.dense, self.known = trial_inputs(ray.get(shared[0])), dense, known
             self.reset_config(params)
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.tensor = new_config["tensor"]
-            self.levels = levels.scan_tensor(
-                self.given.model,
-                self.tensor,
-                new_config["known"][self.tensor],
-                self.given.batches,
-                self.dense,
-                self.given.settings,
-                self.given.device,
-                self.given.alive,
-                self.given.calibration,
-                self.given.statistics,
-            )
+            self.levels = levels.scan_tensor(self.given, self.dense, self.tensor, self.known[self.tensor])
             return True
 
         def step(self) -> dict[str, Any]:
             level = next(self.levels, None)
-            return {"tensor": self.tensor, "level": level and asdict(level), "done": level is None}
+            return {"tensor": self.tensor, "level": level and level.to_json(), "done": level is None}
 
     return ScanTrial
 
@@ -194,7 +195,7 @@ def make_collector(tune: Any, on_level: OnLevel) -> Any:
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
             if self.hand_on is not None and result["level"] is not None:
-                self.hand_on(result["tensor"], result["level"])
+                self.hand_on(result["tensor"], Level.from_json(result["level"], "a trial of the scan"))
 
     return Collector(on_level)
 

@@ -32,7 +32,7 @@ def worker(job: dict[str, Any]) -> None:
     import ray.train
 
     config = parse_config(job["config"])
-    configure_process(config)
+    configure_process(config.threads)
     context = ray.train.get_context()
     board = job["board"]
 
@@ -47,7 +47,7 @@ def worker(job: dict[str, Any]) -> None:
     if ray.get(board.begin.remote()) is not None:
         return  # Ray started the group again after the failure below
     try:
-        device = choose_device(config, context.get_local_rank())
+        device = choose_device(config.device, context.get_local_rank())
         if device.type == "cuda":
             torch.cuda.set_device(device)
         run = Run(job["root"], job["fence"])

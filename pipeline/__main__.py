@@ -20,8 +20,8 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, scan, prune and retrain, report; goes on where it was stopped."""
     loaded = commands.load(config, overrides)
-    configure_process(loaded)
-    with torchrun_world(loaded) as world:
+    configure_process(loaded.threads)
+    with torchrun_world(loaded.device) as world:
         engine = LocalEngine(world)
         if world.first:
             commands.run(loaded, engine)
@@ -45,8 +45,8 @@ def reproduce(
     """The paper's tables 1-3 and figures 4-7 beside ours; goes on where it was stopped."""
     jobs = paper.jobs(paper.Wanted(target, data, seeds, runs_dir, networks, configs), overrides or [])
     first = next(iter(jobs[0].runs.values()))
-    configure_process(first)
-    with torchrun_world(first) as world:
+    configure_process(first.threads)
+    with torchrun_world(first.device) as world:
         engine = LocalEngine(world)
         if world.first:
             paper.carry_out(jobs, engine, main_module(["python -m pipeline", *sys.argv[1:]]))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from pipeline.prune.budget import Keep
 from pipeline.run.events import Progress
+from pipeline.run.records import Difference, Figures, Level
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
 from pipeline.train.session import Session
 
-# For each tensor, the levels measured so far.
-Trials = dict[str, list[dict[str, Any]]]
-OnLevel = Callable[[str, dict[str, Any]], None]
-Together = Callable[[Sequence[Keep]], Iterable[dict[str, Any]]]
+Levels = dict[str, list[Level]]  # of each tensor, those measured so far
+OnLevel = Callable[[str, Level], None]  # is told each level as it is known, with the tensor's name
+Together = Callable[[Sequence[Keep]], Iterable[Difference]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Engine(Protocol):
     def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
         """Do `work` on cluster.workers processes that train together."""
 
-    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
+    def scan(self, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
         """Measure what each tensor's levels in `todo` lack; returns the figures of the network as it is in `source`.
 
         `source` is the folder of a checkpoint, whose masks stay applied.

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.engine import OnLevel, Together, Trials, Work
+from pipeline.base.record import Record, plain
+from pipeline.engine import Levels, OnLevel, Together, Work
 from pipeline.run.events import Progress, unheard
+from pipeline.run.records import Figures
 from pipeline.run.state import Run
 from pipeline.scan import levels, together
-from pipeline.scan.inputs import scan_inputs
-from pipeline.scan.levels import answers_of
+from pipeline.scan.inputs import ScanInputs, scan_inputs
 from pipeline.settings.config import Config, parse_config
 from pipeline.train.session import open_session
 from pipeline.train.world import World
+
+
+@dataclass(frozen=True)
+class Call(Record):
+    """Work that all ranks do, and on what: the run's folder and its writer's number (`Run`)."""
+
+    work: Work
+    config: dict[str, Any]  # settings, which `parse_config` validates
+    root: str
+    fence: int
 
 
 class LocalEngine:
@@ -25,46 +36,41 @@ class LocalEngine:
 
     def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
         """Do it here and on every follower."""
-        self._call(
-            {"work": asdict(work), "config": config.model_dump(mode="json"), "root": run.root, "fence": run.fence}
-        )
+        self._tell(Call(work, config.model_dump(mode="json"), run.root, run.fence))
         work.do(open_session(config, self.world, run, progress))
 
-    def scan(self, todo: Trials, config: Config, run: Run, on_level: OnLevel, source: str) -> dict[str, float]:
+    def scan(self, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
         """Measure tensor after tensor in this process."""
-        device = self.world.device
-        opened = open_session(config, World(0, 1, device), run, unheard)
-        model, alive, batches, calibration, statistics = scan_inputs(opened, source)
-        dense = answers_of(model, batches, config, device)
+        given = self._inputs(config, run, source)
+        dense = given.answers()
         for name, known in todo.items():
-            for level in levels.scan_tensor(
-                model, name, known, batches, dense, config, device, alive, calibration, statistics
-            ):
-                on_level(name, asdict(level))
+            for level in levels.scan_tensor(given, dense, name, known):
+                on_level(name, level)
         return dense.figures()
 
     def together(self, config: Config, run: Run, source: str) -> Together:
         """Measure allocation after allocation in this process."""
-        device = self.world.device
-        model, _, batches, calibration, statistics = scan_inputs(
-            open_session(config, World(0, 1, device), run, unheard), source
-        )
-        dense = answers_of(model, batches, config, device)
-        return lambda keeps: together.measure(model, keeps, batches, dense, config, device, calibration, statistics)
+        given = self._inputs(config, run, source)
+        dense = given.answers()
+        return lambda keeps: together.measure(given, dense, keeps)
 
     def close(self) -> None:
         """Let the followers go."""
-        self._call({"work": None})
+        self._tell(None)
 
     def follow(self) -> None:
         """On ranks other than 0: do what rank 0 does until it closes."""
         while True:
-            call = json.loads(self.world.broadcast(None))
-            if call["work"] is None:
+            told = json.loads(self.world.broadcast(None))
+            if told is None:
                 return
-            config = parse_config(call["config"])
-            run = Run(call["root"], call["fence"])
-            Work(**call["work"]).do(open_session(config, self.world, run, unheard))
+            call = Call.from_json(told, "what rank 0 tells")
+            run = Run(call.root, call.fence)
+            call.work.do(open_session(parse_config(call.config), self.world, run, unheard))
 
-    def _call(self, call: dict[str, Any]) -> None:
-        self.world.broadcast(json.dumps(call).encode())
+    def _inputs(self, config: Config, run: Run, source: str) -> ScanInputs:
+        return scan_inputs(open_session(config, World(0, 1, self.world.device), run, unheard), source)
+
+    def _tell(self, call: Call | None) -> None:
+        """What the followers do next; None ends them."""
+        self.world.broadcast(json.dumps(plain(call)).encode())

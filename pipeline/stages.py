@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data import shards
+from pipeline.data import shards, sources
 from pipeline.engine import Engine, Work
 from pipeline.network.build import build_network
 from pipeline.network.survey import Prunable
@@ -20,11 +20,11 @@ from pipeline.prune import round_plan
 from pipeline.results import final
 from pipeline.rounds import branch, preflight
 from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
-from pipeline.run.records import DataFacts
+from pipeline.run.records import DataFacts, Scan
 from pipeline.run.result import Result
 from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
-from pipeline.settings.config import Config
+from pipeline.settings.config import Config, hashed
 from pipeline.tracking.mirror import Mirror, patience_s
 from pipeline.train import session
 
@@ -61,13 +61,13 @@ class Stage:
 
     name: str
     title: str
-    settings: Callable[[Config, Run], Sequence[Any]]
+    settings: Callable[[Driver], Sequence[Any]]
     drive: Callable[[Driver], None]
     gives: tuple[str, ...] = ()
     again: Callable[[Driver], bool] = lambda driver: False
 
 
-def on_workers(name: str, title: str, settings: Callable[[Config, Run], Sequence[Any]], function: str) -> Stage:
+def on_workers(name: str, title: str, settings: Callable[[Driver], Sequence[Any]], function: str) -> Stage:
     """A stage whose work all workers do together: a function of a Session, as "package.module:name"."""
     work = Work(name, function)
 
@@ -88,7 +88,7 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
     made_from: list[str] = []
     for stage in stages:
         started = time.monotonic()
-        made_from = [fingerprint(stage.name, *made_from, *stage.settings(config, run))]
+        made_from = [fingerprint(stage.name, *made_from, *stage.settings(driver))]
         there = run.finished(stage.name, made_from[0]) and all(run.has(file) for file in stage.gives)
         if there and not stage.again(driver):
             driver.progress(StageBegun(stage.name, stage.title, skipped=True))
@@ -102,22 +102,27 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
 
 # Settings of data that change how it is read, but not what is read.
 HOW_READ = {"cache_bytes", "cache_dir", "cache_disk_bytes", "decode_threads"}
+# The groups of settings that decide what the dense network becomes.
+DENSE_SETTINGS = ("seed", "threads", "device", "task", "model", "data", "dense")
+# Settings of prune that decide what a scan measures.
+SCAN_SETTINGS = {"criterion", "statistics_samples", "include", "exclude", "pattern"}
 # The settings that decide which bytes `shards build` writes.
 BUILD_SETTINGS = {
     "source", "root", "classes", "class_index", "val_fraction", "test_fraction", "shard_samples", "shrink", "quality",
 }  # fmt: skip
 
 
-def _shards_settings(config: Config, run: Run) -> list[Any]:
-    if config.data.source == "shards":
-        return [shards.load_manifest(session.data_root(config, run)).made_from]
+def _shards_settings(driver: Driver) -> list[Any]:
+    config = driver.config
+    if sources.of(config.data).in_place:
+        return [shards.load_manifest(session.data_root(config, driver.run)).made_from]
     return [config.seed, config.data.model_dump(mode="json", include=BUILD_SETTINGS)]
 
 
 def _shards(driver: Driver) -> None:
     """Build the run's shards, or take the user's, and write down what they hold."""
     config, run = driver.config, driver.run
-    if config.data.source == "shards":
+    if sources.of(config.data).in_place:
         manifest = shards.load_manifest(session.data_root(config, run))
     else:
         manifest = shards.build(
@@ -141,10 +146,12 @@ def _shards(driver: Driver) -> None:
     run.commit(facts, "data.json")
 
 
-def _dense_settings(config: Config, run: Run) -> list[Any]:
-    settings = config.model_dump(mode="json", include={"seed", "threads", "device", "model", "data", "dense"})
+def _dense_settings(driver: Driver) -> list[Any]:
+    everything = hashed(driver.config)
+    settings = {key: everything[key] for key in DENSE_SETTINGS if key in everything}
     settings["data"] = {key: value for key, value in settings["data"].items() if key not in HOW_READ}
-    return [settings] if config.start.source is None else [config.start.source, settings]
+    source = driver.config.start.source
+    return [settings] if source is None else [source, settings]
 
 
 def _dense(driver: Driver) -> None:
@@ -158,9 +165,10 @@ def _dense(driver: Driver) -> None:
     driver.progress(Noted(text))
 
 
-def _scan_settings(config: Config, run: Run) -> list[Any]:
-    given = config.prune.model_dump(mode="json", include={"criterion", "statistics_samples", "include", "exclude"})
-    return [{"scan": config.scan.model_dump(mode="json") | {"together": scans.together_at(config)}, **given}]
+def _scan_settings(driver: Driver) -> list[Any]:
+    everything = hashed(driver.config)
+    given = {key: value for key, value in everything["prune"].items() if key in SCAN_SETTINGS}
+    return [{"scan": everything["scan"] | {"together": scans.together_at(driver.config)}, **given}]
 
 
 def _scan(driver: Driver) -> None:
@@ -168,9 +176,10 @@ def _scan(driver: Driver) -> None:
     scans.measure(driver.prunable(), driver.config, driver.engine, driver.run, driver.progress, driver.merged)
 
 
-def rounds_settings(config: Config, run: Run) -> list[Any]:
+def rounds_settings(driver: Driver) -> list[Any]:
     """The settings that decide what the rounds make."""
-    return [config.model_dump(mode="json", include={"prune", "retrain", "target"})]
+    everything = hashed(driver.config)
+    return [{key: everything[key] for key in ("prune", "retrain", "target")}]
 
 
 def _final(driver: Driver) -> None:
@@ -183,12 +192,12 @@ SHARDS = Stage("shards", "shards", _shards_settings, _shards)
 DENSE = Stage("dense", "dense network", _dense_settings, _dense)
 SCAN = Stage("scan", "sensitivity scan", _scan_settings, _scan, again=lambda driver: bool(driver.merged))
 ROUNDS = on_workers("rounds", "rounds", rounds_settings, "pipeline.rounds.method:prune")
-FINAL = Stage("final", "final", lambda config, run: [config.target.margin], _final, gives=("result.json",))
+FINAL = Stage("final", "final", lambda driver: [driver.config.target.margin], _final, gives=("result.json",))
 
 
 def up_to(config: Config, *ends: Stage) -> list[Stage]:
     """The stages of a run that ends with `ends`, in their order; the scan is one of them where something needs it."""
-    scan = [SCAN] if round_plan.needs_scan(config) or SCAN in ends else []
+    scan = [SCAN] if round_plan.needs_scan(config.prune, config.target) or SCAN in ends else []
     return [SHARDS, DENSE, *scan, *(stage for stage in ends if stage is not SCAN)]
 
 
@@ -215,13 +224,12 @@ def run(config: Config, engine: Engine, progress: Progress) -> Result:
 
 def scan(
     config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = (), after: int | None = None
-) -> dict[str, Any]:
-    """Only the scan, with the stages before it, or of a finished round's model; returns the content of its file."""
+) -> Scan:
+    """Only the scan, with the stages before it, or of a finished round's model."""
     driver = Driver(config, engine, here, progress, tuple(merged))
     if after is not None:
         scans.require_round(after, here)
         progress(StageBegun(SCAN.name, SCAN.title))
         return scans.measure(driver.prunable(), config, engine, here, progress, merged, after)
     carry_out(up_to(config, SCAN), driver)
-    found: dict[str, Any] = here.read("scan", "scan.json")
-    return found
+    return here.load(Scan, "scan", "scan.json")

@@ -9,6 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import scan_records
+
 from pipeline.base.record import plain
 from pipeline.run.records import (
     BeforeRetraining,
@@ -20,14 +22,10 @@ from pipeline.run.records import (
     Histograms,
     LayerActivity,
     LayerCount,
-    Level,
     RoundMetrics,
     RoundPlan,
     RunFacts,
-    Scan,
-    ScanOrigin,
     TensorPlan,
-    TensorScan,
     WeightHistogram,
 )
 from pipeline.run.result import LayerResult, OnTest, OnVal, Paired, Result, Scores, StageSeconds, StoredBytes
@@ -87,40 +85,21 @@ def dense(run: Path) -> None:
 
 
 def scan(run: Path, layers: list[tuple[str, str, int]] | None = None) -> None:
-    tensors = tuple(
-        TensorScan(name, kind, weights, weights, 0.04, "fx", levels(weights, i), 0.9 + i / 9)
-        for i, (name, kind, weights) in enumerate(layers or LAYERS)
-    )
-    made_of = ScanOrigin("ab", "cd", {})
-    put(run / "scan/scan.json", Scan(6000, "val", DenseFigures(0.983, 0.07), 0.01, tensors, None, "ef", made_of))
-
-
-def levels(weights: int, place: int) -> tuple[Level, ...]:
-    """The curve of one tensor, the one at `place` in the network."""
-    found = []
-    for density in DENSITIES:
-        top1 = 0.983 / (1 + math.exp(-(math.log10(density) + 1.4 - 0.5 * math.sin(place) ** 2) * 9))
-        drop, rise = 0.983 - top1, 1 - top1 - 0.07
-        level = Level(
-            density=density,
-            kept=round(density * weights),
-            absolute=density,
-            quality=-math.log(density),
-            method="fx",
-            samples=6000,
-            top1=top1,
-            low=max(0.0, top1 - 0.01),
-            high=min(1.0, top1 + 0.01),
-            drop=drop,
-            drop_low=drop - 0.01,
-            drop_high=drop + 0.01,
-            loss=1 - top1,
-            rise=rise,
-            rise_low=rise - 0.02,
-            rise_high=rise + 0.02,
-        )
-        found.append(level)
-    return tuple(found)
+    tensors = []
+    for i, (name, kind, weights) in enumerate(layers or LAYERS):
+        levels = []
+        for density in DENSITIES:
+            top1 = 0.983 / (1 + math.exp(-(math.log10(density) + 1.4 - 0.5 * math.sin(i) ** 2) * 9))
+            near = {"low": max(0.0, top1 - 0.01), "high": min(1.0, top1 + 0.01)}
+            drop, rise = 0.983 - top1, 1 - top1 - 0.07
+            near |= {"drop": drop, "drop_low": drop - 0.01, "drop_high": drop + 0.01}
+            near |= {"rise": rise, "rise_low": rise - 0.02, "rise_high": rise + 0.02}
+            levels.append(
+                scan_records.level(density, quality=-math.log(density), samples=6000, top1=top1, loss=1 - top1, **near)
+            )
+        tensors.append(scan_records.tensor(name, weights, levels, kind=kind, quality=0.9 + i / 9))
+    found = scan_records.scan(tensors, samples=6000, dense=DenseFigures(0.983, 0.07))
+    put(run / "scan/scan.json", found.to_json())
 
 
 def plan(run: Path, number: int, density: float, attempt: int = 1) -> None:

@@ -53,7 +53,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 def carry_out(config: Config, events: list[Event] | None = None) -> dict[str, Any]:
     """A whole run in this process; returns its result.json."""
-    configure_process(config)
+    configure_process(config.threads)
     return stages.run(config, LocalEngine(ALONE), (events if events is not None else []).append).to_json()
 
 

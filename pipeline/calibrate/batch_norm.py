@@ -6,12 +6,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC2701 (torch has no public name for it)
 
 from pipeline.data.loader import Batch
 from pipeline.network.modes import evaluating
-from pipeline.settings.config import Config
-from pipeline.task.classification import forward
+from pipeline.task.feed import Feed
 
 Statistics = list[dict[str, Tensor]]  # each norm's buffers by name
 
@@ -22,7 +21,7 @@ def norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Batch], config: Config, device: torch.device) -> None:
+def recalibrate(model: nn.Module, batches: Iterable[Batch], feed: Feed, device: torch.device) -> None:
     """Set every running mean and variance to the plain average over these batches (uint8), all else in eval mode.
 
     Unreadable images are left out, and so is a batch smaller than the first, whose statistics are rougher. Every rank
@@ -43,7 +42,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], config: Config, devi
                 size = size or len(batch.images)
                 images = batch.images[batch.weights > 0]
                 if len(batch.images) == size and len(images) > 1:
-                    forward(model, images.to(device, non_blocking=True), config)
+                    feed.forward(model, images.to(device, non_blocking=True))
         finally:
             for norm, momentum in zip(found, momenta, strict=True):
                 norm.momentum = momentum

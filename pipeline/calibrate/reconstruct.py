@@ -22,8 +22,7 @@ from pipeline.network.layers import layers_by_tensor
 from pipeline.network.modes import evaluating
 from pipeline.network.trace import graph_of, nbytes
 from pipeline.run.records import Fit
-from pipeline.settings.config import Config
-from pipeline.task.classification import inputs
+from pipeline.task.feed import Feed
 from pipeline.train.world import World
 
 HELD_BYTES = 2**30  # of activations that are kept from layer to layer, on each rank
@@ -37,7 +36,7 @@ def reconstruct(
     reference: nn.Module,
     masks: Mapping[str, Tensor],
     batches: Sequence[Batch],
-    config: Config,
+    feed: Feed,
     world: World,
 ) -> tuple[list[Fit], list[str]]:
     """Set the kept weights, and biases, of `model` to the least-squares solution, and say what could not be.
@@ -50,12 +49,12 @@ def reconstruct(
     fits: list[Fit] = []
     with evaluating(model), evaluating(reference):
         layers, notes = _layers(model, masks)
-        both = _Both(model, reference, batches, config, world.device)
+        both = _Both(model, reference, batches, feed, world.device)
         for place, target, name in both.order({id(layer): name for name, layer in layers.items()}):
             layer, before = model.get_submodule(target), reference.get_submodule(target)
             sums = _Sums(layer)
             for given, wanted in both.inputs(place):
-                sums.add(layer, before, given, wanted, config.seed)
+                sums.add(layer, before, given, wanted, feed.seed)
             fits.append(_solve(name, layer, masks[name], sums, world))
     done = {fit.name for fit in fits}
     notes += [f"{name} is not computed by a step of its own" for name in layers if name not in done]
@@ -173,11 +172,11 @@ class _Both:
     """
 
     def __init__(
-        self, model: nn.Module, reference: nn.Module, batches: Sequence[Batch], config: Config, device: torch.device
+        self, model: nn.Module, reference: nn.Module, batches: Sequence[Batch], feed: Feed, device: torch.device
     ) -> None:
         self.steps = [_Steps(model), _Steps(reference)]
         assert len(self.steps[0].nodes) == len(self.steps[1].nodes)
-        self.batches, self.config, self.device = batches, config, device
+        self.batches, self.feed, self.device = batches, feed, device
         self.held: list[tuple[int, list[_Values]] | None] = [None] * len(batches)
 
     def order(self, names: Mapping[int, str]) -> Iterator[tuple[int, str, str]]:
@@ -209,7 +208,7 @@ class _Both:
             states = [_copied(state) for state in states]
         else:
             batch = self.batches[number]
-            images = inputs(batch.images[batch.weights > 0].to(self.device), self.config)
+            images = self.feed.inputs(batch.images[batch.weights > 0].to(self.device))
             start, states = 0, [{steps.first: images.clone()} for steps in self.steps]
         return [steps.run(state, start, place) for steps, state in zip(self.steps, states, strict=True)]
 

@@ -1,16 +1,17 @@
 """What some criteria need to know of each weight besides its value, measured on train samples without augmentation.
 
-Every rank sums over its share of the batches, the sums are all-reduced, and all ranks go on with rank 0's bits.
+Every rank sums over its share of the batches, the sums are all-reduced, and all ranks go on with rank 0's bits. To add
+a statistic, write its functions and put it into STATISTICS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.base.errors import UserError
 from pipeline.calibrate import layer_inputs
@@ -18,8 +19,8 @@ from pipeline.data.loader import Batch
 from pipeline.network.layers import layers_by_tensor
 from pipeline.network.modes import evaluating
 from pipeline.prune import criteria
-from pipeline.settings.config import Config
-from pipeline.task.classification import forward
+from pipeline.settings.pruning import Prune
+from pipeline.task.feed import Feed
 from pipeline.train.session import Session
 from pipeline.train.world import World
 
@@ -29,10 +30,22 @@ DAMPING = 0.01  # of the mean of the diagonal, added to it (Frantar et al. 2022 
 Batches = Callable[[], Iterable[Batch]]  # this rank's share; called once for each pass
 
 
+@dataclass(frozen=True)
+class Statistic:
+    """A number for each weight that a criterion may need (`criteria.Criterion.statistic`).
+
+    measure(model, names, batches, feed, world): the numbers by tensor, shaped like it; the network is in evaluation
+    mode. require(model, names, criterion): raises UserError, naming the criterion, for a tensor that has none.
+    """
+
+    measure: Callable[[nn.Module, Sequence[str], Batches, Feed, World], dict[str, Tensor]]
+    require: Callable[[nn.Module, Sequence[str], str], None]
+
+
 def measure(
-    kind: str, model: nn.Module, names: Sequence[str], batches: Batches, config: Config, world: World
+    criterion: str, model: nn.Module, names: Sequence[str], batches: Batches, feed: Feed, world: World
 ) -> dict[str, Tensor]:
-    """The statistic `kind` of every weight of the named tensors, shaped like them, the same bits on every rank.
+    """The statistic that a criterion needs of the named tensors' weights, shaped like them, the same on every rank.
 
     gradient: mean |g|, g the gradient of the mean cross-entropy over GROUP samples in a row, in evaluation mode.
     curvature: 1 / [H⁻¹]_jj with H = X Xᵀ / samples of the inputs j of the layer (of the group,
@@ -40,41 +53,49 @@ def measure(
     each w² that is taken away while the other weights of its row make up for it. That of a tensor several layers share
     is over the inputs of all of them. Unreadable images are left out.
     """
+    kind = criteria.CRITERIA[criterion].statistic
+    assert kind is not None, f"criterion {criterion} needs no statistic"
+    chosen = STATISTICS[kind]
+    chosen.require(model, names, criterion)
     with evaluating(model):
-        if kind == "curvature":
-            found = _curvatures(model, names, batches, config, world)
-        else:
-            found = _gradients(model, names, batches(), config, world)
+        found = chosen.measure(model, names, batches, feed, world)
     return {name: world.from_first(statistic) for name, statistic in found.items()}
 
 
 def statistics_for(session: Session, model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """What prune.criterion needs of each weight of the named tensors, the same bits on every rank; else nothing."""
     config = session.config
-    kind = criteria.statistic_of(config.prune.criterion)
+    kind = criteria.of(config.prune).statistic
     if kind is None:
         return {}
 
     def share() -> Iterator[Batch]:
         return session.calibration(config.prune.statistics_samples, share=True)
 
-    return measure(kind, model, names, share, config, session.world)
+    return measure(config.prune.criterion, model, names, share, session.feed, session.world)
 
 
-def require_curvature(model: nn.Module, names: Iterable[str]) -> None:
+def require(model: nn.Module, names: Sequence[str], prune: Prune) -> None:
+    """Raise UserError if the network cannot be given the statistic of these tensors that the criterion needs."""
+    kind = criteria.of(prune).statistic
+    if kind is not None:
+        STATISTICS[kind].require(model, names, prune.criterion)
+
+
+def _require_curvature(model: nn.Module, names: Iterable[str], criterion: str) -> None:
     """Raise UserError for a tensor whose layer is too large, or computes in a way of its own, for the curvature."""
     layers = layers_by_tensor(model)
     for name in names:
         for layer in layers[name]:
             if not layer_inputs.is_plain(layer):
                 raise UserError(
-                    f"prune.criterion=obs: {name} belongs to a {type(layer).__name__}, which computes in a way of its "
-                    "own: choose another criterion, or name the tensor in prune.exclude"
+                    f"prune.criterion={criterion}: {name} belongs to a {type(layer).__name__}, which computes in a way "
+                    "of its own: choose another criterion, or name the tensor in prune.exclude"
                 )
         if layer_inputs.gram_bytes(layers[name][0]) > layer_inputs.LARGEST_BYTES:
             raise UserError(
-                f"prune.criterion=obs: {name} has so many inputs that their products with each other take more than "
-                f"{layer_inputs.LARGEST_BYTES / 2**30:g} GiB: choose another criterion, or name the tensor in "
+                f"prune.criterion={criterion}: {name} has so many inputs that their products with each other take more "
+                f"than {layer_inputs.LARGEST_BYTES / 2**30:g} GiB: choose another criterion, or name the tensor in "
                 "prune.exclude"
             )
 
@@ -87,9 +108,7 @@ def _readable(batches: Iterable[Batch], world: World) -> Iterator[tuple[Tensor, 
             yield batch.images[good].to(world.device), batch.labels[good].to(world.device)
 
 
-def _gradients(
-    model: nn.Module, names: Sequence[str], batches: Iterable[Batch], config: Config, world: World
-) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, names: Sequence[str], batches: Batches, feed: Feed, world: World) -> dict[str, Tensor]:
     """The means of |g| over all groups of all ranks; a smaller group counts by its samples."""
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in names]
@@ -99,10 +118,10 @@ def _gradients(
     for weight in frozen:
         weight.requires_grad_(True)
     try:
-        for images, labels in _readable(batches, world):
+        for images, labels in _readable(batches(), world):
             for part, wanted in zip(images.split(GROUP), labels.split(GROUP), strict=True):
                 with torch.enable_grad():
-                    loss = F.cross_entropy(forward(model, part, config), wanted)
+                    loss = feed.task.mean_loss(feed.forward(model, part), wanted)
                 for total, gradient in zip(sums, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
                     if gradient is not None:
                         total += gradient.abs() * len(wanted)
@@ -115,10 +134,9 @@ def _gradients(
 
 
 def _curvatures(
-    model: nn.Module, names: Sequence[str], batches: Batches, config: Config, world: World
+    model: nn.Module, names: Sequence[str], batches: Batches, feed: Feed, world: World
 ) -> dict[str, Tensor]:
     """1 / [H⁻¹]_jj for every weight, in as many passes as keep H of the tensors of one pass within LARGEST_BYTES."""
-    require_curvature(model, names)
     layers = layers_by_tensor(model)
     passes: list[list[str]] = []
     held = layer_inputs.LARGEST_BYTES
@@ -131,7 +149,7 @@ def _curvatures(
         held += size
     found: dict[str, Tensor] = {}
     for part in passes:
-        grams, samples = _grams(model, {name: layers[name] for name in part}, batches(), config, world)
+        grams, samples = _grams(model, {name: layers[name] for name in part}, batches(), feed, world)
         for name in part:
             layer: Any = layers[name][0]
             rest = _inverse_diagonal(grams.pop(name) / samples).reciprocal()
@@ -142,14 +160,14 @@ def _curvatures(
 
 @torch.no_grad()
 def _grams(
-    model: nn.Module, layers: dict[str, list[nn.Module]], batches: Iterable[Batch], config: Config, world: World
+    model: nn.Module, layers: dict[str, list[nn.Module]], batches: Iterable[Batch], feed: Feed, world: World
 ) -> tuple[dict[str, Tensor], float]:
     """X Xᵀ of each tensor's inputs, (groups, inputs, inputs), over all positions and ranks; and the samples."""
     grams: dict[str, Tensor] = {}
 
     def add(name: str) -> Any:
         def hook(layer: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = layer_inputs.rows(layer, given[0], config.seed)
+            rows = layer_inputs.rows(layer, given[0], feed.seed)
             every = output.numel() / layer.weight.shape[0]  # output positions, of which the rows are some
             grams[name] += (rows.mT @ rows).double() * (every / rows.shape[1])
 
@@ -163,7 +181,7 @@ def _grams(
     count = torch.zeros(1, dtype=torch.float64, device=world.device)
     try:
         for images, labels in _readable(batches, world):
-            forward(model, images, config)
+            feed.forward(model, images)
             count += len(labels)
     finally:
         for handle in handles:
@@ -187,3 +205,9 @@ def _counted(count: Tensor, world: World) -> float:
     samples = float(world.sum(count))
     world.agree(None if samples else "none of the train samples that statistics are measured on can be read")
     return samples
+
+
+STATISTICS: dict[str, Statistic] = {
+    "gradient": Statistic(_gradients, lambda model, names, criterion: None),
+    "curvature": Statistic(_curvatures, _require_curvature),
+}

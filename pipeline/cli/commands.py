@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -14,15 +15,14 @@ import typer
 
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
-from pipeline.cli.console import Display, show_plan, show_result, show_tables
+from pipeline.cli.console import INTERRUPTED, Display, show_plan, show_result, show_tables
 from pipeline.engine import Engine
 from pipeline.results import budgets, figures, final, plots
-from pipeline.rounds import outlook
+from pipeline.rounds import outlook, preflight
 from pipeline.run import lease
 from pipeline.run.result import Result
 from pipeline.run.state import Run, config_of, run_root
 from pipeline.settings.config import Config, load_config, parse_config
-from pipeline.settings.data import NO_ROOT
 from pipeline.tracking import mirror, tracking
 from pipeline.tracking.tracking import Synced
 from pipeline.train.world import configure_process
@@ -35,14 +35,22 @@ Budgets = Annotated[
 FigureFile = Annotated[str | None, typer.Option(metavar="FILE", help="Draw their curve, as .svg or .png.")]
 
 
-def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
-    """The config of a command, with local paths made absolute: workers may run in other folders.
+def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
+    """The config of a command as it was given: every name in it exists, and its settings fit together.
 
-    Only a plan can do without ImageNet's files, whose numbers are known. Raises UserError.
+    Only a plan can do without the files of a source whose numbers are known. Raises UserError.
     """
     config = load_config(path, overrides)
-    if needs_data and config.data.source == "imagenet" and config.data.root is None:
-        raise UserError(f"config '{path}': data: {NO_ROOT.format('imagenet')}")
+    try:
+        preflight.check_names(config, planned=not needs_data)
+    except UserError as error:
+        raise UserError(f"config '{path}': {error}") from error
+    return config
+
+
+def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
+    """As `read`, with local paths made absolute: workers may run in other folders."""
+    config = read(path, overrides, needs_data=needs_data)
 
     def absolute(value: str | None) -> str | None:
         return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))
@@ -69,6 +77,8 @@ def leave(command_line: Callable[[], None]) -> NoReturn:
         command_line()
     except SystemExit as error:
         code = error.code or 0
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one more would only change the exit code
     if any(thread.name == mirror.THREAD for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -78,7 +88,7 @@ def leave(command_line: Callable[[], None]) -> NoReturn:
 
 def run(config: Config, engine: Engine) -> Result:
     """Carry a run to its end, show its progress and its result."""
-    configure_process(config)
+    configure_process(config.threads)
     with Display() as display:
         try:
             result = stages.run(config, engine, display)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, assert_never
+from typing import assert_never
 
 import torch
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from pipeline import storage
 from pipeline.base.errors import RunStopped, UserError
+from pipeline.cli import sigterm
 from pipeline.export.bench import Bench
 from pipeline.results import report
 from pipeline.results.tables import TextTable
@@ -33,6 +33,7 @@ from pipeline.run.events import (
     TogetherMeasured,
     Warned,
 )
+from pipeline.run.records import Scan
 from pipeline.run.result import Result
 from pipeline.settings.config import Config, dump_config
 
@@ -138,52 +139,38 @@ class Told(SystemExit):
 
 @contextmanager
 def one_message(resume: str | None = None) -> Iterator[None]:
-    """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; Ctrl-C into 130."""
+    """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; an interruption into 130."""
     err = make_console(stderr=True)
 
     def say(text: str) -> None:
         err.print(storage.hide(text), markup=False)
 
-    previous = signal.signal(signal.SIGTERM, _interrupt) if _main_thread() else None
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
-            yield
-    except (UserError, RunStopped) as error:
-        say(f"error: {error}")
-        raise SystemExit(2) from error
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        text = "not enough memory: lower batch_size, data.eval_batch, data.cache_bytes or data.size, or add memory"
-        err.print(f"error: {text} ({' '.join(str(error).split())[:200]})", markup=False)
-        raise SystemExit(2) from error
-    except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
-            raise  # Typer makes INTERRUPTED of Ctrl-C
-        say("stopped; what is finished is kept.")
-        if resume:
-            say(f"To go on: {resume}")
-        raise SystemExit(INTERRUPTED) from error
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+    with sigterm.as_ctrl_c():
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+                yield
+        except (UserError, RunStopped) as error:
+            say(f"error: {error}")
+            raise SystemExit(2) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            text = "not enough memory: lower batch_size, data.eval_batch, data.cache_bytes or data.size, or add memory"
+            err.print(f"error: {text} ({' '.join(str(error).split())[:200]})", markup=False)
+            raise SystemExit(2) from error
+        except (KeyboardInterrupt, SystemExit) as error:
+            if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
+                raise  # Typer makes INTERRUPTED of Ctrl-C
+            say("stopped; what is finished is kept.")
+            if resume:
+                say(f"To go on: {resume}")
+            raise SystemExit(INTERRUPTED) from error
 
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether this is a lack of memory: Python's, NumPy's, or torch's on a GPU or a CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
-
-
-def _interrupt(*_: object) -> None:
-    """SIGTERM, which a job gets when it is cancelled, ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def show_plan(plan: RunPlan, config: Config, console: Console | None = None) -> None:
@@ -253,26 +240,26 @@ def main_module(argv: list[str]) -> str:
     return " ".join([argv[0].rsplit("/", 1)[-1], *argv[1:]])
 
 
-def show_scan(scan: dict[str, Any], console: Console | None = None) -> None:
+def show_scan(scan: Scan, console: Console | None = None) -> None:
     """Print the accuracy of each tensor at each density, the samples it took, and the quality that follows."""
     console = console or make_console()
-    what = "dense" if scan["after"] is None else f"after round {scan['after']}"
-    table = Table(title=f"val accuracy with one tensor pruned ({what} {scan['dense']['top1']:.2%})")
-    grids = [[level["density"] for level in tensor["levels"]] for tensor in scan["tensors"]]
+    what = "dense" if scan.after is None else f"after round {scan.after}"
+    table = Table(title=f"val accuracy with one tensor pruned ({what} {scan.dense.top1:.2%})")
+    grids = [[level.density for level in tensor.levels] for tensor in scan.tensors]
     same = all(grid == grids[0] for grid in grids)
     table.add_column("tensor")
     for title in [f"{density:.3g}%" for density in (100 * d for d in grids[0])] if same else ["density: accuracy"]:
         table.add_column(title, justify="right" if same else "left")
     for title in ("samples a level", "shared by", "quality"):
         table.add_column(title, justify="right")
-    for tensor in scan["tensors"]:
-        levels = tensor["levels"]
-        cells = [f"{level['top1']:.1%}" for level in levels]
+    for tensor in scan.tensors:
+        levels = tensor.levels
+        cells = [f"{level.top1:.1%}" for level in levels]
         if not same:
             pairs = zip(levels, cells, strict=True)
-            cells = ["  ".join(f"{100 * level['density']:.3g}%: {cell}" for level, cell in pairs)]
-        samples = sum(level["samples"] for level in levels) / len(levels)
-        table.add_row(tensor["name"], *cells, f"{samples:,.0f}", tensor["method"], f"{tensor['quality']:.3f}")
+            cells = ["  ".join(f"{100 * level.density:.3g}%: {cell}" for level, cell in pairs)]
+        samples = sum(level.samples for level in levels) / len(levels)
+        table.add_row(tensor.name, *cells, f"{samples:,.0f}", tensor.method, f"{tensor.quality:.3f}")
     console.print(table)
 
 

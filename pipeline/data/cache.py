@@ -8,15 +8,16 @@ checks it once more before its first use.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock
 
 from pipeline import storage
 from pipeline.base.errors import UserError
@@ -62,7 +63,7 @@ class Cache:
         target = self.folder / f"{name}.tar"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(f"{name}.lock"):  # one process fetches, the others wait for it
+            with self._lock(f"{name}.lock"):  # one process fetches, the others wait for it
                 if not _sound(target, entry):
                     target.unlink(missing_ok=True)
                     self._make_room(entry.bytes)
@@ -78,7 +79,7 @@ class Cache:
 
     def _make_room(self, needed: int) -> None:
         """Remove the entries used longest ago, so that one more fits. A process that reads one goes on reading it."""
-        with self._locked("lock"):
+        with self._lock("lock"):
             files = []
             for file in os.scandir(self.folder):
                 with contextlib.suppress(FileNotFoundError):
@@ -92,11 +93,8 @@ class Cache:
                 Path(path).unlink(missing_ok=True)
                 total -= size
 
-    @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        with open(self.folder / name, "a", encoding="utf-8") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self.folder / name, fallback_to_soft=False)  # a soft lock would outlive a killed process
 
 
 def _remember(path: Path) -> None:

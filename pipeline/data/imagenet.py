@@ -27,10 +27,11 @@ from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.names import few
 from pipeline.data.devkit import WNID, Devkit, ValList, read_devkit, read_list
-from pipeline.data.parts import IMAGE_ENDINGS, Entry, Part, Source, read_class_index, tar_files
+from pipeline.data.parts import IMAGE_ENDINGS, Entry, Part, Sizes, Source, read_class_index, tar_files
 from pipeline.settings.data import Data
 
 TRAIN, VAL, LIST = "ILSVRC2012_img_train", "ILSVRC2012_img_val", "val.txt"
+SIZES = Sizes(train=1_281_167, test=50_000, classes=1000)
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
 
 
@@ -43,7 +44,7 @@ class _Classes:
     where: str
 
 
-def open_imagenet(config: Data) -> Source:
+def open_imagenet(config: Data, seed: int) -> Source:
     """The source in data.root. Raises UserError for missing classes, torn tars and labels that do not fit."""
     assert config.root is not None
     root = storage.local_path(config.root)

@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,14 @@ class Source:
     train: Part
     test: Part
     fingerprint: str
+
+
+class Sizes(NamedTuple):
+    """Samples of a source's parts, and its classes, where these are known without its files."""
+
+    train: int
+    test: int
+    classes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""Where images come from before they are shards: digits, the idx files of MNIST, class folders, ImageNet."""
+"""Where images come from before they are shards: digits, the idx files of MNIST, class folders, ImageNet.
+
+To add a source, write a function from (settings, seed) to Source and put it into SOURCES.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import os
 import struct
 import warnings
 import zlib
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,28 +23,59 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.base.names import lookup
 from pipeline.base.seeding import generator
 from pipeline.data import imagenet, placement
 from pipeline.data.images import shrink
-from pipeline.data.parts import IMAGE_ENDINGS, Entry, Part, Source, read_class_index, tar_files
+from pipeline.data.parts import IMAGE_ENDINGS, Entry, Part, Sizes, Source, read_class_index, tar_files
 from pipeline.settings.data import Data
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of source, and what others ask of it.
+
+    open(config, seed): the source, to build shards from; None where data.root holds the user's own shards, which are
+    used in place.
+    needs_root: it reads from data.root.
+    sizes: its numbers, where a plan needs no files to know them.
+    """
+
+    open: Callable[[Data, int], Source] | None
+    needs_root: bool = True
+    sizes: Sizes | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether data.root holds the user's own shards, and none are built."""
+        return self.open is None
+
+
+def of(config: Data) -> Kind:
+    """The kind of source that the settings name. Raises UserError for an unknown one."""
+    return lookup(SOURCES, config.source, "data.source")
+
+
+def require_root(config: Data, *, planned: bool = False) -> None:
+    """Raise UserError for an unknown source, or one that reads from data.root where that is not set.
+
+    What is only `planned` can do without the files of a source whose numbers are known.
+    """
+    kind = of(config)
+    if kind.needs_root and config.root is None and not (planned and kind.sizes):
+        raise UserError(f"data: source '{config.source}' reads from data.root, which is not set: add data.root=PATH")
 
 
 def open_source(config: Data, seed: int) -> Source:
     """The source that the settings name. Raises UserError naming the file and the remedy."""
-    if config.source == "digits":
-        source = _digits(config, seed)
-    elif config.source == "idx":
-        source = _idx(config)
-    elif config.source == "folder":
-        source = _folder(config)
-    elif config.source == "imagenet":
-        source = imagenet.open_imagenet(config)
-    else:
+    require_root(config)
+    kind = of(config)
+    if kind.open is None:
         raise UserError(
-            "data.source=shards is not built from anything: run `secateur shards index` on data.root, or choose "
-            "another source"
+            f"data.source={config.source} is not built from anything: run `secateur shards index` on data.root, or "
+            "choose another source"
         )
+    source = kind.open(config, seed)
     if config.shrink is not None:
         source = _shrunk(source, config.shrink, config.quality)
     if config.classes is None:
@@ -109,7 +144,7 @@ def _digits(config: Data, seed: int) -> Source:
     )
 
 
-def _idx(config: Data) -> Source:
+def _idx(config: Data, seed: int) -> Source:
     assert config.root is not None
     arrays = {}
     for part, prefix in (("train", "train"), ("test", "t10k")):
@@ -157,7 +192,7 @@ def _read_idx(root: str, name: str, dimensions: int) -> NDArray[np.uint8]:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _folder(config: Data) -> Source:
+def _folder(config: Data, seed: int) -> Source:
     assert config.root is not None
     path = storage.local_path(config.root)
     if path.is_dir():
@@ -242,3 +277,12 @@ def _list_folder(root: Path) -> list[Entry]:
             stacklevel=2,
         )
     return entries
+
+
+SOURCES: dict[str, Kind] = {
+    "digits": Kind(_digits, needs_root=False),
+    "idx": Kind(_idx),
+    "folder": Kind(_folder),
+    "imagenet": Kind(imagenet.open_imagenet, sizes=imagenet.SIZES),
+    "shards": Kind(None),
+}

@@ -23,6 +23,7 @@ from pipeline.network.compact import Compacted, compact
 from pipeline.run.result import LatencySummary
 from pipeline.run.state import Run, config_of
 from pipeline.settings.data import Data
+from pipeline.task.feed import Feed
 from pipeline.train import checkpoint, session
 from pipeline.train.world import choose_device
 
@@ -67,10 +68,10 @@ def bench_run(run_dir: str | Path, repeats: int = 100) -> Bench:
     inputs = check_inputs(split, config.data, config.seed)
     found = compact(pruned, inputs[:2])
     differences = write_files(here, pruned, found, inputs)
-    device = choose_device(config)
+    device = choose_device(config.device)
     rows = latency.measure(
         {"dense": dense, "pruned": pruned, "compact": found.model, "CSR": export.to_csr(pruned)},
-        session.input_shape(config), BATCHES, config.threads, latency.Passes(repeats), device,
+        Feed.of(config).shape, BATCHES, config.threads, latency.Passes(repeats), device,
     )  # fmt: skip
     where = device_name(device, config.threads)
     verdict = latency.verdict(rows, where)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 (torch has no public name for it)
+from torch.utils._pytree import tree_leaves  # noqa: PLC2701 (torch has no public name for it)
 
 from pipeline.base.errors import UserError
 from pipeline.base.record import Record

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor, fx, nn
 
 Numbers = NDArray[np.int64]
@@ -19,17 +20,18 @@ class Units:
     """Numbers for units; `join` makes two the same, `pin` says that one stays whatever reads it."""
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
+        self._sets = DisjointSet()
         self._pinned: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._parent)
+        return len(self._sets)
 
     def new(self, count: int) -> Numbers:
         """`count` units that are not joined with any."""
-        start = len(self._parent)
-        self._parent.extend(range(start, start + count))
-        return np.arange(start, start + count, dtype=np.int64)
+        made = np.arange(len(self), len(self) + count, dtype=np.int64)
+        for unit in made.tolist():
+            self._sets.add(unit)
+        return made
 
     def pin(self, units: Numbers) -> None:
         """These stay."""
@@ -38,21 +40,15 @@ class Units:
     def join(self, first: Numbers, second: Numbers) -> None:
         """Each of `first` becomes one with its partner in `second`."""
         for a, b in zip(first.tolist(), second.tolist(), strict=True):
-            self._parent[self._root(a)] = self._root(b)
+            self._sets.merge(a, b)
 
     def roots(self, units: Numbers) -> Numbers:
         """The one number that stands for each unit and for all that it was joined with."""
-        return np.array([self._root(unit) for unit in units.tolist()], dtype=np.int64)
+        return np.array([self._sets[unit] for unit in units.tolist()], dtype=np.int64)
 
     def pinned(self) -> Numbers:
         """The roots of all that was pinned."""
         return self.roots(np.array(sorted(self._pinned), dtype=np.int64))
-
-    def _root(self, unit: int) -> int:
-        while self._parent[unit] != unit:
-            self._parent[unit] = self._parent[self._parent[unit]]
-            unit = self._parent[unit]
-        return unit
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves  # noqa: PLC2701 (torch has no public name for it)
 
 # What tracing raises where the Python code looks into a tensor, or into an input that is no tensor.
 UNTRACEABLE = (

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline import stages
 from pipeline.base.errors import UserError
 from pipeline.paper.curves import Measured
+from pipeline.prune import schedules
 from pipeline.rounds import attempts, method
 from pipeline.rounds.subject import open_subject
 from pipeline.run.layout import round_folder
@@ -36,7 +37,7 @@ def variant(config: Config, regulariser: str, runs_dir: str) -> Config:
             raise UserError(
                 f"{part}.{setting}=0: figure 5 compares L1 with L2; give both strengths, as in {part}.{setting}=0.0001"
             )
-    if config.prune.schedule != "list":
+    if not schedules.of(config.prune).from_list:
         raise UserError(
             f"prune.schedule={config.prune.schedule}: figure 5 takes its densities from prune.list; set "
             "prune.schedule=list and prune.list=[0.5,0.2,0.1]"

@@ -175,13 +175,13 @@ def _network(job: Job, engine: Engine, command: str) -> None:
     with Display() as display:
         for seed, config in job.runs.items():
             display.line(f"{network.title}, seed {seed}")
-            configure_process(config)
+            configure_process(config.threads)
             runs.append(_seed_run(seed, config.name, stages.run(config, engine, display), read(state.run_root(config))))
     found = seeds.aggregate(job.name, network, runs)
     config = next(iter(job.runs.values()))
     first = read(state.run_root(config))
     drawn = [_figure7(first)]
-    if round_plan.needs_scan(config):
+    if round_plan.needs_scan(config.prune, config.target):
         drawn.insert(0, _figure6(first))
     if job.name == "lenet-300-100":
         drawn.insert(0, _figure4(first, config.data.size))
@@ -222,11 +222,9 @@ def _figure4(run: Contents, size: int) -> Drawn:
 def _figure6(run: Contents) -> Drawn:
     scan = run.scan
     assert scan is not None, "a run whose allocation needs a scan has one"
-    ranked = sorted(scan["tensors"], key=lambda tensor: tensor["quality"])
-    names = ", ".join(f"{tensor['name'].removesuffix('.weight')} ({tensor['quality']:.2f})" for tensor in ranked)
-    text = (
-        f"from the most to the least sensitive, with the quality at a drop of {100 * scan['delta']:g} points: {names}."
-    )
+    ranked = sorted(scan.tensors, key=lambda tensor: tensor.quality)
+    names = ", ".join(f"{tensor.name.removesuffix('.weight')} ({tensor.quality:.2f})" for tensor in ranked)
+    text = f"from the most to the least sensitive, with the quality at a drop of {100 * scan.delta:g} points: {names}."
     return 6, to_png(plots.sensitivity(scan)), text
 
 
@@ -243,7 +241,7 @@ def _figure5(job: Job, engine: Engine, command: str) -> None:
     with Display() as display:
         for (network, regulariser), config in job.runs.items():
             display.line(f"figure 5: {printed.NETWORKS[network].title}, {regulariser.upper()}")
-            configure_process(config)
+            configure_process(config.threads)
             measured.setdefault(network, {})[regulariser] = figure5_run(config, engine, display)
             of_network[network] = config.seed
     parts = []
@@ -264,7 +262,7 @@ def figure5_run(config: Config, engine: Engine, progress: Progress) -> Measured:
         stages.carry_out(stages.up_to(config, figure5.FIGURE5), stages.Driver(config, engine, here, progress))
         times = [final.stage_seconds(here, stage) for stage in ("shards", "dense", "scan", "figure5")]
         seconds = sum(each for each in times if each is not None)
-        points = len(round_plan.densities(config))
+        points = len(round_plan.densities(config.prune, config.target))
         return figure5.read(here, points, iterative=config.retrain.l1 == 0, seconds=seconds)
 
 

@@ -1,13 +1,14 @@
 """Allocations: one budget of weights to the exact number that each tensor keeps.
 
-To add one, write a function from Request to counts and put it into ALLOCATIONS. Tensors are dictionaries by name in
-definition order, which also breaks ties: of equal scores the tensor named first keeps, then the lower flat index.
+To add one, write a function from Request to counts and put it into ALLOCATIONS with its traits. Tensors are
+dictionaries by name in definition order, which also breaks ties: of equal scores the tensor named first keeps, then the
+lower flat index.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -20,17 +21,19 @@ from pipeline.base.errors import UserError
 from pipeline.base.names import lookup
 from pipeline.network.cost import Quantity
 from pipeline.prune.budget import Composed
-from pipeline.prune.limits import bounds, by_name, nearest, require_possible, spent
+from pipeline.prune.limits import by_name, nearest, require_possible, spent
 from pipeline.prune.masks import as_array, as_bool, kth_largest
+from pipeline.settings.pruning import Prune
 
 
 @dataclass(frozen=True)
 class Request:
     """What an allocation is given. Every dictionary has the tensors' names for keys.
 
-    scores: higher keeps; alive: bool, False was pruned before and stays pruned; floors and caps: the fewest and most
-    weights of each tensor; sigmas, qualities: the paper's, or None; densities: explicit, by name or pattern; damages:
-    predicted damage and cost of the tensors, or None.
+    scores: higher keeps; alive: bool, False was pruned before and stays pruned; budget: what the tensors may cost
+    together, in `unit`; floors and caps: the fewest and most weights of each tensor (`limits.bounds`); sigmas,
+    qualities: the paper's, or None; densities: explicit, by name or pattern; damages: predicted damage and cost of the
+    tensors, or None.
     """
 
     scores: dict[str, Tensor]
@@ -38,10 +41,32 @@ class Request:
     budget: int
     floors: dict[str, int]
     caps: dict[str, int]
-    sigmas: dict[str, float] | None
-    qualities: dict[str, float] | None
-    densities: dict[str, float] | None
+    sigmas: dict[str, float] | None = None
+    qualities: dict[str, float] | None = None
+    densities: dict[str, float] | None = None
     damages: Composed | None = None
+    unit: Quantity = "weights"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A way to share a budget out among the tensors, and what others ask of it.
+
+    counts(request): the weights that each tensor keeps, within its bounds.
+    uses_scores: the counts follow from scores, and so from trained weights.
+    needs_scan: they follow from what the scan says of each tensor.
+    needs_together: from what it says of all tensors pruned together, too.
+    spends_costs: the budget is spent on what tensors cost, so it may be of other units than weights, and need not be
+    met exactly.
+    fixes_densities: the densities are those of prune.densities, and the budget is not used.
+    """
+
+    counts: Callable[[Request], dict[str, int]]
+    uses_scores: bool = False
+    needs_scan: bool = False
+    needs_together: bool = False
+    spends_costs: bool = False
+    fixes_densities: bool = False
 
 
 def paper(request: Request) -> dict[str, int]:
@@ -95,76 +120,58 @@ def budgeted(request: Request) -> dict[str, int]:
     return request.damages.within(request.floors, request.caps)(request.budget).keep
 
 
-ALLOCATIONS: dict[str, Callable[[Request], dict[str, int]]] = {
-    "paper": paper,
-    "pooled": pooled,
-    "uniform": uniform,
-    "erk": erk,
-    "explicit": explicit,
-    "budget": budgeted,
+ALLOCATIONS: dict[str, Allocation] = {
+    "paper": Allocation(paper, uses_scores=True, needs_scan=True),
+    "pooled": Allocation(pooled, uses_scores=True),
+    "uniform": Allocation(uniform),
+    "erk": Allocation(erk),
+    "explicit": Allocation(explicit, fixes_densities=True),
+    "budget": Allocation(budgeted, needs_scan=True, needs_together=True, spends_costs=True),
 }
 
 
-def allocate(
-    name: str,
-    scores: dict[str, Tensor],
-    alive: dict[str, Tensor],
-    budget: int,
-    *,
-    sigmas: dict[str, float] | None = None,
-    qualities: dict[str, float] | None = None,
-    densities: dict[str, float] | None = None,
-    damages: Composed | None = None,
-    unit: Quantity = "weights",
-    min_weights: int = 1,
-    floors: Mapping[str, float] | None = None,
-    ceilings: Mapping[str, float] | None = None,
-) -> dict[str, int]:
-    """The number of weights each tensor keeps; they add up to `budget` exactly.
+def of(prune: Prune) -> Allocation:
+    """The allocation that the settings name. Raises UserError for an unknown one."""
+    return lookup(ALLOCATIONS, prune.allocation, "prune.allocation")
 
-    But for `explicit`, which has none, and for a `budget` of FLOPs or bytes, which is not exceeded. Each tensor keeps
-    to its `bounds`. Raises UserError for an unknown allocation, a budget that the bounds rule out, or a score that is
-    NaN.
+
+def allocate(name: str, request: Request, min_weights: int = 1) -> dict[str, int]:
+    """The number of weights each tensor keeps; they add up to the request's budget exactly.
+
+    But for an allocation that fixes densities, which has no budget, and for one that spends costs: its budget is not
+    exceeded. Each tensor keeps to its floor and cap; `min_weights`, which the floors came from, stands in the message.
+    Raises UserError for an unknown allocation, a budget that the bounds rule out, or a score that is NaN.
     """
-    function = lookup(ALLOCATIONS, name, "prune.allocation")
+    chosen = lookup(ALLOCATIONS, name, "prune.allocation")
+    scores, least, most = request.scores, request.floors, request.caps
     assert scores
-    assert scores.keys() == alive.keys()
+    assert scores.keys() == request.alive.keys()
     for tensor, score in scores.items():
         # A sum is NaN if one term is, or if +inf meets -inf; it needs no second tensor of the same size.
         if torch.isnan(score.sum()) and bool(torch.isnan(score).any()):
             raise UserError(f"{tensor}: its scores are not numbers (NaN); the weights of the checkpoint are not finite")
-    sizes = {tensor: score.numel() for tensor, score in scores.items()}
-    living = {tensor: int(torch.count_nonzero(mask)) for tensor, mask in alive.items()}
-    least, most = bounds(sizes, living, min_weights, floors or {}, ceilings or {})
-    if name != "explicit":
-        costs = damages.prices if name == "budget" and damages else {}
-        require_possible(budget, spent(least, costs), spent(most, costs), min_weights, len(sizes), unit)
-    counts = function(Request(scores, alive, budget, least, most, sigmas, qualities, densities, damages))
+    if not chosen.fixes_densities:
+        costs = request.damages.prices if chosen.spends_costs and request.damages else {}
+        cheapest, dearest = spent(least, costs), spent(most, costs)
+        require_possible(request.budget, cheapest, dearest, min_weights, len(scores), request.unit)
+    counts = chosen.counts(request)
     assert all(least[tensor] <= counts[tensor] <= most[tensor] for tensor in scores)
-    assert name in ("explicit", "budget") or sum(counts.values()) == budget
+    assert chosen.fixes_densities or chosen.spends_costs or sum(counts.values()) == request.budget
     return {tensor: counts[tensor] for tensor in scores}
 
 
-def threshold_counts(
-    scores: dict[str, Tensor],
-    alive: dict[str, Tensor],
-    sigmas: dict[str, float],
-    qualities: dict[str, float],
-    min_weights: int = 1,
-    floors: Mapping[str, float] | None = None,
-    ceilings: Mapping[str, float] | None = None,
-) -> dict[str, int]:
+def threshold_counts(request: Request) -> dict[str, int]:
     """The paper's thresholds as they are (section 3): each tensor keeps its alive scores >= q_i * sigma_i.
 
-    Each tensor keeps to its `bounds`.
+    The budget is not used. Each tensor keeps to its floor and cap.
     """
-    sizes = {name: score.numel() for name, score in scores.items()}
-    living = {name: int(torch.count_nonzero(mask)) for name, mask in alive.items()}
-    least, most = bounds(sizes, living, min_weights, floors or {}, ceilings or {})
+    assert request.sigmas is not None, "thresholds need the tensors' standard deviations"
+    assert request.qualities is not None, "thresholds need the qualities of a scan"
     counts = {}
-    for name, score in scores.items():
-        above = int(torch.count_nonzero((score >= qualities[name] * sigmas[name]) & alive[name]))
-        counts[name] = min(max(above, least[name]), most[name])
+    for name, score in request.scores.items():
+        limit = request.qualities[name] * request.sigmas[name]
+        above = int(torch.count_nonzero((score >= limit) & request.alive[name]))
+        counts[name] = min(max(above, request.floors[name]), request.caps[name])
     return counts
 
 

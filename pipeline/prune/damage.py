@@ -10,7 +10,7 @@ the scan measures it (`pipeline.scan.together`). Pure functions of what scan.jso
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
+
+from pipeline.run.records import Level, Scan, TogetherRow
 
 POWERS = (0.3, 0.5, 0.7, 0.85, 1.0)  # that are tried
 USUAL_POWER = 0.85  # where none was measured; as on LeNet-300-100, see configs/LOG.md
@@ -53,10 +55,10 @@ class Curve:
         return np.interp(kept, self.kept, self.damage)
 
 
-def curves(scan: Mapping[str, Any], classes: int, power: float = USUAL_POWER) -> dict[str, Curve]:
-    """The curve of every tensor in a scan of the dense network (scan.json), by name."""
+def curves(scan: Scan, classes: int, power: float = USUAL_POWER) -> dict[str, Curve]:
+    """The curve of every tensor in a scan of the dense network, by name."""
     room = chance_rise(scan, classes)
-    return {tensor["name"]: curve(tensor["levels"], int(tensor["weights"]), room, power) for tensor in scan["tensors"]}
+    return {tensor.name: curve(tensor.levels, tensor.weights, room, power) for tensor in scan.tensors}
 
 
 def total_rise(damage: float, power: float) -> float:
@@ -64,17 +66,17 @@ def total_rise(damage: float, power: float) -> float:
     return float(damage ** (1 / power))
 
 
-def best_together(scan: Mapping[str, Any]) -> dict[float, Mapping[str, Any]]:
+def best_together(rows: Iterable[TogetherRow]) -> dict[float, TogetherRow]:
     """Of each density at which all tensors were pruned together, the row whose allocation raised the loss least.
 
-    Equal ones go to the power nearest to USUAL_POWER. Empty where a scan measured none.
+    Equal ones go to the power nearest to USUAL_POWER.
     """
-    rows: dict[float, list[Mapping[str, Any]]] = {}
-    for row in scan.get("together", []):
-        rows.setdefault(row["density"], []).append(row)
+    by_density: dict[float, list[TogetherRow]] = {}
+    for row in rows:
+        by_density.setdefault(row.density, []).append(row)
     return {
-        density: min(found, key=lambda row: (finite(row["rise"]), abs(row["power"] - USUAL_POWER)))
-        for density, found in rows.items()
+        density: min(found, key=lambda row: (finite(row.rise), abs(row.power - USUAL_POWER)))
+        for density, found in by_density.items()
     }
 
 
@@ -83,12 +85,12 @@ def finite(rise: float) -> float:
     return rise if math.isfinite(rise) else WORST
 
 
-def chance_rise(scan: Mapping[str, Any], classes: int) -> float:
+def chance_rise(scan: Scan, classes: int) -> float:
     """The rise of the loss (nats) that leads from the dense network to guessing among so many classes."""
-    return max(FINEST, math.log(classes) - float(scan["dense"]["loss"]))
+    return max(FINEST, math.log(classes) - scan.dense.loss)
 
 
-def curve(levels: Sequence[Mapping[str, Any]], weights: int, room: float, power: float = USUAL_POWER) -> Curve:
+def curve(levels: Sequence[Level], weights: int, room: float, power: float = USUAL_POWER) -> Curve:
     """A tensor's curve from its levels; `room` is the rise at which the network guesses.
 
     Rises are made monotone by isotonic regression, weighted by their intervals, and joined by a monotone cubic in log
@@ -96,8 +98,8 @@ def curve(levels: Sequence[Mapping[str, Any]], weights: int, room: float, power:
     from the dense network (TRUSTED), losses no longer tell densities apart: there the rise goes on by a power of the
     density, so that what is nearly destroyed does not look free to destroy.
     """
-    known = sorted((level for level in levels if level["density"] < 1.0), key=lambda level: -level["density"])
-    logs = np.log([level["density"] for level in known])
+    known = sorted((level for level in levels if level.density < 1.0), key=lambda level: -level.density)
+    logs = np.log([level.density for level in known])
     apart = np.diff(logs, prepend=0.0) < 0  # densities that differ in their last bits may have one logarithm
     logs, known = logs[apart], [level for level, distinct in zip(known, apart, strict=True) if distinct]
     rises, reach = measured(known)
@@ -115,10 +117,10 @@ def curve(levels: Sequence[Mapping[str, Any]], weights: int, room: float, power:
     return Curve(kept.astype(np.int64), np.minimum.accumulate(damage))
 
 
-def measured(levels: Sequence[Mapping[str, Any]]) -> tuple[Floats, Floats]:
+def measured(levels: Sequence[Level]) -> tuple[Floats, Floats]:
     """The rises of levels of falling density, made monotone and at least 0, and the half-widths of their intervals."""
-    rises = np.array([finite(float(level["rise"])) for level in levels])
-    ends = [(level["rise_low"], level["rise_high"]) for level in levels]
+    rises = np.array([finite(level.rise) for level in levels])
+    ends = [(level.rise_low, level.rise_high) for level in levels]
     reach = np.array([math.inf if low is None or high is None else (high - low) / 2 for low, high in ends])
     reach = np.maximum(np.where(np.isfinite(reach), reach, np.maximum(1.0, rises)), FINEST)
     if len(rises):

@@ -6,17 +6,16 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from pipeline.network import cost
-from pipeline.prune import allocation, criteria, damage, limits, schedules
+from pipeline.prune import allocation, criteria, damage, limits, patterns, schedules
 from pipeline.prune import budget as budgeting
-from pipeline.prune.allocation import sigma
+from pipeline.prune.allocation import Request, sigma
 from pipeline.prune.budget import Composed, Cost, Held, Priced
-from pipeline.run.records import Prediction, RoundPlan, TensorPlan
-from pipeline.settings.config import Config
+from pipeline.run.records import Prediction, RoundPlan, Scan, TensorPlan, TogetherRow
+from pipeline.settings.pruning import Prune, Target
 
 
 @dataclass(frozen=True)
@@ -52,101 +51,116 @@ class Scanned:
         return self.damages.prices
 
 
-def densities(config: Config, start: float = 1.0) -> list[float]:
+@dataclass(frozen=True)
+class Basis:
+    """What every plan of a run rests on: settings, the dense network's weights by tensor, and the scan, if used."""
+
+    prune: Prune
+    target: Target
+    seed: int
+    dense: dict[str, Tensor]
+    scan: Scanned | None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The tensors before a prune, by name.
+
+    `alive` is bool, True where a weight has survived the rounds before; `statistics` are what the criterion needs.
+    """
+
+    weights: dict[str, Tensor]
+    alive: dict[str, Tensor]
+    statistics: dict[str, Tensor] | None = None
+
+
+def densities(prune: Prune, target: Target, start: float = 1.0) -> list[float]:
     """The density after each round of a run whose rounds are fixed beforehand, and begin at density `start`."""
-    return schedules.densities(config.prune, config.target.final_density, start)
+    return schedules.densities(prune, target.final_density, start)
 
 
-def budget(config: Config, number: int, total: int, start: float = 1.0) -> int:
+def budget(prune: Prune, target: Target, number: int, total: int, start: float = 1.0) -> int:
     """What the tensors may cost after round `number` (from 1), of a `total` of what target.budget counts."""
-    compression = None if config.prune.schedule == "list" else config.target.compression
-    return schedules.budgets(densities(config, start), total, compression)[number - 1]
+    compression = None if schedules.of(prune).from_list else target.compression
+    return schedules.budgets(densities(prune, target, start), total, compression)[number - 1]
 
 
-def needs_scan(config: Config) -> bool:
+def needs_scan(prune: Prune, target: Target) -> bool:
     """Whether the densities of single tensors follow from the scan."""
-    return config.prune.allocation in ("paper", "budget") or config.target.mode == "thresholds"
+    return allocation.of(prune).needs_scan or target.by_thresholds
 
 
-def costs(config: Config, weights: Mapping[str, int], flops: Mapping[str, int]) -> dict[str, Cost]:
+def uses_scores(prune: Prune, target: Target) -> bool:
+    """Whether the densities of single tensors follow from their scores, and so from trained weights."""
+    return allocation.of(prune).uses_scores or target.by_thresholds
+
+
+def costs(unit: cost.Quantity, weights: Mapping[str, int], flops: Mapping[str, int]) -> dict[str, Cost]:
     """What each tensor costs, in what target.budget counts, from its weights and its FLOPs when dense."""
-    return {name: cost.price(config.target.budget, count, flops[name]) for name, count in weights.items()}
+    return {name: cost.price(unit, count, flops[name]) for name, count in weights.items()}
 
 
-def require_possible(config: Config, weights: Mapping[str, int], flops: Mapping[str, int]) -> None:
+def require_possible(prune: Prune, target: Target, weights: Mapping[str, int], flops: Mapping[str, int]) -> None:
     """Raise UserError, before any training, if a round's budget is below a weight or limits rule the last one out."""
-    if config.target.mode == "no-loss":  # it stops where no more can go
+    if target.no_loss:  # it stops where no more can go
         return
-    prune, prices = config.prune, costs(config, weights, flops)
+    prices = costs(target.budget, weights, flops)
     least, most = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
     total = limits.spent(weights, prices)
-    last = [budget(config, number, total) for number in range(1, len(densities(config)) + 1)][-1]
-    if config.target.mode == "compression" and prune.allocation != "explicit":
+    last = [budget(prune, target, number, total) for number in range(1, len(densities(prune, target)) + 1)][-1]
+    if target.to_size and not allocation.of(prune).fixes_densities:
         cheapest, dearest = limits.spent(least, prices), limits.spent(most, prices)
-        unit = config.target.budget
-        limits.require_possible(last, cheapest, dearest, prune.min_weights, len(weights), unit)
+        limits.require_possible(last, cheapest, dearest, prune.min_weights, len(weights), target.budget)
 
 
-def scanned(config: Config, scan: Mapping[str, Any], classes: int, flops: Mapping[str, int]) -> Scanned:
-    """What plans take from the content of scan.json; `classes` tells chance, `flops` are the tensors' when dense."""
-    prices = costs(config, {tensor["name"]: int(tensor["weights"]) for tensor in scan["tensors"]}, flops)
-    best = damage.best_together(scan)
+def scanned(unit: cost.Quantity, scan: Scan, classes: int, flops: Mapping[str, int]) -> Scanned:
+    """What plans take from a scan; `classes` tells chance, `flops` are the tensors' when dense."""
+    prices = costs(unit, {tensor.name: tensor.weights for tensor in scan.tensors}, flops)
+    best = damage.best_together(scan.together or ())
     by_power = {
         power: {name: Priced(curve, prices[name]) for name, curve in damage.curves(scan, classes, power).items()}
-        for power in {row["power"] for row in best.values()} or {damage.USUAL_POWER}
+        for power in {row.power for row in best.values()} or {damage.USUAL_POWER}
     }
 
-    def held(row: Mapping[str, Any]) -> Held:
-        unscaled = damage.total_rise(budgeting.predicted(by_power[row["power"]], row["keep"]), row["power"])
-        return Held(row["power"], max(row["rise"], damage.FINEST) / max(unscaled, damage.FINEST))
+    def held(row: TogetherRow) -> Held:
+        unscaled = damage.total_rise(budgeting.predicted(by_power[row.power], row.keep), row.power)
+        return Held(row.power, max(row.rise, damage.FINEST) / max(unscaled, damage.FINEST))
 
-    at = {density: held(row) for density, row in best.items() if math.isfinite(row["rise"])}
-    qualities = {tensor["name"]: tensor["quality"] for tensor in scan["tensors"]}
+    at = {density: held(row) for density, row in best.items() if math.isfinite(row.rise)}
+    qualities = {tensor.name: tensor.quality for tensor in scan.tensors}
     return Scanned(qualities, Composed(by_power, at or {1.0: budgeting.USUAL}))
 
 
-def make(
-    config: Config,
-    goal: Goal,
-    weights: dict[str, Tensor],
-    dense_weights: dict[str, Tensor],
-    alive: dict[str, Tensor],
-    scan: Scanned | None,
-    statistics: dict[str, Tensor] | None = None,
-) -> RoundPlan:
+def make(basis: Basis, goal: Goal, standing: Standing) -> RoundPlan:
     """Plan an attempt at a round from the weights as they are; equal inputs give equal plans on every rank.
 
-    `alive` is True where a weight has survived the rounds before; `statistics` are what the criterion needs. Raises
-    UserError for a budget that cannot be met.
+    Raises UserError for a budget that cannot be met.
     """
-    ranking = criteria.scores(config.prune.criterion, weights, config.seed, statistics)
-    sigmas = {name: sigma(dense_weights[name]) for name in weights}
-    if config.prune.sigma == "renewed":
-        sigmas = {name: sigma(weight[alive[name]]) for name, weight in weights.items()}
-    prune, spend = config.prune, None
-    if config.target.mode == "thresholds":
+    prune, target, scan = basis.prune, basis.target, basis.scan
+    weights, alive = standing.weights, standing.alive
+    ranking = criteria.scores(prune.criterion, weights, basis.seed, standing.statistics)
+    least, most = bounds(prune, alive)
+    request = Request(
+        scores=ranking,
+        alive=alive,
+        budget=goal.budget if target.by_thresholds else spendable(basis, goal, most),
+        floors=least,
+        caps=most,
+        sigmas=sigmas(basis, standing),
+        qualities=scan.qualities if scan else None,
+        densities=explicit_densities(prune, target, goal.density) if allocation.of(prune).fixes_densities else None,
+        damages=scan.damages if scan else None,
+        unit=target.budget,
+    )
+    if target.by_thresholds:
         # The paper gives no schedule of qualities over the rounds: round k of K uses k/K of each.
-        share = goal.round / len(densities(config))
-        scaled = {name: value * share for name, value in (scan.qualities if scan else {}).items()}
-        keep = allocation.threshold_counts(
-            ranking, alive, sigmas, scaled, prune.min_weights, prune.floors, prune.ceilings
-        )
+        share = goal.round / len(densities(prune, target))
+        scaled = {name: value * share for name, value in (request.qualities or {}).items()}
+        keep, spend = allocation.threshold_counts(dataclasses.replace(request, qualities=scaled)), None
     else:
-        spend = spendable(config, goal, alive, scan)
-        keep = allocation.allocate(
-            config.prune.allocation,
-            ranking,
-            alive,
-            spend,
-            sigmas=sigmas,
-            qualities=scan.qualities if scan else None,
-            densities=explicit_densities(config, goal.density) if prune.allocation == "explicit" else None,
-            damages=scan.damages if scan else None,
-            unit=config.target.budget,
-            min_weights=prune.min_weights,
-            floors=prune.floors,
-            ceilings=prune.ceilings,
-        )
+        keep, spend = allocation.allocate(prune.allocation, request, prune.min_weights), request.budget
+    grain = patterns.of(prune).granularity
+    assert all(count % grain(weights[name].shape) == 0 for name, count in keep.items())
     tensors = tuple(
         TensorPlan(
             name=name,
@@ -157,7 +171,7 @@ def make(
         )
         for name, weight in weights.items()
     )
-    predicted = prediction(config, keep, alive, spend, scan)
+    predicted = prediction(basis, keep, (least, most), spend)
     return RoundPlan(
         round=goal.round,
         attempt=goal.attempt,
@@ -168,37 +182,48 @@ def make(
     )
 
 
-def spendable(config: Config, goal: Goal, alive: dict[str, Tensor], scan: Scanned | None) -> int:
+def sigmas(basis: Basis, standing: Standing) -> dict[str, float]:
+    """Each tensor's standard deviation: of the dense weights, or of those that have survived (prune.sigma)."""
+    if basis.prune.sigma == "renewed":
+        return {name: sigma(weight[standing.alive[name]]) for name, weight in standing.weights.items()}
+    return {name: sigma(basis.dense[name]) for name in standing.weights}
+
+
+def spendable(basis: Basis, goal: Goal, caps: Mapping[str, int]) -> int:
     """The budget of an attempt, or what is left to spend it on.
 
     Dead units may leave less, and on the way to the last density so may ceilings.
     """
-    solved = config.prune.allocation == "budget"
-    prices = scan.prices if scan and solved else {}
-    last = config.target.mode == "compression" and goal.density == densities(config)[-1]
-    if config.prune.dead_neurons or not last:
-        return min(goal.budget, limits.spent(bounds(config, alive)[1], prices))
+    prune, target, scan = basis.prune, basis.target, basis.scan
+    prices = scan.prices if scan and allocation.of(prune).spends_costs else {}
+    last = target.to_size and goal.density == densities(prune, target)[-1]
+    if prune.dead_neurons or not last:
+        return min(goal.budget, limits.spent(caps, prices))
     return goal.budget
 
 
-def bounds(config: Config, alive: dict[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+def bounds(prune: Prune, alive: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
     """The fewest and the most weights of each tensor, as the settings have them."""
     sizes = {name: mask.numel() for name, mask in alive.items()}
     living = {name: int(mask.sum()) for name, mask in alive.items()}
-    return limits.bounds(sizes, living, config.prune.min_weights, config.prune.floors, config.prune.ceilings)
+    return limits.bounds(sizes, living, prune.min_weights, prune.floors, prune.ceilings)
 
 
 def prediction(
-    config: Config, keep: dict[str, int], alive: dict[str, Tensor], spend: int | None, scan: Scanned | None
+    basis: Basis, keep: dict[str, int], within: tuple[dict[str, int], dict[str, int]], spend: int | None
 ) -> Prediction | None:
-    """What the scan lets expect of the counts before retraining; None without a scan."""
+    """What the scan lets expect of the counts before retraining; None without a scan.
+
+    `within` are the `bounds`; `spend` is the budget, None where there was none.
+    """
+    scan = basis.scan
     if scan is None:
         return None
     spent = limits.spent(keep, scan.prices)
-    money = spend if spend is not None and config.prune.allocation == "budget" else spent
-    best = scan.damages.within(*bounds(config, alive))(money)
+    money = spend if spend is not None and allocation.of(basis.prune).spends_costs else spent
+    best = scan.damages.within(*within)(money)
     return Prediction(
-        unit=config.target.budget,
+        unit=basis.target.budget,
         budget=money,
         spent=spent,
         rise=best.held.rise(budgeting.predicted(scan.damages.by_power[best.held.power], keep)),
@@ -208,8 +233,8 @@ def prediction(
     )
 
 
-def explicit_densities(config: Config, density: float) -> dict[str, float]:
+def explicit_densities(prune: Prune, target: Target, density: float) -> dict[str, float]:
     """The explicit densities as they stand when the whole is at `density`: all fall geometrically together."""
-    final = densities(config)[-1]
+    final = densities(prune, target)[-1]
     progress = math.log(density) / math.log(final) if final < 1.0 else 1.0
-    return {name: value**progress for name, value in config.prune.densities.items()}
+    return {name: value**progress for name, value in prune.densities.items()}

@@ -1,8 +1,13 @@
-"""Schedules: the density after each round, and from it the number of weights to keep."""
+"""Schedules: the density after each round, and from it the number of weights to keep.
+
+To add one, write a function from (settings, final density, density at the start) to densities and put it into
+SCHEDULES.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pipeline.base.errors import UserError
 from pipeline.base.names import lookup
@@ -24,26 +29,45 @@ def _cubic(prune: Prune, final: float, start: float) -> list[float]:
 
 def _listed(prune: Prune, final: float, start: float) -> list[float]:
     """prune.list as it is: its last density is the final one."""
-    assert prune.list, "the config refuses schedule=list without prune.list"
+    assert prune.list, "axes.require_fitting refuses schedule=list without prune.list"
     return [*prune.list]
 
 
-SCHEDULES: dict[str, Callable[[Prune, float, float], list[float]]] = {
-    "one-shot": _one_shot,
-    "geometric": _geometric,
-    "cubic": _cubic,
-    "list": _listed,
+@dataclass(frozen=True)
+class Schedule:
+    """How the density falls over the rounds, and what others ask of it.
+
+    densities(prune, final, start): the density after each round.
+    fixes_densities: it says itself how much goes in which round, which a run that finds its own densities cannot use.
+    from_list: the densities are those of prune.list, whose last one is the end, and not target.compression.
+    """
+
+    densities: Callable[[Prune, float, float], list[float]]
+    fixes_densities: bool = True
+    from_list: bool = False
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "one-shot": Schedule(_one_shot),
+    "geometric": Schedule(_geometric, fixes_densities=False),  # the same share in each round, whatever the end
+    "cubic": Schedule(_cubic),
+    "list": Schedule(_listed, from_list=True),
 }
+
+
+def of(prune: Prune) -> Schedule:
+    """The schedule that the settings name. Raises UserError for an unknown one."""
+    return lookup(SCHEDULES, prune.schedule, "prune.schedule")
 
 
 def densities(prune: Prune, final_density: float, start: float = 1.0) -> list[float]:
     """Density (kept / prunable, 0..1) after each round, falling from `start`, at which the first round begins.
 
-    Ends at `final_density`, but for schedule=list, which ends at its own last. Raises UserError for an unknown
-    schedule.
+    Ends at `final_density`, but for one that is from a list, which ends at its own last. Raises UserError for an
+    unknown schedule.
     """
     assert 0.0 < final_density <= 1.0, final_density
-    return lookup(SCHEDULES, prune.schedule, "prune.schedule")(prune, final_density, start)
+    return of(prune).densities(prune, final_density, start)
 
 
 def cubic_density(before: float, after: float, share: float) -> float:

@@ -16,8 +16,9 @@ from pipeline.prune.budget import Solution
 from pipeline.results.tables import TextTable, percent
 from pipeline.rounds import preflight
 from pipeline.run import state
+from pipeline.run.records import Scan
 from pipeline.settings.config import Config
-from pipeline.train import session
+from pipeline.task.feed import Feed
 
 CURVE = 25  # compressions of the curve
 BAR = 60  # characters of its longest bar
@@ -73,14 +74,14 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     run = state.Run(state.run_root(config), 0)
     if not run.has("scan", "scan.json"):
         raise UserError(f"--budgets needs a scan, and '{run.root}' has none yet: `secateur scan CONFIG` makes it")
-    scan, classes = run.read("scan", "scan.json"), preflight.count_samples(config).classes
+    scan, classes = run.load(Scan, "scan", "scan.json"), preflight.count_samples(config).classes
     model = build_network(config.model, classes, config.seed)
-    flops = cost.flops(model, session.input_shape(config))
-    weights = {tensor["name"]: int(tensor["weights"]) for tensor in scan["tensors"]}
+    flops = cost.flops(model, Feed.of(config).shape)
+    weights = {tensor.name: tensor.weights for tensor in scan.tensors}
     if missing := weights.keys() - flops.keys():
         raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")
     prune, unit, started = config.prune, config.target.budget, time.perf_counter()
-    scanned = round_plan.scanned(config, scan, classes, flops)
+    scanned = round_plan.scanned(unit, scan, classes, flops)
     floors, caps = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
     total, least, most = (limits.spent(counts, scanned.prices) for counts in (weights, floors, caps))
     spend = scanned.damages.within(floors, caps)
@@ -102,7 +103,7 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     asked = [option(each) for each in compressions]
     between = np.geomspace(1.0, max(*compressions, 1.01), CURVE)
     curve = [option(float(each)) for each in between]
-    return Options(unit, weights, asked, curve, damage.chance_rise(scan, classes), ready, bool(scan.get("together")))
+    return Options(unit, weights, asked, curve, damage.chance_rise(scan, classes), ready, bool(scan.together))
 
 
 def table(options: Options) -> TextTable:

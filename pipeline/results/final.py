@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -48,7 +47,9 @@ from pipeline.run.result import (
 )
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
-from pipeline.train import checkpoint, session
+from pipeline.task.answers import Marks
+from pipeline.task.feed import Feed
+from pipeline.train import checkpoint
 
 HISTOGRAM_BINS = 80
 PACKAGES = ("torch", "torchvision", "ray", "webdataset", "mlflow", "boto3", "numpy")
@@ -70,7 +71,7 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
         dense_gzip=len(gzip.compress(model_bytes, 6, mtime=0)),
     )
     model = build_network(config.model, here.load(DataFacts, "data.json").classes, config.seed)
-    flops = cost.flops(model, session.input_shape(config))
+    flops = cost.flops(model, Feed.of(config).shape)
     result = assemble(config, here, layer_rows(here, prunable, kept.masks, flops, sizes), stored)
     seconds = result.seconds.model_copy(update={"final": round(time.monotonic() - started, 3)})
     result = result.model_copy(update={"seconds": seconds})
@@ -193,9 +194,9 @@ def layer_rows(
 
 def mcnemar(here: Run, reference: str) -> stats.McNemar:
     """The paired comparison of pruned against the reference on the readable test samples."""
-    with np.load(io.BytesIO(storage.read_bytes(here.path("final", "test_answers.npz"))), allow_pickle=False) as saved:
-        valid = saved["valid"]
-        return stats.mcnemar(saved[f"{reference}_right"][valid], saved["pruned_right"][valid])
+    saved = storage.read_bytes(here.path("final", "test_answers.npz"))
+    before, after = Marks.load(saved, reference), Marks.load(saved, "pruned")
+    return stats.mcnemar(before.right[after.valid], after.right[after.valid])
 
 
 def histograms(prunable: list[Prunable], dense: dict[str, Tensor], kept: checkpoint.Checkpoint) -> Histograms:

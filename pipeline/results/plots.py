@@ -6,7 +6,7 @@ Arguments are what the run directory holds (see `contents.py`); accuracies there
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,25 +16,25 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from pipeline.results.budgets import Options
 from pipeline.results.figures import GRID, INK, MUTED, PALETTE, new, styled
-from pipeline.run.records import DenseMetrics, RoundMetrics, WeightHistogram
+from pipeline.run.records import DenseFigures, DenseMetrics, Level, RoundMetrics, Scan, TensorScan, WeightHistogram
 from pipeline.run.result import LayerResult
 
 Part = Mapping[str, Any]
+Metric = Literal["top1", "loss"]
 _MARKERS = "osD^vPX*"
 _KEPT_TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1)
 
 
-def sensitivity(scan: Part, metric: str = "top1") -> Figure:
+def sensitivity(scan: Scan, metric: Metric = "top1") -> Figure:
     """Figure 6: accuracy on val when one tensor alone is cut to so many % of its weights, nothing retrained.
 
     `metric` "loss" draws the loss instead. Bands are 95% intervals of the change against the dense network, paired.
     """
-    tensors = list(scan["tensors"])
     panels = [
         (title, group)
         for title, group in (
-            ("Convolutional", [t for t in tensors if is_convolution(t["kind"])]),
-            ("Fully connected", [t for t in tensors if not is_convolution(t["kind"])]),
+            ("Convolutional", [t for t in scan.tensors if is_convolution(t.kind)]),
+            ("Fully connected", [t for t in scan.tensors if not is_convolution(t.kind)]),
         )
         if group
     ]
@@ -46,8 +46,9 @@ def sensitivity(scan: Part, metric: str = "top1") -> Figure:
         for axis, (title, group) in zip(axes, panels, strict=False):
             _sensitivity_panel(axis, group, scan, metric)
             axis.set_title(title if len(panels) > 1 else "")
-        split = scan.get("split", "val")
-        axes[0].set_ylabel(f"top-1 accuracy on {split} (%)" if metric == "top1" else f"loss on {split} (nats)")
+        axes[0].set_ylabel(
+            f"top-1 accuracy on {scan.split} (%)" if metric == "top1" else f"loss on {scan.split} (nats)"
+        )
         if metric == "loss":
             axes[0].set_yscale("log")
             axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -60,48 +61,51 @@ def is_convolution(kind: str) -> bool:
     return kind.lower().startswith("conv")
 
 
-def _sensitivity_panel(axis: Axes, group: Sequence[Part], scan: Part, metric: str) -> None:
+def _sensitivity_panel(axis: Axes, group: Sequence[TensorScan], scan: Scan, metric: Metric) -> None:
     few = len(group) <= len(PALETTE)
     unit = 100 if metric == "top1" else 1
-    dense = scan["dense"][metric]
+    dense = _measured(scan.dense, metric)
     # Many tensors: colour tells the depth, from first (dark) to last (light); eight colours cannot name 26 lines.
     shades = matplotlib.colormaps["plasma"]
     axis.axhline(unit * dense, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
     for i, tensor in enumerate(group):
         colour = PALETTE[i] if few else shades(0.05 + 0.8 * i / (len(group) - 1))
-        levels = sorted(tensor["levels"], key=lambda level: -level["density"])
-        kept = [100 * level["density"] for level in levels]
+        levels = sorted(tensor.levels, key=lambda level: -level.density)
+        kept = [100 * level.density for level in levels]
         mark = _MARKERS[i % len(_MARKERS)] if few else ""
         axis.plot(
             kept,
-            [unit * level[metric] for level in levels],
+            [unit * _measured(level, metric) for level in levels],
             color=colour,
             marker=mark,
             markersize=4,
             linewidth=1.6 if few else 1.2,
-            label=_short(tensor["name"]),
+            label=_short(tensor.name),
         )
-        bands = [(100 * level["density"], *band) for level in levels if (band := _band(level, dense, metric))]
+        bands = [(100 * level.density, *band) for level in levels if (band := _band(level, dense, metric))]
         if few and bands:
             x, low, high = zip(*bands, strict=True)
             axis.fill_between(
                 x, [unit * v for v in low], [unit * v for v in high], color=colour, alpha=0.14, linewidth=0
             )
-    smallest = 100 * min((level["density"] for t in group for level in t["levels"]), default=0.01)
+    smallest = 100 * min((level.density for t in group for level in t.levels), default=0.01)
     _kept_axis(axis, smallest)
     axis.set_xlabel("weights of the tensor kept (%)")
     columns = 1 if len(group) <= 16 else 2
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=columns, labelspacing=0.25, handlelength=1.6)
 
 
-def _band(level: Part, dense: float, metric: str) -> tuple[float, float] | None:
+def _measured(given: DenseFigures | Level, metric: Metric) -> float:
+    return given.top1 if metric == "top1" else given.loss
+
+
+def _band(level: Level, dense: float, metric: Metric) -> tuple[float, float] | None:
     """The interval of a level's metric: the dense network's less the drop's, or plus the rise's; None without one."""
-    low, high = (level.get(f"{'drop' if metric == 'top1' else 'rise'}_{end}") for end in ("low", "high"))
-    if low is None or high is None:
-        return None
     if metric == "top1":
-        return max(0.0, dense - high), min(1.0, dense - low)
-    return max(0.1 * level["loss"], dense + low), dense + high  # the axis is logarithmic
+        return max(0.0, dense - level.drop_high), min(1.0, dense - level.drop_low)
+    if level.rise_low is None or level.rise_high is None:
+        return None
+    return max(0.1 * level.loss, dense + level.rise_low), dense + level.rise_high  # the axis is logarithmic
 
 
 def _kept_axis(axis: Axes, smallest: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -26,8 +25,8 @@ from pipeline.results.words import (
     size,
     span,
 )
-from pipeline.run.contents import Contents, Json, read
-from pipeline.run.records import LayerActivity
+from pipeline.run.contents import Contents, read
+from pipeline.run.records import LayerActivity, Scan
 from pipeline.run.result import LatencySummary, Result, Scores
 
 
@@ -213,21 +212,32 @@ def measured_on(activity: Iterable[LayerActivity]) -> dict[str, list[str]]:
     return found
 
 
-def scan_rows(scan: Json | None) -> list[dict[str, Any]]:
-    """The scan's tensors with the smallest density tried whose drop stays within delta (None where none does)."""
+@dataclass(frozen=True)
+class Cut:
+    """What the scan says of a tensor; `within` is the smallest density tried whose drop stays within delta, if any."""
+
+    name: str
+    weights: int
+    sigma: float
+    quality: float
+    threshold: float
+    within: float | None
+
+
+def scan_rows(scan: Scan | None) -> list[Cut]:
+    """A row for each of the scan's tensors."""
     if scan is None:
         return []
-    floor = scan["dense"]["top1"] - scan["delta"]
+    floor = scan.dense.top1 - scan.delta
     rows = []
-    for tensor in scan["tensors"]:
+    for tensor in scan.tensors:
         within: float | None = None
-        for level in sorted(tensor["levels"], key=lambda level: -level["density"]):
-            if level["top1"] < floor:
+        for level in sorted(tensor.levels, key=lambda level: -level.density):
+            if level.top1 < floor:
                 break
-            within = level["density"]
-        quality = tensor["quality"]
-        threshold = None if quality is None else quality * tensor["sigma"]
-        rows.append({**tensor, "within": within, "threshold": threshold})
+            within = level.density
+        threshold = tensor.quality * tensor.sigma
+        rows.append(Cut(tensor.name, tensor.weights, tensor.sigma, tensor.quality, threshold, within))
     return rows
 
 

@@ -6,12 +6,10 @@ to the next one. Rank 0 decides from committed files alone, so a run that was ki
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,9 +27,9 @@ from pipeline.run.layout import START, attempt_folder, round_folder, standing, t
 from pipeline.run.records import Judgement, RoundMetrics, StartFacts
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
+from pipeline.task.answers import Answers, Marks
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
-from pipeline.train.evaluate import Answers
 from pipeline.train.session import Session
 
 ANSWERS = "dense_val.npz"  # the dense network's answers on val, by which a campaign judges
@@ -99,23 +97,21 @@ def following(subject: Subject) -> Goal | None:
 
 def note_dense_answers(session: Session, model: nn.Module) -> None:
     """Keep the answers on val of the dense network, which `model` holds, for a campaign to judge by."""
-    if session.config.target.mode != "no-loss" or session.run.has("rounds", ANSWERS):
+    if not session.config.target.no_loss or session.run.has("rounds", ANSWERS):
         return
     answers = session.evaluate(model, "val")
     if session.world.first:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, right=answers.right, valid=answers.valid)
-        session.run.commit_bytes(buffer.getvalue(), "rounds", ANSWERS)
+        session.run.commit_bytes(answers.save(), "rounds", ANSWERS)
     session.world.barrier()
 
 
 def judge(session: Session, answers: Answers) -> Judgement | None:
     """In a campaign without loss, a round's answers on val against the dense network's; else None."""
-    if session.config.target.mode != "no-loss":
+    if not session.config.target.no_loss:
         return None
-    with np.load(io.BytesIO(storage.read_bytes(session.run.path("rounds", ANSWERS))), allow_pickle=False) as dense:
-        both = dense["valid"] & answers.valid
-        return campaign.judge(dense["right"][both], answers.right[both], session.config.target)
+    dense = Marks.load(storage.read_bytes(session.run.path("rounds", ANSWERS)))
+    both = dense.valid & answers.valid
+    return campaign.judge(dense.right[both], answers.right[both], session.config.target)
 
 
 def settle(session: Session) -> bool:

@@ -6,7 +6,6 @@ import copy
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from pipeline import storage
@@ -26,7 +25,7 @@ from pipeline.settings.config import Config
 from pipeline.settings.training import Retrain
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
-from pipeline.train.session import Session, input_shape
+from pipeline.train.session import Session
 
 PRUNED = "pruned"  # the folder, in that of a round, of the network before its retraining
 
@@ -41,13 +40,12 @@ class Pruned(NamedTuple):
 
 def rests_on_samples(config: Config) -> bool:
     """Whether masks or survivors follow from sums over samples, whose last bits depend on the number of ranks."""
-    return bool(config.prune.reconstruct_samples or criteria.statistic_of(config.prune.criterion))
+    return bool(config.prune.reconstruct_samples or criteria.of(config.prune).statistic)
 
 
 def check(model: nn.Module, config: Config, names: list[str]) -> None:
     """Raise UserError if this network cannot be given the statistics or the reconstruction that the config wants."""
-    if criteria.statistic_of(config.prune.criterion) == "curvature":
-        statistics.require_curvature(model, names)
+    statistics.require(model, names, config.prune)
     if config.prune.reconstruct_samples:
         with evaluating(model):
             graph, notes = graph_of(model)
@@ -104,7 +102,7 @@ def without_dead(
 
     Constants of dead units go into biases of `model`. Raises Agreed if the ranks' masks differ.
     """
-    example = torch.zeros(2, *input_shape(session.config), device=session.world.device)
+    example = session.feed.zeros(2, session.world.device)
     left, notes = dead.remove(model, kept, example, session.config.prune.min_weights)
     for note in notes:
         if note not in told:
@@ -129,7 +127,7 @@ def reconstruct(session: Session, model: nn.Module, before: nn.Module | None, ke
         return []
     samples = session.config.prune.reconstruct_samples
     batches = [batch for batch in session.calibration(samples, share=True) if bool((batch.weights > 0).any())]
-    fits, notes = reconstruction.reconstruct(model, before, kept, batches, session.config, session.world)
+    fits, notes = reconstruction.reconstruct(model, before, kept, batches, session.feed, session.world)
     for note in notes:
         session.progress(Warned(f"prune.reconstruct_samples: {note}: it is masked only"))
     if fits:
@@ -154,7 +152,7 @@ def recalibrate(session: Session, model: nn.Module) -> None:
     """prune.bn_samples: batch norm's running statistics from train samples, the same ones on every rank."""
     config = session.config
     if config.prune.bn_samples and batch_norm.norms(model):
-        batch_norm.recalibrate(model, session.calibration(config.prune.bn_samples), config, session.world.device)
+        batch_norm.recalibrate(model, session.calibration(config.prune.bn_samples), session.feed, session.world.device)
 
 
 def dropout_rates(session: Session, model: nn.Module, keep: dict[str, int]) -> dict[str, float]:

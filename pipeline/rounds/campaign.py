@@ -52,13 +52,13 @@ def following(config: Config, origin: Origin, floor: int, tried: Sequence[Tried]
 
     `floor` is the fewest weights that prune.min_weights allows. Raises UserError for a budget that cannot be met.
     """
-    if config.target.mode == "no-loss":
+    if config.target.no_loss:
         return _no_loss(config.target, origin, floor, tried)
-    planned = round_plan.densities(config, origin.density)
+    planned = round_plan.densities(config.prune, config.target, origin.density)
     number = len(tried) + 1
     if number > len(planned):
         return None
-    budget = round_plan.budget(config, number, origin.total, origin.density)
+    budget = round_plan.budget(config.prune, config.target, number, origin.total, origin.density)
     return Goal(number, 1, planned[number - 1], budget, origin.generation + number)
 
 
@@ -75,11 +75,11 @@ def outlook(config: Config, origin: Origin, floor: int) -> list[Goal]:
 def require_room(config: Config, origin: Origin, floor: int) -> None:
     """Raise UserError where a run that begins at a pruned network asks for no fewer weights than that has."""
     goals = outlook(config, origin, floor)
-    if origin.kept == origin.total or config.target.mode == "thresholds":
+    if origin.kept == origin.total or config.target.by_thresholds:
         return
     if not goals or goals[0].budget >= origin.kept:
         asked = f"prune.list={[*config.prune.list]}"
-        if config.prune.schedule != "list":
+        if not schedules.of(config.prune).from_list:
             asked = f"target.compression={config.target.compression or origin.total:g}"
         raise UserError(
             f"{asked} removes nothing: start.from={config.start.source} has {origin.kept:,} of {origin.total:,} "

@@ -5,11 +5,8 @@ SPMD, as `pipeline.rounds.method`: every rank runs it in lockstep, rank 0 writes
 
 from __future__ import annotations
 
-import io
 import json
 import time
-
-import numpy as np
 
 from pipeline import storage
 from pipeline.network.survey import survey
@@ -17,6 +14,7 @@ from pipeline.rounds import before_retraining, branch
 from pipeline.run.layout import control_folder, round_folder, standing
 from pipeline.run.records import DenseMetrics, Epoch, TestMetrics
 from pipeline.run.state import now_ms
+from pipeline.task.answers import Answers, save_marks
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.loop import Training
@@ -69,20 +67,16 @@ def look_at_test(session: Session) -> None:
     trained = len(branch.retrainings(config, run))
     if config.prune.dense_control and trained:
         states["dense_control"] = f"{control_folder(trained)}/checkpoint"
-    metrics, arrays = {}, {}
+    answers: dict[str, Answers] = {}
     for name, folder in states.items():
         model = session.new_model()
         model.load_state_dict(checkpoint.load(run, folder).weights)
-        answers = session.evaluate(model, "test")
-        metrics[name] = answers.metrics()
-        arrays[f"{name}_right"] = answers.right
-        arrays["valid"] = answers.valid
+        answers[name] = session.evaluate(model, "test")
     if session.world.first:
         record_look(session, "final evaluation")
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        run.commit_bytes(buffer.getvalue(), "final", "test_answers.npz")
-        run.commit(TestMetrics(int(arrays["valid"].sum()), **metrics), "final", "test.json")
+        metrics = {name: each.metrics() for name, each in answers.items()}
+        run.commit_bytes(save_marks(answers), "final", "test_answers.npz")
+        run.commit(TestMetrics(int(answers["pruned"].valid.sum()), **metrics), "final", "test.json")
     session.world.barrier()
 
 

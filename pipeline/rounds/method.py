@@ -18,9 +18,9 @@ from pipeline.data.loader import EvalLoader
 from pipeline.network import dropout
 from pipeline.network.activity import ActivationMeter
 from pipeline.network.survey import Prunable, survey
-from pipeline.prune import criteria, masks, round_plan
+from pipeline.prune import criteria, masks, patterns, round_plan
 from pipeline.prune.gradual import Gradual
-from pipeline.prune.round_plan import Goal
+from pipeline.prune.round_plan import Goal, Standing
 from pipeline.rounds import attempts, before_retraining, campaign, comparison
 from pipeline.rounds.before_retraining import Pruned
 from pipeline.rounds.subject import Subject, open_subject
@@ -36,7 +36,6 @@ from pipeline.run.records import (
     RoundPlan,
 )
 from pipeline.run.state import now_ms
-from pipeline.task.classification import forward
 from pipeline.train import checkpoint, first_step
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.loop import Training
@@ -179,8 +178,7 @@ def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: s
 
 def plan_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, statistics: dict[str, Tensor]) -> RoundPlan:
     """The plan of a round, the same on every rank, since all hold the same weights and statistics of them."""
-    config = subject.session.config
-    return round_plan.make(config, goal, subject.weights, subject.dense, alive, subject.scan, statistics)
+    return round_plan.make(subject.basis, goal, Standing(subject.weights, alive, statistics))
 
 
 def gradually(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str) -> Gradual | None:
@@ -222,7 +220,8 @@ def shared_masks(
     packed = None
     if session.world.first:
         ranking = criteria.scores(session.config.prune.criterion, weights, session.config.seed, statistics)
-        made = {name: masks.top_mask(ranking[name], alive[name], plan.keep[name]) for name in weights}
+        pattern = patterns.of(session.config.prune)
+        made = {name: pattern.mask(ranking[name], alive[name], plan.keep[name]) for name in weights}
         packed = masks.pack_bits({name: mask.cpu() for name, mask in made.items()})
     packed = session.world.broadcast(packed)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
@@ -249,7 +248,7 @@ def measure_activity(session: Session, prunable: list[Prunable]) -> None:
     data = EvalLoader(session.split("val"), session.config.data, limit=ACTIVITY_SAMPLES, seed=session.config.seed)
     with ActivationMeter(model, [tensor.name for tensor in prunable]) as meter, torch.inference_mode():
         for batch in data.batches(0, 1):
-            forward(model, batch.images.to(session.world.device), session.config)
+            session.feed.forward(model, batch.images.to(session.world.device))
     rows = [
         LayerActivity(name, found.output_density, found.input_density, found.measured)
         for name, found in meter.result().items()

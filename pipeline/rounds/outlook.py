@@ -13,12 +13,12 @@ from pipeline.base.errors import UserError
 from pipeline.data import placement
 from pipeline.network import cost
 from pipeline.network.survey import LeftOut, Prunable
-from pipeline.prune import criteria, round_plan
-from pipeline.prune.round_plan import Goal, Scanned
+from pipeline.prune import allocation, criteria, round_plan
+from pipeline.prune.round_plan import Basis, Goal, Scanned, Standing
 from pipeline.rounds import branch, campaign, preflight
 from pipeline.rounds.subject import prunable_weights
 from pipeline.run import state
-from pipeline.run.records import RoundPlan
+from pipeline.run.records import RoundPlan, Scan
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint, recipe
 
@@ -58,7 +58,7 @@ def make(config: Config) -> RunPlan:
 
     Raises UserError as the run itself would.
     """
-    preflight.check_names(config)
+    preflight.check_names(config, planned=True)
     counts = preflight.count_samples(config)
     require_samples(counts)
     run = state.Run(state.run_root(config), 0)
@@ -95,15 +95,15 @@ def make(config: Config) -> RunPlan:
     if not keep:
         notes.append(
             f"prune.allocation={config.prune.allocation}: densities of single tensors follow from trained weights"
-            + (", statistics of train samples" if criteria.statistic_of(config.prune.criterion) else "")
-            + (" and the scan" if round_plan.needs_scan(config) else "")
+            + (", statistics of train samples" if criteria.of(config.prune).statistic else "")
+            + (" and the scan" if round_plan.needs_scan(config.prune, config.target) else "")
             + (
                 "; totals are exact, FLOPs and bytes assume equal densities until then"
                 if config.target.budget == "weights"
                 else "; totals assume equal densities until then"
             )
         )
-    if config.prune.allocation == "explicit":
+    if allocation.of(config.prune).fixes_densities:
         notes.append("target.compression is not used: prune.densities decides the size")
     dense_steps = steps["dense"] if source is None else 0
     return RunPlan(counts, prunable, checked.left_out, flops, densities, dense_steps, rows, notes)
@@ -112,7 +112,7 @@ def make(config: Config) -> RunPlan:
 def target_notes(config: Config) -> list[str]:
     """What a table of rounds cannot say of target.mode=no-loss."""
     target = config.target
-    if target.mode != "no-loss":
+    if not target.no_loss:
         return []
     drop = f"more than {100 * target.allowed:.2g} points"
     lost = f"lost {drop}" if target.confidence == 0.5 else f"may have lost {drop} (confidence {target.confidence:g})"
@@ -141,9 +141,9 @@ def look_up(
     run = state.Run(state.run_root(config), 0)
     scan = None
     if run.has("scan", "finished.json"):
-        content = run.read("scan", "scan.json")
-        if fresh.keys() == {tensor["name"] for tensor in content["tensors"]}:
-            scan = round_plan.scanned(config, content, classes, flops)
+        found = run.load(Scan, "scan", "scan.json")
+        if fresh.keys() == {tensor.name for tensor in found.tensors}:
+            scan = round_plan.scanned(config.target.budget, found, classes, flops)
     everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in fresh.items()}
     if source is not None:
         saved = checkpoint.load(source.run, source.checkpoint)
@@ -161,13 +161,14 @@ def look_up(
 
 def plan_at(config: Config, goal: Goal, known: Known) -> RoundPlan | None:
     """The plan of a round, or None where it follows from weights, statistics or a scan that do not exist yet."""
-    by_scores = config.prune.allocation in ("paper", "pooled") or config.target.mode == "thresholds"
-    if by_scores and (not known.trained or criteria.statistic_of(config.prune.criterion)):
+    prune, target = config.prune, config.target
+    if round_plan.uses_scores(prune, target) and (not known.trained or criteria.of(prune).statistic):
         return None
-    if round_plan.needs_scan(config) and known.scan is None:
+    if round_plan.needs_scan(prune, target) and known.scan is None:
         return None
     anything = {name: torch.ones_like(weight) for name, weight in known.weights.items()}  # counts follow from no score
-    return round_plan.make(config, goal, known.weights, known.dense, known.alive, known.scan, anything)
+    basis = Basis(prune, target, config.seed, known.dense, known.scan)
+    return round_plan.make(basis, goal, Standing(known.weights, known.alive, anything))
 
 
 def require_samples(counts: preflight.Counts) -> None:

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.base.errors import UserError
-from pipeline.base.names import lookup
 from pipeline.calibrate import batch_norm
 from pipeline.data import placement, shards, sources
 from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.network.survey import LeftOut, Prunable, survey
-from pipeline.prune import allocation, criteria, round_plan
+from pipeline.prune import axes, round_plan
 from pipeline.rounds import attempts, before_retraining, branch, campaign
 from pipeline.rounds.campaign import Origin
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run, run_root
 from pipeline.settings.config import Config
+from pipeline.task.feed import Feed, task_of
 from pipeline.train import first_step, phases
-from pipeline.train.session import check_output, input_shape
+from pipeline.train.session import check_output
 from pipeline.train.world import choose_device
 
 
@@ -33,9 +33,6 @@ class Counts:
     val: int
     test: int
     classes: int
-
-
-ILSVRC = Counts(1_281_167, 0, 50_000, 1000)  # ImageNet 2012, whose val is our test
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def check(config: Config, run: Run | None = None) -> None:
     counts = known_counts(config, run)
     check_network(config, counts, run)
     if not run.has("dense", "finished.json"):
-        first_step.require(config, counts.classes, first_step.zeros(config), choose_device(config))
+        first_step.require(config, counts.classes, first_step.zeros(config.data), choose_device(config.device))
 
 
 def check_again(config: Config, run: Run) -> None:
@@ -75,10 +72,14 @@ def check_again(config: Config, run: Run) -> None:
         check_network(config, known_counts(config, run), run)
 
 
-def check_names(config: Config) -> None:
-    """Raise UserError for a criterion or allocation that does not exist."""
-    lookup(criteria.CRITERIA, config.prune.criterion, "prune.criterion")
-    lookup(allocation.ALLOCATIONS, config.prune.allocation, "prune.allocation")
+def check_names(config: Config, *, planned: bool = False) -> None:
+    """Raise UserError for a name that does not exist, and for settings that do not fit together.
+
+    What is only `planned` can do without the files of a source whose numbers are known.
+    """
+    task_of(config.task)
+    axes.require_fitting(config.prune, config.target)
+    sources.require_root(config.data, planned=planned)
 
 
 def check_network(config: Config, counts: Counts, run: Run) -> Checked:
@@ -87,22 +88,23 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     Warns of settings that do nothing to this network.
     """
     model = build_network(config.model, counts.classes, config.seed)
-    check_output(model, config, counts.classes)
+    feed = Feed.of(config)
+    check_output(model, config.model.factory, feed, counts.classes)
     prunable, left_out = survey(model, config.prune.include, config.prune.exclude)
-    sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, input_shape(config))
-    round_plan.require_possible(config, sizes, flops)
+    sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, feed.shape)
+    round_plan.require_possible(config.prune, config.target, sizes, flops)
     begin = branch.origin(config, run, prunable)
-    begin = attempts.priced(config, begin, sizes, round_plan.costs(config, sizes, flops))
+    begin = attempts.priced(config, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
     fewest = attempts.floor(config, prunable)
     campaign.require_room(config, begin, fewest)
-    if config.target.mode == "no-loss":
+    if config.target.no_loss:
         campaign.require_enough(counts.val, config.target)
     phases.require_layers(model, config.retrain.phases)
     before_retraining.check(model, config, [tensor.name for tensor in prunable])
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
         if samples and not batch_norm.norms(model):
             warnings.warn(f"{name}.bn_samples={samples} is ignored: the network has no batch norm", stacklevel=2)
-    for name, training in first_step.trainings(config).items():
+    for name, training in first_step.trainings(config.dense, config.retrain).items():
         if not placement.steps_per_epoch(counts.train, config.data.lanes, training.batch_size):
             raise UserError(
                 f"train has {counts.train} samples, too few for one step of {name}.batch_size={training.batch_size} in "
@@ -122,16 +124,17 @@ def known_counts(config: Config, run: Run) -> Counts:
 def count_samples(config: Config) -> Counts:
     """Samples of each split, from the manifest where there is one, else from the source's labels.
 
-    ImageNet's numbers need no files.
+    The numbers of some sources are known without their files.
     """
-    if config.data.source == "shards":
+    kind = sources.of(config.data)
+    if kind.in_place:
         manifest = shards.load_manifest(str(config.data.root))
         sizes = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
         held = len(manifest.holdout or ())
         return Counts(sizes["train"] - held, sizes.get("val", 0) + held, sizes["test"], manifest.num_classes)
-    if config.data.source == "imagenet" and config.data.root is None:
-        held = round(config.data.val_fraction * ILSVRC.train)
-        return Counts(ILSVRC.train - held, held, ILSVRC.test, config.data.classes or ILSVRC.classes)
+    if config.data.root is None and kind.sizes is not None:
+        held = round(config.data.val_fraction * kind.sizes.train)
+        return Counts(kind.sizes.train - held, held, kind.sizes.test, config.data.classes or kind.sizes.classes)
     source = sources.open_source(config.data, config.seed)
     val = len(shards.draw_val(source.train.labels, config.data.val_fraction, config.seed))
     train = len(source.train.labels) - val

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from pipeline.network import cost
 from pipeline.network.survey import Prunable, survey
 from pipeline.prune import round_plan
-from pipeline.prune.round_plan import Scanned
+from pipeline.prune.round_plan import Basis, Scanned
+from pipeline.run.records import Scan
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
-from pipeline.train.session import Session, input_shape
+from pipeline.train.session import Session
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Subject:
         return prunable_weights(self.model, self.prunable)
 
     @property
+    def basis(self) -> Basis:
+        """What plans of its rounds rest on."""
+        config = self.session.config
+        return Basis(config.prune, config.target, config.seed, self.dense, self.scan)
+
+    @property
     def everything(self) -> dict[str, Tensor]:
         """Masks that keep all weights."""
         return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.dense.items()}
@@ -55,9 +62,10 @@ def open_subject(session: Session) -> Subject:
     prunable, _ = survey(model, config.prune.include, config.prune.exclude)
     dense = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
     scan = None
-    if round_plan.needs_scan(config):
-        flops = cost.flops(model, input_shape(config))
-        scan = round_plan.scanned(config, session.run.read("scan", "scan.json"), session.manifest.num_classes, flops)
+    if round_plan.needs_scan(config.prune, config.target):
+        flops = cost.flops(model, session.feed.shape)
+        found = session.run.load(Scan, "scan", "scan.json")
+        scan = round_plan.scanned(config.target.budget, found, session.manifest.num_classes, flops)
     return Subject(session, model, prunable, dense, scan)
 
 

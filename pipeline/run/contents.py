@@ -20,6 +20,7 @@ from pipeline.run.records import (
     RoundMetrics,
     RoundPlan,
     RunFacts,
+    Scan,
     StartFacts,
 )
 from pipeline.run.result import Result
@@ -66,7 +67,7 @@ class Contents:
     config: Config
     data: DataFacts | None
     dense: DenseMetrics | None
-    scan: Json | None
+    scan: Scan | None
     rounds: tuple[Round, ...]
     control: DenseMetrics | None
     start: StartFacts | None
@@ -116,7 +117,7 @@ def read(run_dir: str | Path) -> Contents:
         config=load_config(config),
         data=parsed(DataFacts, "data.json"),
         dense=parsed(DenseMetrics, "dense", "metrics.json"),
-        scan=_json(storage.join(run_dir, "scan", "scan.json")),
+        scan=parsed(Scan, "scan", "scan.json"),
         rounds=tuple(_rounds(storage.join(run_dir, "rounds"))),
         control=parsed(DenseMetrics, "rounds", "control.json"),
         start=parsed(StartFacts, "start", "start.json"),

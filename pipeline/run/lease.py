@@ -7,7 +7,6 @@ lasts can be taken over.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -19,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from pipeline import storage
 from pipeline.base.errors import UserError
@@ -43,12 +44,12 @@ def hold(root: str, seconds: float, before: Callable[[], None], tell: Callable[[
 @contextmanager
 def _hold_local(root: Path, before: Callable[[], None]) -> Iterator[int]:
     path = str(root / NAME)
-    with open(root / ".lock", "a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lease = storage.read_json(path) if storage.exists(path) else {"pid": "?", "host": "?"}
-            raise _refusal(str(root), lease, "wait for it, stop it") from error
+    try:  # a soft lock would outlive a killed process
+        held = FileLock(root / ".lock", blocking=False, thread_local=False, fallback_to_soft=False).acquire()
+    except Timeout as error:
+        lease = storage.read_json(path) if storage.exists(path) else {"pid": "?", "host": "?"}
+        raise _refusal(str(root), lease, "wait for it, stop it") from error
+    with held:
         fence = 1 + (storage.read_json(path)["fence"] if storage.exists(path) else 0)
         before()
         storage.write_json(path, _facts(fence))

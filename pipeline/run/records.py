@@ -338,18 +338,24 @@ class ScanOrigin(Record):
 
 @dataclass(frozen=True)
 class Figures(Record):
-    """The answers of the network that is scanned: right ones with their interval (Wilson), and loss."""
+    """A network's answers to `samples` samples.
+
+    low and high are top1's 95% interval (Wilson); None where the figures are those of another machine's scan.json.
+    """
 
     top1: float
     loss: float
-    low: float
-    high: float
     samples: int
+    low: float | None = optional()
+    high: float | None = optional()
 
 
 @dataclass(frozen=True)
 class Trials(Record):
-    """scan/trials.json: the levels measured so far, by tensor. `dense` is None until the network itself is measured."""
+    """scan/trials.json: the levels measured so far, by tensor, in the order in which they were measured.
+
+    `dense` is None until the network itself is measured.
+    """
 
     made_of: ScanOrigin
     dense: Figures | None

@@ -2,32 +2,80 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
+from pipeline.base.seeding import generator
 from pipeline.calibrate import batch_norm
 from pipeline.calibrate.statistics import statistics_for
 from pipeline.data.loader import Batch, EvalLoader
 from pipeline.network.survey import survey
-from pipeline.scan import levels
+from pipeline.prune import criteria, patterns
+from pipeline.prune.patterns import Pattern
+from pipeline.scan import racing
+from pipeline.settings.pruning import Prune, Scan
+from pipeline.task.answers import Answers
+from pipeline.task.feed import Feed
 from pipeline.train import checkpoint
 from pipeline.train.session import Session
 
 
-class ScanInputs(NamedTuple):
-    """The network and masks of a checkpoint, the val batches (uint8) that levels are measured on, those of train that
-    batch norm is calibrated on, and the statistics of the weights that the criterion needs, by tensor."""
+@dataclass(frozen=True, eq=False)
+class ScanInputs:
+    """What every level of a scan is measured with; between two levels `model`, on `device`, is as it was.
 
+    `batches` are those of val (uint8) that levels are measured on. With racing they must be in an order by chance, and
+    end at the looks (`shuffled`). `alive` are the masks that stay applied, by tensor; one without a mask is alive as a
+    whole. If there are `calibration` batches (of train), each level has batch norm's statistics of these. `statistics`
+    are what the criterion needs of each weight, by tensor.
+    """
+
+    scan: Scan
+    prune: Prune
+    feed: Feed
+    device: torch.device
     model: nn.Module
-    alive: dict[str, Tensor]
-    batches: list[Batch]
-    calibration: list[Batch]
-    statistics: dict[str, Tensor]
+    batches: Sequence[Batch]
+    alive: Mapping[str, Tensor] = field(default_factory=dict)
+    calibration: Sequence[Batch] = ()
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def pattern(self) -> Pattern:
+        """How the weights that go must lie."""
+        return patterns.of(self.prune)
+
+    @torch.no_grad()
+    def answers(self) -> Answers:
+        """The answers of the network as it now is, in eval mode, to all batches."""
+        self.model.eval()
+        rows = []
+        for batch in self.batches:
+            output = self.feed.forward(self.model, batch.images.to(self.device))
+            rows.append(self.feed.task.judge(output, batch, None).cpu())
+        return Answers.of(torch.cat(rows, 1), present=False)
+
+    def prepared(self, number: int) -> Tensor:
+        """What the network takes for batch `number`: (n, channels, height, width), float32, on the device."""
+        images = self.batches[number].images.to(self.device, non_blocking=True)
+        return self.feed.inputs(images)
+
+    def scores(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The criterion's scores of these tensors' weights; higher ones are kept."""
+        return criteria.scores(self.prune.criterion, weights, self.feed.seed, self.statistics)
+
+    def calibrate(self) -> None:
+        """Estimate batch norm's statistics of the network as it now is, if there are calibration batches."""
+        if self.calibration:
+            batch_norm.recalibrate(self.model, self.calibration, self.feed, self.device)
 
 
 def scan_inputs(opened: Session, source: str) -> ScanInputs:
-    """What every level of a scan of checkpoint `source` needs."""
+    """What a scan of the network in checkpoint `source` needs."""
     config = opened.config
     model, saved = opened.new_model(), checkpoint.load(opened.run, source)
     model.load_state_dict(saved.weights)
@@ -35,9 +83,47 @@ def scan_inputs(opened: Session, source: str) -> ScanInputs:
     if config.scan.interval is None:
         batches = [*loader.batches(0, 1)]
     else:
-        batches = levels.shuffled(loader.batches(0, 1), len(loader), config.data.eval_batch, config.seed)
+        batches = shuffled(loader.batches(0, 1), len(loader), config.data.eval_batch, config.seed)
     wanted = config.scan.bn_samples and batch_norm.norms(model)
     calibration = [*opened.calibration(config.scan.bn_samples)] if wanted else []
     prunable, _ = survey(model, config.prune.include, config.prune.exclude)
     statistics = statistics_for(opened, model, [tensor.name for tensor in prunable])
-    return ScanInputs(model, saved.masks, batches, calibration, statistics)
+    return ScanInputs(
+        scan=config.scan,
+        prune=config.prune,
+        feed=opened.feed,
+        device=opened.world.device,
+        model=model,
+        batches=batches,
+        alive=saved.masks,
+        calibration=calibration,
+        statistics=statistics,
+    )
+
+
+def shuffled(batches: Iterable[Batch], samples: int, batch_size: int, seed: int) -> list[Batch]:
+    """All samples in an order by chance, the same for a seed, in batches of at most batch_size that end at the looks.
+
+    Classes lie together in some data: without this the first samples would not stand for all.
+    """
+    order = generator(seed, "scan", "order").permutation(samples)
+    place = torch.empty(samples, dtype=torch.int64)
+    place[torch.from_numpy(order)] = torch.arange(samples)
+    parts: list[Tensor] | None = None
+    first = 0
+    for batch in batches:
+        given = (batch.images, batch.labels, batch.weights, batch.indices)
+        if parts is None:
+            parts = [tensor.new_empty((samples, *tensor.shape[1:])) for tensor in given]
+        for part, tensor in zip(parts, given, strict=True):
+            part[place[first : first + len(tensor)]] = tensor
+        first += len(batch.labels)
+    assert first == samples
+    assert parts is not None
+    cuts = [0, *racing.looks(samples, racing=True)]
+    sizes = [
+        min(batch_size, end - start)
+        for begin, end in itertools.pairwise(cuts)
+        for start in range(begin, end, batch_size)
+    ]
+    return [Batch(*made) for made in zip(*(part.split(sizes) for part in parts), strict=True)]

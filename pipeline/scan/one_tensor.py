@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
 
 from pipeline.calibrate import batch_norm
-from pipeline.data.loader import Batch
 from pipeline.prune.allocation import sigma
-from pipeline.prune.criteria import scores
-from pipeline.prune.masks import nested
+from pipeline.run.records import Difference, Level
 from pipeline.scan import racing
-from pipeline.settings.config import Config
+from pipeline.scan.inputs import ScanInputs
 
 
 class OneTensor:
@@ -25,23 +22,14 @@ class OneTensor:
     tensor are the same at every level, but not the dense network's: `shared` sets them.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        config: Config,
-        device: torch.device,
-        alive: Tensor | None,
-        calibration: Sequence[Batch],
-        statistics: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.model, self.weight = model, dict(model.named_parameters())[name]
+    def __init__(self, given: ScanInputs, name: str) -> None:
+        self.weight = dict(given.model.named_parameters())[name]
         self.dense = self.weight.detach().clone()
+        alive = given.alive.get(name)
         self.alive = torch.ones_like(self.dense, dtype=torch.bool) if alive is None else alive.to(self.dense.device)
         self.count = int(self.alive.sum())
         self.std = sigma(self.dense[self.alive])
-        self._name, self._config, self._device, self._calibration = name, config, device, calibration
-        self._criterion_needs = statistics
+        self._given, self._name = given, name
         self._statistics: list[batch_norm.Statistics] = []  # of each level, if there are calibration batches
 
     @torch.no_grad()
@@ -49,16 +37,15 @@ class OneTensor:
         """Make the masks of some densities, falling, and the statistics: their places in the list are their numbers."""
         self.densities = densities
         self.keeps = [racing.kept(density, self.count) for density in densities]
-        criterion, seed = self._config.prune.criterion, self._config.seed
-        ranking = scores(criterion, {self._name: self.dense}, seed, self._criterion_needs)[self._name]
-        self.steps = nested(ranking, self.alive, self.keeps)
+        ranking = self._given.scores({self._name: self.dense})[self._name]
+        self.steps = self._given.pattern.nested(ranking, self.alive, self.keeps)
         self._statistics = []
-        if self._calibration:
+        if self._given.calibration:
             with self._put_back():
                 for number in range(len(densities)):
                     self._mask(number)
-                    batch_norm.recalibrate(self.model, self._calibration, self._config, self._device)
-                    self._statistics.append(batch_norm.statistics(self.model))
+                    self._given.calibrate()
+                    self._statistics.append(batch_norm.statistics(self._given.model))
 
     @contextmanager
     def pruned(self, numbers: Iterable[int]) -> Iterator[Iterator[int]]:
@@ -68,7 +55,7 @@ class OneTensor:
             for number in numbers:
                 self._mask(number)
                 if self._statistics:
-                    batch_norm.put_back(self.model, self._statistics[number])
+                    batch_norm.put_back(self._given.model, self._statistics[number])
                 yield number
 
         with self._put_back():
@@ -86,7 +73,7 @@ class OneTensor:
         """The whole tensor, and of every norm that comes before it the statistics that all levels have."""
         with self._put_back():
             if self._statistics:
-                batch_norm.put_back(self.model, self._statistics[0])
+                batch_norm.put_back(self._given.model, self._statistics[0])
             yield
 
     def quality(self, number: int) -> float:
@@ -94,15 +81,26 @@ class OneTensor:
         smallest = float(torch.where(self.steps > number, self.dense.abs(), math.inf).min())
         return smallest / self.std if self.std > 0 else 0.0
 
+    def level(self, number: int, seen: Difference, method: str) -> Level:
+        """The record of a level from how the network answered at it; `method` is that of the suffix."""
+        return Level(
+            density=self.densities[number],
+            kept=self.keeps[number],
+            absolute=self.keeps[number] / self.dense.numel(),
+            quality=self.quality(number),
+            method=method,
+            **vars(seen),
+        )
+
     def _mask(self, number: int) -> None:
         torch.mul(self.dense, self.steps > number, out=self.weight.data)
 
     @contextmanager
     def _put_back(self) -> Iterator[None]:
-        before = batch_norm.statistics(self.model) if self._calibration else []
+        before = batch_norm.statistics(self._given.model) if self._given.calibration else []
         try:
             yield
         finally:
             self.weight.data.copy_(self.dense)
-            if self._calibration:
-                batch_norm.put_back(self.model, before)
+            if self._given.calibration:
+                batch_norm.put_back(self._given.model, before)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from scipy.special import ndtri
 
 from pipeline.base.stats import Z95
+from pipeline.run.records import Level
 from pipeline.settings.pruning import Scan
 
 LOOKS = 5  # at most; each more makes every interval a little wider
@@ -48,21 +48,21 @@ def decided(low: float, high: float, dense_top1: float, scan: Scan) -> bool:
     return (high - low) / 2 <= scan.interval or low > scan.hopeless * dense_top1
 
 
-def next_levels(known: Sequence[dict[str, Any]], scan: Scan, weights: int) -> list[float]:
+def next_levels(known: Sequence[Level], scan: Scan, weights: int) -> list[float]:
     """The densities to measure now, falling, of a tensor with so many weights; nothing when its curve is done.
 
     grid: those of scan.levels that are missing. adaptive: first the largest, the middle and the smallest of
     scan.levels; then, until scan.max_levels, between neighbours (the dense network being the first) whose drops differ
     by more than scan.tolerance, the widest gap first, at the geometric mean of their densities.
     """
-    done = {level["density"] for level in known}
+    done = {level.density for level in known}
     if scan.mode == "grid":
         return [density for density in scan.levels if density not in done]
     coarse = dict.fromkeys((scan.levels[0], scan.levels[len(scan.levels) // 2], scan.levels[-1]))
     missing = [density for density in coarse if density not in done]
     if missing:
         return missing
-    points = [(1.0, 0.0), *sorted(((level["density"], level["drop"]) for level in known), reverse=True)]
+    points = [(1.0, 0.0), *sorted(((level.density, level.drop) for level in known), reverse=True)]
     gaps = []
     for (upper, before), (lower, after) in itertools.pairwise(points):
         middle = float(f"{math.sqrt(upper * lower):.3g}")

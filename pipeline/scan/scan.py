@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.data import shards
-from pipeline.engine import Engine, Trials
+from pipeline.engine import Engine, Levels
 from pipeline.network.survey import Prunable
-from pipeline.prune import damage
+from pipeline.prune import allocation, damage
 from pipeline.prune.allocation import sigma
 from pipeline.run.events import LevelMeasured, Progress, TogetherMeasured
 from pipeline.run.layout import round_folder
-from pipeline.run.records import Level
+from pipeline.run.records import (
+    DenseFigures,
+    Figures,
+    Joint,
+    JointTrials,
+    Level,
+    Scan,
+    ScanOrigin,
+    TensorScan,
+    TogetherRow,
+    Trials,
+)
 from pipeline.run.state import Run, fingerprint
 from pipeline.scan import racing, together
-from pipeline.settings.config import Config
+from pipeline.settings.config import Config, hashed
 from pipeline.train import checkpoint
+from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import data_root
 
 DENSE = "dense/checkpoint"
@@ -29,7 +39,7 @@ KEY_SETTINGS = {
     "data": ("channels", "resize", "size", "mean", "std"),
     "model": ("factory", "kwargs"),
     "scan": ("samples", "interval", "hopeless", "bn_samples"),
-    "prune": ("criterion", "statistics_samples"),
+    "prune": ("criterion", "statistics_samples", "pattern"),
 }
 
 
@@ -41,8 +51,8 @@ def measure(
     progress: Progress,
     merged: Sequence[str] = (),
     after: int | None = None,
-) -> dict[str, Any]:
-    """Measure every level that is not known yet and write scan/scan.json, or scan/after-N.json; returns its content.
+) -> Scan:
+    """Measure every level that is not known yet and write scan/scan.json, or scan/after-N.json; returns what it holds.
 
     Known are the levels of a scan that was stopped, and those in the files `merged`, which must be of the same
     weights, data and settings. `after` scans the model of that finished round, whose masks stay applied. Raises
@@ -54,7 +64,7 @@ def measure(
     known, dense = _stopped(here, trials, made_of)
     names = [tensor.name for tensor in prunable]
     for path in merged:
-        dense = _merge(path, made_of, names, known) or dense
+        dense = _merge(path, made_of, names, known)
     saved = checkpoint.load(here, source)
     living = {t.name: int(saved.masks[t.name].sum()) if t.name in saved.masks else t.weights for t in prunable}
     wanted = {name: racing.next_levels(known.get(name, []), config.scan, living[name]) for name in names}
@@ -63,76 +73,89 @@ def measure(
     if config.scan.mode == "adaptive":
         total = max(total, len(names) * config.scan.max_levels)
 
-    def on_level(name: str, level: dict[str, Any]) -> None:
+    def on_level(name: str, level: Level) -> None:
         levels = known.setdefault(name, [])
-        if any(level["density"] == before["density"] for before in levels):
+        if any(level.density == before.density for before in levels):
             return  # a trial that was lost and started again measures its first levels twice
         levels.append(level)
-        here.commit({"made_of": made_of, "dense": dense, "levels": known}, "scan", trials)
-        progress(LevelMeasured(name, Level.from_json(level, name), sum(map(len, known.values())), total))
+        here.commit(Trials(made_of, dense, known), "scan", trials)
+        progress(LevelMeasured(name, level, sum(map(len, known.values())), total))
 
     if todo or dense is None:
         dense = engine.scan(todo, config, here, on_level, source)
-    here.commit({"made_of": made_of, "dense": dense, "levels": known}, "scan", trials)
-    content = join(known, prunable, saved.weights, saved.masks, dense, config)
-    content |= {"after": after, "key": fingerprint(made_of), "made_of": made_of}
+    here.commit(Trials(made_of, dense, known), "scan", trials)
+    found = Scan(
+        samples=dense.samples,
+        split="val",
+        dense=DenseFigures(dense.top1, dense.loss),
+        delta=config.scan.delta,
+        tensors=tuple(tensor_scan(t, known[t.name], saved, dense.top1, config.scan.delta) for t in prunable),
+        after=after,
+        key=fingerprint(made_of.to_json()),
+        made_of=made_of,
+    )
     if after is None and together_at(config):
-        content["together"] = measure_together(content, config, engine, here, progress)
-    here.commit(content, "scan", "scan.json" if after is None else f"after-{after}.json")
-    return content
+        found = replace(found, together=measure_together(found, config, engine, here, progress))
+    here.commit(found, "scan", "scan.json" if after is None else f"after-{after}.json")
+    return found
 
 
 def together_at(config: Config) -> list[float]:
     """The densities at which all tensors are pruned together: none unless the allocation goes by them."""
-    return [*config.scan.together] if config.prune.allocation == "budget" else []
+    return [*config.scan.together] if allocation.of(config.prune).needs_together else []
 
 
 def measure_together(
-    scan: dict[str, Any], config: Config, engine: Engine, here: Run, progress: Progress
-) -> list[dict[str, Any]]:
-    """The rows of scan.json's `together`: an allocation each, from the largest density until the network guesses.
+    scan: Scan, config: Config, engine: Engine, here: Run, progress: Progress
+) -> tuple[TogetherRow, ...]:
+    """An allocation a row, from the largest density until the network guesses.
 
     Kept as they come in scan/together.json, so that a scan that was stopped goes on.
     """
     classes = shards.load_manifest(data_root(config, here)).num_classes
     wanted = together.allocations(scan, classes, together_at(config))
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[str, Joint] = {}
     if here.has("scan", together.FILE):
-        saved = here.read("scan", together.FILE)
-        if saved["made_of"] == scan["made_of"]:
-            known = {fingerprint(row["keep"]): row for row in saved["rows"]}
-    measure, rows = None, list[dict[str, Any]]()
+        saved = here.load(JointTrials, "scan", together.FILE)
+        if saved.made_of == scan.made_of:
+            known = {fingerprint(row.keep): row for row in saved.rows}
+    measure, rows = None, list[TogetherRow]()
     for density, by_power in wanted.items():
         named = {power: fingerprint(keep) for power, keep in by_power.items()}
         missing = {named[power]: keep for power, keep in by_power.items() if named[power] not in known}
         if missing:
             measure = measure or engine.together(config, here, DENSE)
-            for name, figures in zip(missing, measure([*missing.values()]), strict=True):
-                known[name] = {"keep": missing[name], **figures}
-                here.commit({"made_of": scan["made_of"], "rows": [*known.values()]}, "scan", together.FILE)
-        made = [{"density": density, "power": power, **known[name]} for power, name in named.items()]
+            for (name, keep), seen in zip(missing.items(), measure([*missing.values()]), strict=True):
+                known[name] = Joint(keep=keep, **vars(seen))
+                here.commit(JointTrials(scan.made_of, tuple(known.values())), "scan", together.FILE)
+        made = [TogetherRow(density=density, power=power, **vars(known[name])) for power, name in named.items()]
         rows += made
-        best = damage.best_together({"together": made})[density]
-        progress(TogetherMeasured(density, best["rise"], best["power"]))
-        if damage.finite(best["rise"]) >= damage.chance_rise(scan, classes):
+        best = damage.best_together(made)[density]
+        progress(TogetherMeasured(density, best.rise, best.power))
+        if damage.finite(best.rise) >= damage.chance_rise(scan, classes):
             break
-    return rows
+    return tuple(rows)
 
 
-def origin(source: str, config: Config, here: Run) -> dict[str, Any]:
-    """What a scan's numbers come from: hashes of weights and data, and the settings; two scans of one origin join."""
-    files = here.read(source, "manifest.json")["files"]
+def origin(source: str, config: Config, here: Run) -> ScanOrigin:
+    """What a scan's numbers come from; two scans of one origin join."""
+    weights, masks = (checkpoint.digest(here, source, name) for name in ("weights.safetensors", "masks.bin"))
     manifest = shards.load_manifest(data_root(config, here))
     split = "train" if manifest.holdout is not None else "val"
-    everything = config.model_dump(mode="json")
-    return {
-        "weights": fingerprint(files["weights.safetensors"]["sha256"], files["masks.bin"]["sha256"]),
-        "data": fingerprint([shard.sha256 for shard in manifest.splits[split]], manifest.holdout),
-        "settings": {
-            "seed": config.seed,
-            **{f"{part}.{key}": everything[part][key] for part, keys in KEY_SETTINGS.items() for key in keys},
+    everything = hashed(config)
+    return ScanOrigin(
+        weights=fingerprint(weights, masks),
+        data=fingerprint([shard.sha256 for shard in manifest.splits[split]], manifest.holdout),
+        settings={
+            **{key: everything[key] for key in ("seed", "task") if key in everything},
+            **{
+                f"{part}.{key}": everything[part][key]
+                for part, keys in KEY_SETTINGS.items()
+                for key in keys
+                if key in everything[part]
+            },
         },
-    }
+    )
 
 
 def require_round(number: int, here: Run) -> None:
@@ -149,98 +172,86 @@ def require_round(number: int, here: Run) -> None:
         raise UserError(f"--after {number}: {known} finished in '{here.root}'; `secateur run` goes on with the rounds")
 
 
-def _stopped(here: Run, trials: str, made_of: dict[str, Any]) -> tuple[Trials, dict[str, float] | None]:
+def _stopped(here: Run, trials: str, made_of: ScanOrigin) -> tuple[Levels, Figures | None]:
     """The levels, and the dense network's figures, of a scan of the same origin that was stopped, or finished."""
     if here.has("scan", trials):
-        saved = here.read("scan", trials)
-        if saved.get("made_of") == made_of:
-            return saved["levels"], saved["dense"]
+        saved = here.load(Trials, "scan", trials)
+        if saved.made_of == made_of:
+            return saved.levels, saved.dense
     return {}, None
 
 
-def _merge(path: str, made_of: dict[str, Any], names: list[str], known: Trials) -> dict[str, float] | None:
+def _merge(path: str, made_of: ScanOrigin, names: Collection[str], known: Levels) -> Figures:
     """Add the levels of another machine's scan.json to those known; returns its dense network's figures."""
     try:
-        theirs = storage.read_json(path)
+        document = storage.read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--merge {path}: cannot be read as a scan.json: {error}") from error
-    if not isinstance(theirs, dict) or "made_of" not in theirs or "tensors" not in theirs:
-        raise UserError(f"--merge {path}: is not a scan.json that `secateur scan` wrote; give such files")
-    if theirs["made_of"] != made_of:
+    try:
+        theirs = Scan.from_json(document, path)
+    except UserError as error:
+        raise UserError(f"--merge {path}: is not a scan.json that `secateur scan` wrote; give such files") from error
+    if theirs.made_of != made_of:
         raise UserError(
-            f"--merge {path}: is a scan of something else: {', '.join(_differences(made_of, theirs['made_of']))}; only "
+            f"--merge {path}: is a scan of something else: {', '.join(_differences(made_of, theirs.made_of))}; only "
             "scans of the same weights, data and settings can be joined"
         )
-    for tensor in theirs["tensors"]:
-        if tensor["name"] in names:
-            levels = known.setdefault(tensor["name"], [])
-            there = {level["density"] for level in levels}
-            levels += [level for level in tensor["levels"] if level["density"] not in there]
-    return {"samples": theirs["samples"], **theirs["dense"]}
+    for tensor in theirs.tensors:
+        if tensor.name in names:
+            levels = known.setdefault(tensor.name, [])
+            there = {level.density for level in levels}
+            levels += [level for level in tensor.levels if level.density not in there]
+    return Figures(theirs.dense.top1, theirs.dense.loss, theirs.samples)
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def _differences(ours: ScanOrigin, theirs: ScanOrigin) -> list[str]:
     """What differs between two origins, in words."""
-    found = [f"its {part} are others" for part in ("weights", "data") if ours[part] != theirs.get(part)]
-    settings = theirs.get("settings", {})
+    found = [
+        *(["its weights are others"] if ours.weights != theirs.weights else []),
+        *(["its data are others"] if ours.data != theirs.data else []),
+    ]
     return found + [
-        f"{name} is {settings.get(name)!r} there and {value!r} here"
-        for name, value in ours["settings"].items()
-        if settings.get(name) != value
+        f"{name} is {theirs.settings.get(name)!r} there and {value!r} here"
+        for name, value in (dict.fromkeys(theirs.settings) | ours.settings).items()
+        if theirs.settings.get(name) != value
     ]
 
 
-def quality(levels: list[dict[str, Any]], dense_top1: float, delta: float) -> float:
+def quality(levels: Sequence[Level], dense_top1: float, delta: float) -> float:
     """The largest quality whose drop stays within `delta`, read off a measured curve.
 
     The curve runs from quality 0 (dense, no drop) through the levels in falling density; where it first
     crosses `delta` the quality is interpolated between the two levels around the crossing.
     """
     previous_quality, previous_drop = 0.0, 0.0
-    for level in sorted(levels, key=lambda level: -level["density"]):
-        drop = dense_top1 - level["top1"]
+    for level in sorted(levels, key=lambda level: -level.density):
+        drop = dense_top1 - level.top1
         if drop > delta:
             share = (delta - previous_drop) / (drop - previous_drop)
-            return previous_quality + share * (level["quality"] - previous_quality)
-        previous_quality, previous_drop = level["quality"], drop
+            return previous_quality + share * (level.quality - previous_quality)
+        previous_quality, previous_drop = level.quality, drop
     return previous_quality
 
 
-def join(
-    trials: Trials,
-    prunable: list[Prunable],
-    weights: dict[str, Tensor],
-    masks: dict[str, Tensor],
-    dense: dict[str, float],
-    config: Config,
-) -> dict[str, Any]:
-    """The content of scan.json from the levels of all tensors; `masks` are those that stayed applied, if any.
+def tensor_scan(
+    tensor: Prunable, measured: Sequence[Level], saved: Checkpoint, dense_top1: float, delta: float
+) -> TensorScan:
+    """A tensor's curve from its levels; masks in `saved` are those that stayed applied.
 
     A quality can come out 0 where the very first level already loses more than delta; the lowest positive
     level is then halved instead, since |w| / (q * std) needs q > 0.
     """
-    tensors = []
-    for tensor in prunable:
-        levels = sorted(trials[tensor.name], key=lambda level: -level["density"])
-        found = quality(levels, dense["top1"], config.scan.delta)
-        floor = next((level["quality"] / 2 for level in levels if level["quality"] > 0), 1e-6)
-        weight, alive = weights[tensor.name], masks.get(tensor.name)
-        tensors.append(
-            {
-                "name": tensor.name,
-                "kind": tensor.kind,
-                "weights": tensor.weights,
-                "alive": tensor.weights if alive is None else int(alive.sum()),
-                "sigma": sigma(weight if alive is None else weight[alive]),
-                "method": ", ".join(sorted({level["method"] for level in levels})),
-                "levels": levels,
-                "quality": found if found > 0 else floor,
-            }
-        )
-    return {
-        "samples": dense["samples"],
-        "split": "val",
-        "dense": {"top1": dense["top1"], "loss": dense["loss"]},
-        "delta": config.scan.delta,
-        "tensors": tensors,
-    }
+    levels = sorted(measured, key=lambda level: -level.density)
+    found = quality(levels, dense_top1, delta)
+    floor = next((level.quality / 2 for level in levels if level.quality > 0), 1e-6)
+    weight, alive = saved.weights[tensor.name], saved.masks.get(tensor.name)
+    return TensorScan(
+        name=tensor.name,
+        kind=tensor.kind,
+        weights=tensor.weights,
+        alive=tensor.weights if alive is None else int(alive.sum()),
+        sigma=sigma(weight if alive is None else weight[alive]),
+        method=", ".join(sorted({level.method for level in levels})),
+        levels=tuple(levels),
+        quality=found if found > 0 else floor,
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map  # noqa: PLC2701 (torch has no public name for them)
 
 from pipeline.network.trace import State, graph_of
 

@@ -8,24 +8,23 @@ measured rise also tells by how much predictions there are off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
 
 from pipeline.calibrate import batch_norm
-from pipeline.data.loader import Batch
-from pipeline.prune import criteria, damage, masks
+from pipeline.prune import damage
 from pipeline.prune.budget import Keep, Priced, solve
-from pipeline.scan import levels, racing
-from pipeline.scan.levels import Answers, answers_of
-from pipeline.settings.config import Config
+from pipeline.run.records import Difference, Scan
+from pipeline.scan import racing
+from pipeline.scan.inputs import ScanInputs
+from pipeline.scan.levels import against
+from pipeline.task.answers import Answers
 
 FILE = "together.json"  # in a run's scan folder: what was measured so far
 
 
-def allocations(scan: Mapping[str, Any], classes: int, densities: Sequence[float]) -> dict[float, dict[float, Keep]]:
+def allocations(scan: Scan, classes: int, densities: Sequence[float]) -> dict[float, dict[float, Keep]]:
     """By density of all weights and by power, the allocation of least predicted damage; each tensor keeps a weight.
 
     Densities that leave some tensor without one are left out.
@@ -43,35 +42,25 @@ def allocations(scan: Mapping[str, Any], classes: int, densities: Sequence[float
 
 
 @torch.no_grad()
-def measure(
-    model: nn.Module,
-    keeps: Sequence[Keep],
-    batches: Sequence[Batch],
-    dense: Answers,
-    config: Config,
-    device: torch.device,
-    calibration: Sequence[Batch] = (),
-    statistics: Mapping[str, Tensor] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Yield how the network answers all `batches` at each allocation, against its `dense` answers to them.
+def measure(given: ScanInputs, dense: Answers, keeps: Sequence[Keep]) -> Iterator[Difference]:
+    """Yield how the network answers all batches at each allocation, against its `dense` answers to them.
 
-    As a level of the scan, so with batch norm's statistics of the `calibration` batches, if there are any. In between
-    the network is as it was.
+    As a level of the scan, so with batch norm's statistics of the calibration batches, if there are any; but masks that
+    stay applied are not looked at. In between the network is as it was.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(given.model.named_parameters())
     for keep in keeps:
         weights = {name: parameters[name].detach().clone() for name in keep}
-        norms = batch_norm.statistics(model)
-        ranking = criteria.scores(config.prune.criterion, weights, config.seed, statistics)
+        norms = batch_norm.statistics(given.model)
+        ranking = given.scores(weights)
         try:
             for name, count in keep.items():
                 everything = torch.ones_like(weights[name], dtype=torch.bool)
-                parameters[name].mul_(masks.top_mask(ranking[name], everything, count))
-            if calibration:
-                batch_norm.recalibrate(model, calibration, config, device)
-            given = answers_of(model, batches, config, device)
+                parameters[name].mul_(given.pattern.mask(ranking[name], everything, count))
+            given.calibrate()
+            answers = given.answers()
         finally:
             for name, weight in weights.items():
                 parameters[name].copy_(weight)
-            batch_norm.put_back(model, norms)
-        yield {"samples": int(given.valid.sum()), **levels.against(given, dense, racing.critical(1))}
+            batch_norm.put_back(given.model, norms)
+        yield against(answers, dense, racing.critical(1))

@@ -27,6 +27,10 @@ _INSTEAD = (
 )
 
 
+# Settings that came after runs had been made: see `hashed`.
+ADDED = ("prune.pattern", "task")
+
+
 class Config(Section):
     """One run, from data to report."""
 
@@ -43,6 +47,7 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where the process has one.")
     data: Data = Field(default_factory=lambda: Data.model_validate({}))
     model: Model = Field(default_factory=lambda: Model.model_validate({}))
+    task: Text = Field("classification", description="What is learnt: classification of images.")
     dense: Train = Field(default_factory=lambda: Train.model_validate({}), description="Training of the dense network.")
     scan: Scan = Field(default_factory=lambda: Scan.model_validate({}))
     prune: Prune = Field(default_factory=lambda: Prune.model_validate({}))
@@ -71,7 +76,7 @@ class Config(Section):
                     f"{part}.batch_size={train.batch_size} must be a multiple of data.lanes={self.data.lanes}: each "
                     "step takes equally many samples from every lane"
                 )
-        if self.prune.gradual and self.target.mode == "thresholds":
+        if self.prune.gradual and self.target.by_thresholds:
             raise ValueError(
                 f"prune.gradual={self.prune.gradual:g} needs a budget to come down to, and target.mode=thresholds has "
                 "none: leave one of the two out"
@@ -86,11 +91,6 @@ class Config(Section):
                 f"runs_dir={self.runs_dir} cannot hold MLflow's sqlite file, the default of tracking.uri: set "
                 "tracking.uri to a server's URL, or tracking.enabled=false"
             )
-        if self.target.budget != "weights" and (self.prune.allocation, self.target.mode) != ("budget", "compression"):
-            raise ValueError(
-                f"target.budget={self.target.budget} needs prune.allocation=budget and target.mode=compression: others "
-                "count weights"
-            )
         if self.target.budget != "weights" and self.start.source is not None:
             raise ValueError(
                 f"target.budget={self.target.budget} counts from the dense network, and start.from="
@@ -100,12 +100,6 @@ class Config(Section):
             raise ValueError(
                 f"cluster.workers={asked(self.cluster.workers)} is more than data.lanes={self.data.lanes}: a worker "
                 "would have no samples; raise data.lanes"
-            )
-        fixed = "schedule" if self.prune.schedule != "geometric" else "allocation"
-        if self.target.mode == "no-loss" and getattr(self.prune, fixed) in ("one-shot", "cubic", "list", "explicit"):
-            raise ValueError(
-                f"prune.{fixed}={getattr(self.prune, fixed)} fixes densities, which target.mode=no-loss finds itself: "
-                f"leave prune.{fixed} out; target.step says how much a round removes"
             )
         return self
 
@@ -149,6 +143,23 @@ def differences(ours: Config, theirs: Config, ignore: tuple[str, ...] = ()) -> l
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not any(key == p or key.startswith(p + ".") for p in ignore)
     ]
+
+
+def hashed(config: Config) -> dict[str, Any]:
+    """Every setting as fingerprints take it. One that was ADDED and is at its default is left out.
+
+    So a run that was made before the setting was there has the fingerprints that it has always had.
+    """
+    tree = config.model_dump(mode="json")
+    for setting in ADDED:
+        *parents, leaf = setting.split(".")
+        section: Any = config
+        node = tree
+        for parent in parents:
+            section, node = getattr(section, parent), node[parent]
+        if getattr(section, leaf) == type(section).model_fields[leaf].get_default(call_default_factory=True):
+            del node[leaf]
+    return tree
 
 
 def flatten(config: Config) -> dict[str, Any]:

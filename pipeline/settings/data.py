@@ -8,13 +8,11 @@ from pydantic import Field, model_validator
 
 from pipeline.settings.base import Bytes, Count, Fraction, Positive, Section, Text
 
-NO_ROOT = "source '{}' reads from data.root, which is not set: add data.root=PATH"
-
 
 class Data(Section):
     """Where images come from and how they become batches."""
 
-    source: Literal["digits", "idx", "folder", "imagenet", "shards"] = Field(
+    source: Text = Field(
         "digits",
         description="digits: scikit-learn's 1,797 real digits, nothing to download; idx: files of the MNIST family, "
         ".gz or not; folder: train/<class>/* and val or test/<class>/*, a folder or one tar; imagenet: a folder of "
@@ -80,8 +78,6 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
-        if self.source not in ("digits", "imagenet") and self.root is None:
-            raise ValueError(NO_ROOT.format(self.source))
         if len(self.mean) not in (1, self.channels) or len(self.std) not in (1, self.channels):
             raise ValueError(f"mean and std take 1 or {self.channels} numbers, one a channel")
         if min(self.std) <= 0:

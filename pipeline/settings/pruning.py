@@ -78,8 +78,13 @@ class Prune(Section):
     densities: dict[Text, Density] = Field(
         default_factory=dict, description="explicit: density for each tensor, by name or pattern (fc*.weight)."
     )
-    schedule: Literal["one-shot", "geometric", "cubic", "list"] = Field(
-        "geometric", description="How the density falls over the rounds."
+    pattern: Text = Field(
+        "weights", description="How the weights of a tensor that go must lie: weights (each goes or stays by itself)."
+    )
+    schedule: Text = Field(
+        "geometric",
+        description="How the density falls over the rounds: one-shot, geometric (by the same factor in each), cubic "
+        "(most of it early), list.",
     )
     rounds: Annotated[int, Field(ge=1, le=1000)] = Field(
         4, description="Rounds of prune and retrain (geometric, cubic); target.mode=no-loss has target.max_rounds."
@@ -137,18 +142,11 @@ class Prune(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Prune:
-        if self.schedule == "list":
-            if not self.list:
-                raise ValueError("schedule=list needs prune.list, the density after each round: [0.5, 0.2, 0.1]")
-            if list(self.list) != sorted(self.list, reverse=True):
-                raise ValueError(f"prune.list={[*self.list]} must fall from round to round")
         if self.reconstruct_samples and self.survivors == "reinitialise":
             raise ValueError(
                 f"reconstruct_samples={self.reconstruct_samples} is of no use with survivors=reinitialise, which "
                 "replaces the network: leave one out"
             )
-        if self.allocation == "explicit" and not self.densities:
-            raise ValueError("allocation=explicit needs prune.densities: {fc1.weight: 0.08, ...}")
         if self.gradual and self.reconstruct_samples:
             raise ValueError(
                 f"reconstruct_samples={self.reconstruct_samples} mends what a prune did before the retraining, and "
@@ -208,7 +206,7 @@ class Target(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Target:
-        if self.compression is None and self.mode != "no-loss":
+        if self.compression is None and not self.no_loss:
             raise ValueError(f"compression=null: mode={self.mode} needs a number, as in 12")
         if self.step > self.smallest_step:
             raise ValueError(
@@ -216,6 +214,21 @@ class Target(Section):
                 "lower step"
             )
         return self
+
+    @property
+    def no_loss(self) -> bool:
+        """Whether rounds are judged on val, and undone where they lose too much; their sizes rest on those before."""
+        return self.mode == "no-loss"
+
+    @property
+    def by_thresholds(self) -> bool:
+        """Whether no budget is given: the size follows from the paper's thresholds."""
+        return self.mode == "thresholds"
+
+    @property
+    def to_size(self) -> bool:
+        """Whether the run ends at target.compression."""
+        return self.mode == "compression"
 
     @property
     def final_density(self) -> float:

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.base.errors import UserError
 from pipeline.data.images import normalize
 from pipeline.data.loader import Batch
-from pipeline.settings.config import Config
+from pipeline.settings.data import Data
 from pipeline.settings.training import Retrain, Train
+from pipeline.task.task import Task
 
 
-def forward(model: nn.Module, images: Tensor, config: Config, precision: str = "fp32") -> Tensor:
-    """Logits (n, classes) for uint8 images (n, channels, size, size) on the model's device.
-
-    float32, or float64 where the network gives that. Raises TypeError where it gives something else than a tensor.
-    """
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        logits: Tensor = model(inputs(images, config))
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"it gives a {type(logits).__name__}, not one tensor of logits")
-    return logits if logits.dtype == torch.float64 else logits.float()
+def shape(data: Data) -> tuple[int, int, int]:
+    """(channels, height, width) of one image."""
+    return data.channels, data.size, data.size
 
 
-def inputs(images: Tensor, config: Config) -> Tensor:
-    """What the network takes, float32, for uint8 images (n, channels, size, size), on their device."""
-    channels_last = config.retrain.channels_last or config.dense.channels_last
-    return normalize(images, config.data.mean, config.data.std, channels_last)
+def inputs(images: Tensor, data: Data, channels_last: bool) -> Tensor:
+    """Normalised images, float32, for uint8 ones (n, channels, size, size), on their device."""
+    return normalize(images, data.mean, data.std, channels_last)
+
+
+def require_output(output: object, factory: str, classes: int) -> None:
+    """Raise UserError where the output is not one of logits (n, at least `classes`)."""
+    if not isinstance(output, Tensor):
+        raise UserError(f"model.factory={factory} gives a {type(output).__name__}, not a tensor of logits")
+    if output.ndim != 2 or output.shape[1] < classes:
+        raise UserError(
+            f"model.factory={factory} gives outputs of shape {tuple(output.shape)}, but the data has {classes} "
+            "classes: set the number of classes in model.kwargs"
+        )
 
 
 def judge(logits: Tensor, batch: Batch, present: Tensor | None) -> Tensor:
@@ -57,3 +62,11 @@ def losses(recipe: Train, logits: Tensor, labels: Tensor, taught: Tensor | None 
     ours, theirs = ((given / recipe.temperature).log_softmax(1) for given in (logits, taught))
     apart = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1) * recipe.temperature**2
     return (1.0 - recipe.distill) * plain + recipe.distill * apart
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy with the labels, in nats."""
+    return F.cross_entropy(logits, labels)
+
+
+TASK = Task(shape, inputs, require_output, losses, mean_loss, judge)

@@ -234,8 +234,8 @@ def _figures(run: Contents) -> Iterator[Artifact]:
     control, metrics = run.control, run.finished_rounds
     if run.scan is not None:
         scan = run.scan
-        yield _figure("sensitivity", scan, lambda: figures.to_png(plots.sensitivity(scan)))
-        yield _figure("sensitivity-loss", scan, lambda: figures.to_png(plots.sensitivity(scan, "loss")))
+        yield _figure("sensitivity", scan.to_json(), lambda: figures.to_png(plots.sensitivity(scan)))
+        yield _figure("sensitivity-loss", scan.to_json(), lambda: figures.to_png(plots.sensitivity(scan, "loss")))
     if run.dense is not None and metrics:
         dense = run.dense
         basis = [dense, metrics, control]

@@ -86,6 +86,11 @@ def load(run: Run, folder: str) -> Checkpoint:
         raise Torn(f"checkpoint '{where}' is torn: what it holds is not what a run writes ({error!r})") from error
 
 
+def digest(run: Run, folder: str, name: str) -> str:
+    """The SHA-256 of a checkpoint's file (one of FILES), as its manifest has it."""
+    return str(run.read(folder, "manifest.json")["files"][name]["sha256"])
+
+
 def _whole(run: Run, folder: str, name: str, facts: dict[str, Any]) -> bytes:
     """A file of a checkpoint. Raises Torn where it is not there or not the one of the manifest."""
     try:

@@ -19,24 +19,26 @@ from pipeline.data.loader import Batch
 from pipeline.network.build import FOREIGN, build_network, load_weights
 from pipeline.prune import masks as masking
 from pipeline.settings.config import Config
-from pipeline.settings.training import Train
-from pipeline.task.classification import forward, losses
+from pipeline.settings.data import Data
+from pipeline.settings.model import Model
+from pipeline.settings.training import Retrain, Train
+from pipeline.task.feed import Feed
 from pipeline.train import checkpoint, recipe
-from pipeline.train.session import Session, input_shape, place
+from pipeline.train.session import Session
 
 SAMPLES = 2  # of a step that is made without data: batch norm needs more than one
 
 
-def trainings(config: Config) -> dict[str, Train]:
-    """The trainings that the run makes, by the name of their settings."""
-    found = {"dense": config.dense, "retrain": recipe.resolve(config.retrain, config.dense)}
+def trainings(dense: Train, retrain: Retrain) -> dict[str, Train]:
+    """The trainings that a run makes, by the name of their settings."""
+    found = {"dense": dense, "retrain": recipe.resolve(retrain, dense)}
     return {name: settings for name, settings in found.items() if settings.epochs}
 
 
-def zeros(config: Config) -> Batch:
+def zeros(data: Data) -> Batch:
     """A batch of black images of class 0, for a step before there are shards."""
     numbers = torch.arange(SAMPLES)
-    images = torch.zeros(SAMPLES, *input_shape(config), dtype=torch.uint8)
+    images = torch.zeros(SAMPLES, data.channels, data.size, data.size, dtype=torch.uint8)
     return Batch(images, torch.zeros_like(numbers), torch.ones(SAMPLES), numbers)
 
 
@@ -52,16 +54,16 @@ def on_workers(session: Session, phase: str) -> None:
 
     Raises Agreed, on every rank, with what the lowest rank met.
     """
-    begun, run = None, session.run
+    begun, run, config = None, session.run, session.config
     if session.world.first:
         begun = b"yes" if run.has(phase, "metrics.json") or storage.list_folders(run.path(phase, "steps")) else b""
     if session.world.broadcast(begun):
         return
-    largest = max((settings.batch_size for settings in trainings(session.config).values()), default=SAMPLES)
+    sizes = [settings.batch_size for settings in trainings(config.dense, config.retrain).values()]
     problem = None
     try:
-        batch = real(session, max(SAMPLES, largest // session.world.size))
-        require(session.config, session.manifest.num_classes, batch, session.world.device)
+        batch = real(session, max([SAMPLES, *(size // session.world.size for size in sizes)]))
+        require(config, session.manifest.num_classes, batch, session.world.device)
     except UserError as error:
         problem = str(error)
     session.world.agree(problem)
@@ -73,39 +75,48 @@ def require(config: Config, classes: int, batch: Batch, device: torch.device) ->
     Raises UserError where one of them fails, no parameter or (with several workers) not every parameter gets a
     gradient, or what is saved cannot be loaded.
     """
-    for name, settings in trainings(config).items():
-        model = place(build_network(config.model, classes, config.seed), config, device)
-        _step(model, config, name, settings, batch)
-    _save_and_load(config, classes, device)
+    feed, factory = Feed.of(config), f"model.factory={config.model.factory}"
+
+    def new(model: Model) -> nn.Module:
+        return feed.place(build_network(model, classes, config.seed), device)
+
+    for name, settings in trainings(config.dense, config.retrain).items():
+        network = new(config.model)
+        try:
+            _step(network, factory, feed, settings, batch)
+        except torch.OutOfMemoryError:
+            raise  # the command line has words for it
+        except FOREIGN as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"{factory} cannot be trained: the first step of {name} fails: {reason}") from error
+        without = [key for key, value in network.named_parameters() if value.requires_grad and value.grad is None]
+        if without and config.cluster.max_workers > 1:
+            raise UserError(
+                f"{factory}: {few(without)} gets no gradient, and the workers of "
+                f"cluster.workers={config.cluster.workers} wait for one of each parameter: set requires_grad=False "
+                "there, take it out of the network, or set cluster.workers=1"
+            )
+    _save_and_load(new(config.model.model_copy(update={"checkpoint": None})), factory)
 
 
-def _step(model: nn.Module, config: Config, name: str, settings: Train, batch: Batch) -> None:
-    factory = f"model.factory={config.model.factory}"
+def _step(model: nn.Module, factory: str, feed: Feed, settings: Train, batch: Batch) -> None:
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
-    _require_real(factory, parameters)
+    _require_trainable(factory, parameters)
     optimizer = recipe.make_optimizer(settings, list(model.parameters()))
     device = next(iter(parameters.values())).device
     model.train()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            logits = forward(model, batch.images.to(device), config, settings.precision)
-            _require_logits(factory, logits, len(batch.labels))
-            loss = losses(settings, logits, batch.labels.to(device)).mean()
-            if not loss.requires_grad:
-                raise UserError(f"{factory}: no gradient reaches its parameters: they must take part in its output")
-            loss.backward()
-            _require_gradients(factory, config, parameters)
-            optimizer.step()
-            weights = [value.data for value in parameters.values()]
-            masking.Applier(weights, [torch.ones_like(weight, dtype=torch.bool) for weight in weights]).apply()
-    except torch.OutOfMemoryError:
-        raise  # the command line has words for it
-    except FOREIGN as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{factory} cannot be trained: the first step of {name} fails: {reason}") from error
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        output = feed.forward(model, batch.images.to(device), settings.precision)
+        loss = feed.task.losses(settings, output, batch.labels.to(device), None).mean()
+    if not loss.requires_grad:
+        raise UserError(f"{factory}: no gradient reaches its parameters: they must take part in its output")
+    loss.backward()
+    optimizer.step()
+    weights = [value.data for value in parameters.values()]
+    masking.Applier(weights, [torch.ones_like(weight, dtype=torch.bool) for weight in weights]).apply()
 
 
-def _require_real(factory: str, parameters: dict[str, nn.Parameter]) -> None:
+def _require_trainable(factory: str, parameters: dict[str, nn.Parameter]) -> None:
     """Raise UserError where nothing can be trained, or parameters are of a kind that is not."""
     if not parameters:
         raise UserError(f"{factory}: every parameter has requires_grad=False, so nothing can be trained: set some free")
@@ -117,31 +128,13 @@ def _require_real(factory: str, parameters: dict[str, nn.Parameter]) -> None:
             )
 
 
-def _require_logits(factory: str, logits: Tensor, samples: int) -> None:
-    if logits.ndim != 2 or len(logits) != samples:
-        raise UserError(f"{factory}: gives outputs of shape {tuple(logits.shape)} in training, not (samples, classes)")
-
-
-def _require_gradients(factory: str, config: Config, parameters: dict[str, nn.Parameter]) -> None:
-    """Raise UserError for parameters without a gradient where several workers would wait for it."""
-    without = [name for name, value in parameters.items() if value.grad is None]
-    if without and config.cluster.max_workers > 1:
-        raise UserError(
-            f"{factory}: {few(without)} gets no gradient, and the workers of "
-            f"cluster.workers={config.cluster.workers} wait for one of each parameter: set requires_grad=False there, "
-            "take it out of the network, or set cluster.workers=1"
-        )
-
-
-def _save_and_load(config: Config, classes: int, device: torch.device) -> None:
-    """Save the network as a run does, and load it into another. Raises UserError where that does not work."""
-    untrained = config.model.model_copy(update={"checkpoint": None})
-    model = place(build_network(untrained, classes, config.seed), config, device)
+def _save_and_load(model: nn.Module, factory: str) -> None:
+    """Save the network as a run does, and load it again. Raises UserError where that does not work."""
     other = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
     if other:
         raise UserError(
-            f"model.factory={config.model.factory}: {few(other)} in its state_dict is no tensor, and a checkpoint "
-            "holds only tensors: register it as a buffer, or leave it out of the state"
+            f"{factory}: {few(other)} in its state_dict is no tensor, and a checkpoint holds only tensors: register it "
+            "as a buffer, or leave it out of the state"
         )
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
         file = Path(folder, "model.safetensors")

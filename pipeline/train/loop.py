@@ -20,7 +20,6 @@ from pipeline.prune.gradual import Gradual
 from pipeline.run.events import EpochEnded, Resumed, Stepped
 from pipeline.run.records import Epoch
 from pipeline.settings.training import Retrain, Train
-from pipeline.task.classification import forward, losses
 from pipeline.train import allreduce, checkpoint, phases, recipe
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import Session
@@ -63,7 +62,7 @@ class Training:
         teacher: nn.Module | None = None,
     ) -> None:
         self.session, self.model, self.phase, self.order = session, model, phase, order
-        self.world, self.config = session.world, session.config
+        self.world, self.config, self.feed = session.world, session.config, session.feed
         self.settings = recipe.resolve(settings, session.config.dense)
         self.phases = settings.phases if isinstance(settings, Retrain) else ("all",)
         phases.require_layers(model, self.phases)
@@ -170,8 +169,8 @@ class Training:
             group["lr"] = rate
         labels, valid = batch.labels.to(device), batch.weights.to(device)
         images = batch.images.to(device, non_blocking=True)
-        logits = forward(wrapped, images, self.config, self.settings.precision)
-        total = (losses(self.settings, logits, labels, self._taught(images)) * valid).sum()
+        output = self.feed.forward(wrapped, images, self.settings.precision)
+        total = (self.feed.task.losses(self.settings, output, labels, self._taught(images)) * valid).sum()
         # DDP averages gradients over ranks, which may hold unequal shares of the batch; a bad image counts as a
         # sample with loss 0, so the divisor is the same on every rank without another all-reduce.
         self.optimizer.zero_grad(set_to_none=True)
@@ -196,10 +195,10 @@ class Training:
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor | None:
-        """The teacher's logits, (n, classes), of images (uint8) on this rank's device."""
+        """The teacher's output for images (uint8) on this rank's device."""
         if self.teacher is None:
             return None
-        return forward(self.teacher, images, self.config, self.settings.precision)
+        return self.feed.forward(self.teacher, images, self.settings.precision)
 
     def _rate(self) -> float:
         """The learning rate of this step. Raises Agreed where the schedule leads out of floating point."""

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from pipeline.base.errors import UserError
-from pipeline.data import loader, shards
+from pipeline.data import loader, shards, sources
 from pipeline.data.loader import Batch, EvalLoader, Split
 from pipeline.data.shards import Manifest
 from pipeline.network.build import FOREIGN, build_network
 from pipeline.run.events import Progress
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
+from pipeline.task.answers import Answers
+from pipeline.task.feed import Feed
 from pipeline.train import evaluate
-from pipeline.train.evaluate import Answers
 from pipeline.train.world import World
 
 
@@ -45,6 +46,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self._splits: dict[str, Split] = {}
+        self.feed = Feed.of(self.config)
 
     def split(self, name: str) -> Split:
         """A part of the data: train, val or test (opened once)."""
@@ -55,8 +57,8 @@ class Session:
     def new_model(self) -> nn.Module:
         """The network of the config on this process's device, initialised from the seed or its checkpoint."""
         model = build_network(self.config.model, self.manifest.num_classes, self.config.seed)
-        check_output(model, self.config, self.manifest.num_classes)
-        return place(model, self.config, self.world.device)
+        check_output(model, self.config.model.factory, self.feed, self.manifest.num_classes)
+        return self.feed.place(model, self.world.device)
 
     def evaluate(self, model: nn.Module, split: str) -> Answers:
         """Exact answers of `model` on a split.
@@ -64,7 +66,7 @@ class Session:
         Raises RunStopped when too many images are unreadable, or an answer is not finite.
         """
         data = EvalLoader(self.split(split), self.config.data)
-        answers = evaluate.evaluate(model, data, self.config, self.world, self.manifest.num_classes)
+        answers = evaluate.evaluate(model, data, self.feed, self.world, self.manifest.num_classes)
         bad = int((~answers.valid).sum())
         problem = self.too_many_bad(split, bad, len(answers.valid))
         if problem is None and not np.isfinite(answers.loss[answers.valid]).all():
@@ -105,43 +107,23 @@ def open_session(
 
 def data_root(config: Config, run: Run) -> str:
     """Where the shards lie: the user's own, or those built for this run."""
-    if config.data.source == "shards":
+    if sources.of(config.data).in_place:
         assert config.data.root is not None
         return config.data.root
     return run.path("shards")
 
 
-def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """The model on `device`, in the memory format of the config."""
-    model = model.to(device)
-    if config.dense.channels_last or config.retrain.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return model
-
-
-def input_shape(config: Config) -> tuple[int, int, int]:
-    """(channels, height, width) of one sample."""
-    return config.data.channels, config.data.size, config.data.size
-
-
-def check_output(model: nn.Module, config: Config, classes: int) -> None:
-    """Raise UserError if the network does not take the images or has fewer outputs than there are classes."""
+def check_output(model: nn.Module, factory: str, feed: Feed, classes: int) -> None:
+    """Raise UserError if the network does not take the images, or its output is of no use to the task."""
     training = model.training
     model.eval()
-    shape = input_shape(config)
     try:
         with torch.no_grad():
-            logits = model(torch.zeros(1, *shape))
+            output = model(feed.zeros(1))
     except FOREIGN as error:
         raise UserError(
-            f"model.factory={config.model.factory} cannot take images of shape {shape} (data.channels, data.size, "
-            f"data.size): {' '.join(str(error).split())[:300]}"
+            f"model.factory={factory} cannot take images of shape {feed.shape} (data.channels, data.size, data.size): "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
     model.train(training)
-    if not isinstance(logits, torch.Tensor):
-        raise UserError(f"model.factory={config.model.factory} gives a {type(logits).__name__}, not a tensor of logits")
-    if logits.ndim != 2 or logits.shape[1] < classes:
-        raise UserError(
-            f"model.factory={config.model.factory} gives outputs of shape {tuple(logits.shape)}, but the data has "
-            f"{classes} classes: set the number of classes in model.kwargs"
-        )
+    feed.task.require_output(output, factory, classes)

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.base.errors import Agreed, UserError
-from pipeline.settings.config import Config
 
 
 @dataclass(frozen=True)
@@ -87,18 +86,18 @@ class World:
         raise Agreed(text.cpu().numpy().tobytes().rstrip(b"\0").decode(errors="replace"))
 
 
-def choose_device(config: Config, local_rank: int = 0) -> torch.device:
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
     """The device that `device` asks for. Raises UserError when a GPU is asked for and none is there."""
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but this process sees no GPU: set device=auto, or cluster.gpus_per_worker=1")
-    if config.device == "cpu" or not torch.cuda.is_available():
+    if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def configure_process(config: Config) -> None:
+def configure_process(threads: int) -> None:
     """Set what decides bits and would otherwise depend on who started the process (Ray sets OMP_NUM_THREADS)."""
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -113,12 +112,12 @@ def current_world(device: torch.device) -> World:
 
 
 @contextmanager
-def torchrun_world(config: Config) -> Iterator[World]:
-    """The world that torchrun describes by its variables, or a world of one; closes its process group."""
+def torchrun_world(wanted: str) -> Iterator[World]:
+    """The world that torchrun's variables describe, or a world of one, on the `wanted` device; closes its group."""
     if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
-        yield World(0, 1, choose_device(config))
+        yield World(0, 1, choose_device(wanted))
         return
-    device = choose_device(config, int(os.environ.get("LOCAL_RANK", "0")))
+    device = choose_device(wanted, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Ranks wait while rank 0 builds shards, so the limit is long; torchrun ends them if rank 0 dies.

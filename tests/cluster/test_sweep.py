@@ -25,10 +25,10 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 def test_trials_prune_by_the_statistics_that_a_scan_measures_once(tiny: Callable[..., Config]) -> None:
     config = tiny(**{"prune.criterion": "taylor", "prune.statistics_samples": 100, "dense.epochs": 1})
-    configure_process(config)
+    configure_process(config.threads)
     with open_run(config) as here:
         stages.carry_out([stages.SHARDS, stages.DENSE], stages.Driver(config, LocalEngine(ALONE), here, unheard))
-        given = sweep.Inputs(sweep.shared_inputs(config, here, scan.DENSE))
+        given = sweep.trial_inputs(sweep.shared_inputs(config, here, scan.DENSE))
         session = open_session(config, ALONE, here, unheard)
         expected = scan_inputs(session, scan.DENSE).statistics
     assert list(given.statistics) == ["fc1.weight", "fc2.weight", "fc3.weight"]
@@ -36,7 +36,7 @@ def test_trials_prune_by_the_statistics_that_a_scan_measures_once(tiny: Callable
     again = statistics_for(session, given.model, [*expected])
     assert all(torch.equal(statistic, again[name]) for name, statistic in expected.items())
 
-    tensor = one_tensor.OneTensor(given.model, "fc3.weight", config, ALONE.device, None, [], given.statistics)
+    tensor = one_tensor.OneTensor(given, "fc3.weight")
     tensor.plan([0.5])
     ranking = criteria.scores("taylor", {"fc3.weight": tensor.dense}, 0, expected)["fc3.weight"]
     assert torch.equal(tensor.steps > 0, top_mask(ranking, tensor.alive, 500))

@@ -255,7 +255,7 @@ def check(config: Config, run: Path) -> None:
         assert accepted == sorted(accepted, reverse=True)
         assert result["density"] == ([1.0, *accepted])[-1]
         return
-    plan = round_plan.densities(config)
+    plan = round_plan.densities(config.prune, config.target)
     assert len(result["rounds"]) == len(plan)
     last = json.loads((run / f"rounds/{len(plan):02d}/plan.json").read_text())
     assert kept == sum(tensor["keep"] for tensor in last["tensors"])
@@ -265,13 +265,13 @@ def check(config: Config, run: Path) -> None:
     assert (steps == 0) == (epochs == 0)
     counted = (config.target.mode, config.target.budget) == ("compression", "weights")
     if counted and config.prune.allocation != "explicit":
-        budget = round_plan.budget(config, len(plan), total)
+        budget = round_plan.budget(config.prune, config.target, len(plan), total)
         assert kept <= budget if config.prune.dead_neurons else kept == budget
         wanted = plan[-1] if config.prune.schedule == "list" else 1 / config.target.compression
         assert kept / total <= wanted
         assert math.isclose(result["compression"], total / kept)
     if config.prune.allocation == "explicit" and config.target.mode == "compression":
-        expected = round_plan.explicit_densities(config, plan[-1])
+        expected = round_plan.explicit_densities(config.prune, config.target, plan[-1])
         for layer in result["layers"]:
             if layer["name"] in expected and not config.prune.dead_neurons:
                 assert abs(layer["kept"] - expected[layer["name"]] * layer["weights"]) <= max(

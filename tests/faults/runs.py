@@ -157,3 +157,11 @@ def same_weights(one: Path, two: Path) -> bool:
     """Whether two runs ended with the same weights, to the bit."""
     first, second = (load_file(run / "final/model.safetensors") for run in (one, two))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def check_stopped(output: str, command: str) -> None:
+    """Check what a run that SIGTERM ended says: that its state is kept and how it goes on, and nothing of Ray's."""
+    assert "stopped; what is finished is kept." in output, output
+    assert f"To go on: {command}" in output, output
+    for word in ("Traceback", "SIGTERM received", "Fatal Python error"):
+        assert word not in output, output

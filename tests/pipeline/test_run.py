@@ -23,8 +23,9 @@ from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.prune import round_plan
 from pipeline.rounds import campaign
-from pipeline.run.events import EpochEnded, Event, LevelMeasured, Resumed, RoundBegun, StageBegun
-from pipeline.run.state import run_root
+from pipeline.run.events import EpochEnded, Event, LevelMeasured, Resumed, RoundBegun, StageBegun, unheard
+from pipeline.run.records import Scan
+from pipeline.run.state import fingerprint, run_root
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
 from pipeline.train.loop import Training
@@ -54,15 +55,18 @@ def test_each_rounds_thresholds_rest_on_the_dense_networks_deviations(tiny: Call
     carry_out(config)
     here = stages.Run(run_root(config), 1)
     dense, first = (checkpoint.load(here, f"{part}/checkpoint") for part in ("dense", "rounds/01"))
-    scan, plan = here.read("scan", "scan.json"), here.read("rounds/02", "plan.json")
+    scan, plan = here.load(Scan, "scan", "scan.json"), here.read("rounds/02", "plan.json")
     total = sum(mask.numel() for mask in first.masks.values())
     expected = round_plan.make(
-        config,
+        round_plan.Basis(
+            config.prune,
+            config.target,
+            config.seed,
+            {name: dense.weights[name] for name in first.masks},
+            round_plan.scanned("weights", scan, 10, dict.fromkeys(first.masks, 0)),
+        ),
         campaign.outlook(config, campaign.Origin(total, total), 1)[1],
-        {name: first.weights[name] for name in first.masks},
-        {name: dense.weights[name] for name in first.masks},
-        first.masks,
-        round_plan.scanned(config, scan, 10, dict.fromkeys(first.masks, 0)),
+        round_plan.Standing({name: first.weights[name] for name in first.masks}, first.masks),
     )
     assert {row["name"]: row["keep"] for row in plan["tensors"]} == expected.keep
 
@@ -161,7 +165,7 @@ def test_a_scan_goes_on_with_the_levels_that_are_missing(tiny: Callable[..., Con
             if len(seen) == 3:
                 raise KeyboardInterrupt
 
-    configure_process(config)
+    configure_process(config.threads)
     with pytest.raises(KeyboardInterrupt):
         stages.run(config, LocalEngine(ALONE), stop_after_three)
     events: list[Event] = []
@@ -252,12 +256,16 @@ def test_survivors_made_anew_keep_the_pattern_alone(tiny: Callable[..., Config])
     torch.testing.assert_close(left, dense * (left != 0))
 
 
+def driver_of(config: Config) -> stages.Driver:
+    """A driver of a run that has not begun."""
+    return stages.Driver(config, LocalEngine(ALONE), stages.Run("nowhere", 0), unheard)
+
+
 def test_settings_of_the_recipe_belong_to_the_stage_that_uses_them(tiny: Callable[..., Config]) -> None:
     def changed(**changes: Any) -> list[str]:
-        before, after = tiny(), tiny(**changes)
-        nowhere = stages.Run("nowhere", 0)
+        before, after = driver_of(tiny()), driver_of(tiny(**changes))
         parts = (stages.DENSE, stages.SCAN, stages.ROUNDS)
-        return [part.name for part in parts if part.settings(before, nowhere) != part.settings(after, nowhere)]
+        return [part.name for part in parts if part.settings(before) != part.settings(after)]
 
     assert changed(**{"scan.bn_samples": 10}) == ["scan"]
     for key, value in {
@@ -265,6 +273,19 @@ def test_settings_of_the_recipe_belong_to_the_stage_that_uses_them(tiny: Callabl
         "retrain.dropout_correction": True, "retrain.phases": ["fc", "all"],
     }.items():  # fmt: skip
         assert changed(**{key: value}) == ["rounds"]
+
+
+def test_a_setting_that_came_later_leaves_the_stages_of_earlier_runs_finished(tiny: Callable[..., Config]) -> None:
+    """What runs were marked with before there was prune.pattern; a later setting counts where it is not the default."""
+    marked = {"dense": "1c7c78d057e7ea5d", "scan": "0e5f1abc812c14fc", "rounds": "82446920706469b1"}
+
+    def made_from(config: Config) -> dict[str, str]:
+        parts = (stages.DENSE, stages.SCAN, stages.ROUNDS)
+        return {part.name: fingerprint(*part.settings(driver_of(config))) for part in parts}
+
+    assert made_from(tiny()) == marked
+    other = made_from(tiny(**{"prune.pattern": "other"}))
+    assert [stage for stage in marked if other[stage] != marked[stage]] == ["scan", "rounds"]
 
 
 def test_masks_that_are_not_kept_stop_the_run(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:

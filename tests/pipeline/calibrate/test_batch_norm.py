@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,8 +13,9 @@ from pipeline.calibrate import batch_norm
 from pipeline.data.loader import Batch
 from pipeline.rounds import preflight
 from pipeline.scan.inputs import scan_inputs
-from pipeline.scan.levels import answers_of, scan_tensor
+from pipeline.scan.levels import scan_tensor
 from pipeline.settings.config import Config
+from pipeline.task.feed import Feed
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import Session
@@ -41,7 +42,7 @@ def test_statistics_are_the_average_over_the_batches(config: Config) -> None:
     assert isinstance(norm, nn.BatchNorm1d)
     norm.running_mean += 100
     # Pixels are read as 0..1: means 0.5 and 1, variances 0.5 (of two, unbiased) and 0; the batch of one is left out.
-    batch_norm.recalibrate(model, [batch(0, 255, 9, bad=1), batch(255, 255, 255), batch(0)], config, CPU)
+    batch_norm.recalibrate(model, [batch(0, 255, 9, bad=1), batch(255, 255, 255), batch(0)], Feed.of(config), CPU)
     assert float(norm.running_mean) == pytest.approx(0.75)
     assert float(norm.running_var) == pytest.approx(0.25)
     assert norm.momentum == 0.3
@@ -53,7 +54,7 @@ def test_statistics_come_back_to_the_bit(config: Config) -> None:
     model[1].running_mean.fill_(0.123)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     saved = batch_norm.statistics(model)
-    batch_norm.recalibrate(model, [batch(0, 255)], config, CPU)
+    batch_norm.recalibrate(model, [batch(0, 255)], Feed.of(config), CPU)
     assert float(model[1].running_mean) == pytest.approx(0.5)
     batch_norm.put_back(model, saved)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -65,13 +66,13 @@ def test_each_level_of_a_scan_has_its_own_statistics(small_session: Session) -> 
     calibrated = small_session.config.scan.model_copy(update={"bn_samples": 250, **levels})
     session = replace(small_session, config=small_session.config.model_copy(update={"scan": calibrated}))
     checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(session.new_model().state_dict())))
-    model, _, val, calibration, _ = scan_inputs(session, "dense/checkpoint")
-    dense = answers_of(model, val, session.config, CPU)
+    given = scan_inputs(session, "dense/checkpoint")
+    model, calibration, dense = given.model, given.calibration, given.answers()
     assert sum(len(part.images) for part in calibration) == 250
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def losses(batches: list[Batch]) -> list[float]:
-        levels = scan_tensor(model, "conv1.weight", [], val, dense, session.config, CPU, calibration=batches)
+    def losses(batches: Sequence[Batch]) -> list[float]:
+        levels = scan_tensor(replace(given, calibration=batches), dense, "conv1.weight")
         return [level.loss for level in levels]
 
     def whole_forward(density: float) -> float:
@@ -79,8 +80,8 @@ def test_each_level_of_a_scan_has_its_own_statistics(small_session: Session) -> 
         kept, statistics = weight.detach().clone(), batch_norm.statistics(model)
         smallest = kept.abs().flatten().sort(descending=True).values[round(density * kept.numel()) - 1]
         weight.data.copy_(kept * (kept.abs() >= smallest))
-        batch_norm.recalibrate(model, calibration, session.config, CPU)
-        loss = answers_of(model, val, session.config, CPU).figures()["loss"]
+        batch_norm.recalibrate(model, calibration, session.feed, CPU)
+        loss = given.answers().figures().loss
         weight.data.copy_(kept)
         batch_norm.put_back(model, statistics)
         return loss

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from pipeline.base.errors import UserError
 from pipeline.calibrate import layer_inputs, statistics
 from pipeline.data.loader import Batch
+from pipeline.prune.criteria import CRITERIA
 from pipeline.settings.config import Config
+from pipeline.settings.pruning import Prune
 from pipeline.train.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -86,4 +88,10 @@ def test_a_layer_with_too_many_inputs_for_obs_is_one_message() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(25088, 4096))
     with pytest.raises(UserError, match=r"prune\.criterion=obs: 0\.weight has so many inputs.*prune\.exclude"):
-        statistics.require_curvature(model, ["0.weight"])
+        statistics.require(model, ["0.weight"], Prune.model_validate({"criterion": "obs"}))
+    statistics.require(model, ["0.weight"], Prune.model_validate({"criterion": "taylor"}))
+    statistics.require(model, ["0.weight"], Prune())
+
+
+def test_every_statistic_that_a_criterion_needs_can_be_measured() -> None:
+    assert {row.statistic for row in CRITERIA.values()} - {None} == statistics.STATISTICS.keys()

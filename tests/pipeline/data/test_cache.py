@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,31 @@ def test_several_processes_share_it(entries: dict[str, Entry], tmp_path: Path) -
     assert list(failed) == []
     assert kept(tmp_path) == 2
     assert not list(tmp_path.glob(".*"))
+
+
+def test_several_threads_share_it(entries: dict[str, Entry], tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path), 2500, entries.values())
+    names = [*"abc"] * 20
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda name: read(cache, entries[name]), names)) == [CONTENT[name] for name in names]
+    assert kept(tmp_path) == 2
+
+
+def test_a_killed_process_leaves_no_lock(entries: dict[str, Entry], tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    cache, inside = Cache(str(tmp_path), 10**6, entries.values()), context.Event()
+
+    def hold() -> None:
+        with cache._lock("lock"):
+            inside.set()
+            time.sleep(600)
+
+    holder = context.Process(target=hold)
+    holder.start()
+    assert inside.wait(60)
+    holder.kill()
+    holder.join(60)
+    assert read(cache, entries["a"]) == CONTENT["a"]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.base.errors import UserError
 from pipeline.data import images, sources
+from pipeline.data.parts import Part, Source
 from pipeline.settings.data import Data
 
 
@@ -24,6 +25,27 @@ def test_digits_are_the_real_ones_split_by_class():
     assert canvas.shape == (1, 8, 8)
     assert max(images.decode(source.train.read(i), 1, None).max() for i in range(20)) == 255
     assert not np.array_equal(source.test.labels, sources.open_source(Data(), seed=1).test.labels)
+
+
+def test_a_source_says_what_it_needs(monkeypatch):
+    for name in ("idx", "folder", "imagenet", "shards"):
+        with pytest.raises(UserError, match=rf"data: source '{name}' reads from data.root, which is not set"):
+            sources.open_source(Data(source=name), 0)
+    sources.require_root(Data())
+    sources.require_root(Data(source="imagenet"), planned=True)
+    with pytest.raises(UserError, match=r"source 'idx' reads from data.root"):
+        sources.require_root(Data(source="idx"), planned=True)
+    with pytest.raises(UserError, match=r"data.source=shards is not built from anything"):
+        sources.open_source(Data(source="shards", root="/somewhere"), 0)
+    assert [name for name, kind in sources.SOURCES.items() if kind.in_place] == ["shards"]
+
+
+def test_a_source_is_its_row_and_nothing_else(monkeypatch):
+    """Two images of one class, added as a source is: a function, a row."""
+    part = Part(np.zeros(2, np.int64), ("", ""), lambda i: b"")
+    made = Source(("a",), 1, part, part, "two")
+    monkeypatch.setitem(sources.SOURCES, "two", sources.Kind(lambda config, seed: made, needs_root=False))
+    assert sources.open_source(Data(source="two"), 0) is made
 
 
 def write_idx(folder, prefix="train", count=6, packed=False, torn=0):

@@ -95,7 +95,7 @@ def test_bench_of_a_run_writes_files_that_agree(tiny: Callable[..., Config]) -> 
     pytest.importorskip("onnxscript", reason="ONNX export is optional: pip install onnx onnxscript onnxruntime")
     pytest.importorskip("onnxruntime", reason="ONNX export is optional: pip install onnx onnxscript onnxruntime")
     config = tiny(**{"prune.rounds": 1, "target.compression": 20, "prune.dense_control": False})
-    configure_process(config)
+    configure_process(config.threads)
     stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), unheard)
     root = Path(run_root(config))
     report = bench.bench_run(root, repeats=5)

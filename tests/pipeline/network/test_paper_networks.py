@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from requested import allocate
 from torch import nn
 
 from pipeline.network.build import build_network
 from pipeline.network.cost import flops
 from pipeline.network.paper_networks import BUILTIN, alexnet_caffe, vgg_16
 from pipeline.network.survey import survey
-from pipeline.prune import allocation, round_plan
+from pipeline.prune import round_plan
 from pipeline.settings.config import load_config
+from pipeline.task.feed import Feed
 from pipeline.train import session
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -87,7 +89,7 @@ def test_alexnets_first_weights_are_caffes() -> None:
 def test_the_network_of_each_config_builds_and_can_be_pruned(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml", ["data.root=/somewhere"])
     model = build_network(config.model, 1000, config.seed)
-    session.check_output(model, config, 1000)
+    session.check_output(model, config.model.factory, Feed.of(config), 1000)
     prunable, left_out = survey(model, config.prune.include, config.prune.exclude)
     assert len(prunable) >= 8
     kinds = {item.reason.split(" (")[0] for item in left_out}
@@ -101,11 +103,11 @@ def test_the_papers_densities_give_the_papers_size(name: str, kept: float) -> No
     factory = BUILTIN[config.model.factory]
     prunable, _ = survey(on_meta(factory))
     assert set(config.prune.densities) == {t.name for t in prunable}
-    planned = round_plan.densities(config)
+    planned = round_plan.densities(config.prune, config.target)
     assert len(planned) == 5
     sizes = []
     for density in planned:
-        wanted = round_plan.explicit_densities(config, density)
+        wanted = round_plan.explicit_densities(config.prune, config.target, density)
         sizes.append(sum(round(t.weights * wanted[t.name]) for t in prunable))
     assert sizes == sorted(sizes, reverse=True)
     # The tables round to whole percents: fc6 of VGG-16 at 4% is 4.1M weights, give or take 0.5M.
@@ -119,7 +121,7 @@ def test_erk_leaves_depthwise_kernels_all_but_dense() -> None:
     scores = {t.name: torch.zeros(t.shape) for t in prunable}
     alive = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
     budget = sum(t.weights for t in prunable) // 2
-    counts = allocation.allocate("erk", scores, alive, budget)
+    counts = allocate("erk", scores, alive, budget)
     depthwise = [t for t in prunable if t.kind == "conv" and t.shape[1] == 1]
     assert len(depthwise) == 15
     assert all(counts[t.name] == t.weights for t in depthwise if t.shape[2] ** 2 == DEPTHWISE)

@@ -5,14 +5,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from requested import allocate, request
 from torch import Tensor
 
 from pipeline.base.errors import UserError
-from pipeline.prune.allocation import ALLOCATIONS, allocate, proportional, threshold, threshold_counts
+from pipeline.prune import allocation, axes
+from pipeline.prune.allocation import ALLOCATIONS, Allocation, proportional, threshold, threshold_counts
 from pipeline.prune.budget import USUAL, Composed, Priced
 from pipeline.prune.damage import Curve
 from pipeline.prune.limits import bounds
 from pipeline.prune.masks import top_mask
+from pipeline.settings.pruning import Prune, Target
 
 
 def all_alive(scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,6 +138,26 @@ def test_impossible_budgets_name_the_setting() -> None:
         allocate("pooled", FOUR, all_alive(FOUR), 5)
 
 
+def test_an_allocation_is_its_row_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that gives everything to the first tensor, added as one is: a function, a row."""
+    greedy = Allocation(lambda r: {n: r.budget if n == min(r.scores) else 0 for n in r.scores}, uses_scores=True)
+    monkeypatch.setitem(ALLOCATIONS, "greedy", greedy)
+    settings = Prune.model_validate({"allocation": "greedy"})
+    assert allocation.of(settings) is greedy
+    axes.require_fitting(settings, Target())
+    assert allocate("greedy", FOUR, all_alive(FOUR), 2, min_weights=0) == {"a": 2, "b": 0}
+
+
+def test_what_others_ask_of_each_allocation() -> None:
+    def those(trait: str) -> list[str]:
+        return [name for name, row in ALLOCATIONS.items() if getattr(row, trait)]
+
+    assert those("uses_scores") == ["paper", "pooled"]
+    assert those("needs_scan") == ["paper", "budget"]
+    assert those("needs_together") == those("spends_costs") == ["budget"]
+    assert those("fixes_densities") == ["explicit"]
+
+
 def test_unknown_allocation_and_nan() -> None:
     with pytest.raises(UserError, match=r"prune.allocation='papr'.*did you mean 'paper'"):
         allocate("papr", FOUR, all_alive(FOUR), 2)
@@ -179,7 +202,7 @@ def test_every_allocation_keeps_to_budget_and_bounds(
     )  # fmt: skip
     assert list(found) == list(scores)
     assert all(floors[key] <= found[key] <= caps[key] for key in scores)
-    if name != "explicit":
+    if not ALLOCATIONS[name].fixes_densities:
         assert sum(found.values()) == budget
 
 
@@ -234,15 +257,16 @@ def test_thresholds_as_they_are() -> None:
     scores = {"a": torch.tensor([0.9, 1.0, 1.1]), "b": torch.tensor([0.1, 0.2, 5.0])}
     alive = all_alive(scores) | {"b": torch.tensor([True, True, False])}
     sigmas, qualities = {"a": 2.0, "b": 1.0}, {"a": 0.5, "b": 3.0}
-    assert threshold_counts(scores, alive, sigmas, qualities, min_weights=0) == {"a": 2, "b": 0}
-    assert threshold_counts(scores, alive, sigmas, qualities, min_weights=1) == {"a": 2, "b": 1}
+    units = {"sigmas": sigmas, "qualities": qualities}
+    assert threshold_counts(request(scores, alive, min_weights=0, **units)) == {"a": 2, "b": 0}
+    assert threshold_counts(request(scores, alive, min_weights=1, **units)) == {"a": 2, "b": 1}
 
 
 def test_paper_at_the_thresholds_own_size_finds_the_thresholds() -> None:
     torch.manual_seed(0)
     scores = {"a": torch.randn(400).abs(), "b": torch.randn(300).abs() * 5}
     sigmas, qualities = {"a": 1.0, "b": 5.0}, {"a": 1.5, "b": 0.7}
-    wanted = threshold_counts(scores, all_alive(scores), sigmas, qualities)
+    wanted = threshold_counts(request(scores, all_alive(scores), sigmas=sigmas, qualities=qualities))
     found = allocate("paper", scores, all_alive(scores), sum(wanted.values()), sigmas=sigmas, qualities=qualities)
     assert found == wanted
 

@@ -13,12 +13,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from requested import allocate
+from scan_records import level as level_with
+from scan_records import row, scan, tensor
 
 from pipeline.network import cost
 from pipeline.prune import damage
-from pipeline.prune.allocation import allocate
 from pipeline.prune.budget import USUAL, Composed, Held, Priced, predicted, solve
 from pipeline.prune.damage import Curve
+from pipeline.run.records import DenseFigures, Level
 
 
 def table(*values: float) -> Curve:
@@ -136,8 +139,8 @@ def test_a_budget_of_weights_is_met_exactly_and_convex_curves_are_solved_to_the_
     assert found.gap == pytest.approx(0, abs=1e-9)
 
 
-def level(density: float, rise: float, reach: float = 0.01) -> dict[str, float]:
-    return {"density": density, "rise": rise, "rise_low": rise - reach, "rise_high": rise + reach}
+def level(density: float, rise: float, reach: float = 0.01) -> Level:
+    return level_with(density, rise=rise, rise_low=rise - reach, rise_high=rise + reach)
 
 
 def test_the_curve_goes_through_the_levels_and_grows_by_a_power_beyond_them() -> None:
@@ -167,16 +170,18 @@ def test_rises_are_made_monotone_by_their_intervals() -> None:
     assert damage.measured([level(0.5, -0.02)])[0] == pytest.approx([0])
 
 
+LOST = [(0.05, math.inf), (0.01, math.nan)]
+
+
 def test_a_loss_that_is_not_finite_is_only_beyond_trust() -> None:
-    lost = {"density": 0.01, "rise": math.nan, "rise_low": math.nan, "rise_high": math.nan}
-    found = damage.curve(
-        [level(0.5, 0.1), level(0.1, 0.4), lost | {"rise": math.inf, "density": 0.05}, lost], 1000, 2.0
-    )
+    lost = [level_with(d, rise=rise, rise_low=math.nan, rise_high=math.nan) for d, rise in LOST]
+    found = damage.curve([level(0.5, 0.1), level(0.1, 0.4), *lost], 1000, 2.0)
     assert found.at(50) == damage.curve([level(0.5, 0.1), level(0.1, 0.4)], 1000, 2.0).at(50)
 
 
 def test_a_level_of_one_sample_has_no_interval_and_counts_little() -> None:
-    rises, reach = damage.measured([{"density": 0.5, "rise": 0.3, "rise_low": None, "rise_high": None}, level(0.1, 0)])
+    alone = level_with(0.5, rise=0.3, rise_low=None, rise_high=None)
+    rises, reach = damage.measured([alone, level(0.1, 0)])
     assert reach == pytest.approx([1, 0.01])
     assert rises == pytest.approx([0, 0], abs=1e-3)
 
@@ -214,9 +219,9 @@ def test_every_curve_falls_to_nothing_and_is_finite(levels: list[Any], size: int
 
 
 def test_chance_is_told_by_the_number_of_classes() -> None:
-    scan = {"dense": {"loss": 0.3}, "tensors": [{"name": "a", "weights": 100, "levels": SATURATED}]}
-    assert damage.chance_rise(scan, 10) == pytest.approx(math.log(10) - 0.3)
-    assert damage.curves(scan, 10)["a"].weights == 100
+    found = scan([tensor("a", 100, SATURATED)], dense=DenseFigures(0.9, 0.3))
+    assert damage.chance_rise(found, 10) == pytest.approx(math.log(10) - 0.3)
+    assert damage.curves(found, 10)["a"].weights == 100
 
 
 @pytest.mark.parametrize("unit", ["weights", "flops", "bytes"])
@@ -263,10 +268,7 @@ def test_a_budget_is_solved_by_what_holds_at_the_density_it_leads_to() -> None:
 
 
 def test_the_power_that_lost_least_together_is_found_for_each_density() -> None:
-    def row(density: float, power: float, rise: float) -> dict[str, float]:
-        return {"density": density, "power": power, "rise": rise}
-
     rows = [row(0.5, 0.3, 0.2), row(0.5, 0.85, 0.2), row(0.5, 1.0, 0.2), row(0.1, 0.3, 0.4), row(0.1, 1.0, math.nan)]
-    best = damage.best_together({"together": rows})
-    assert {density: each["power"] for density, each in best.items()} == {0.5: 0.85, 0.1: 0.3}
-    assert damage.best_together({}) == {}
+    best = damage.best_together(rows)
+    assert {density: each.power for density, each in best.items()} == {0.5: 0.85, 0.1: 0.3}
+    assert damage.best_together([]) == {}

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from pipeline.base.errors import UserError
+from pipeline.prune import criteria
 from pipeline.prune.criteria import scores
+from pipeline.settings.pruning import Prune
 
 
 def test_magnitude_is_the_absolute_value() -> None:
@@ -61,6 +63,16 @@ def test_measured_criteria_are_products_with_their_statistic(criterion: str, exp
     weight, statistic = torch.tensor([-1.0, 3.0]), torch.tensor([1.0, 2.0])
     assert scores(criterion, {"w": weight}, 0, {"w": statistic})["w"].tolist() == expected
     assert scores(criterion, {"w": weight.half()}, 0, {"w": statistic})["w"].dtype == torch.float32
+
+
+def test_a_criterion_says_which_statistic_it_needs() -> None:
+    needed = {name: criteria.of(Prune.model_validate({"criterion": name})).statistic for name in criteria.CRITERIA}
+    assert {name: kind for name, kind in needed.items() if kind} == {"taylor": "gradient", "obs": "curvature"}
+
+
+def test_a_statistic_that_a_criterion_does_not_need_changes_nothing() -> None:
+    weights = {"w": torch.tensor([-1.0, 3.0])}
+    assert scores("magnitude", weights, 0, {"w": torch.tensor([7.0, 0.0])})["w"].tolist() == [1.0, 3.0]
 
 
 def test_unknown_criterion_suggests() -> None:

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.base.errors import UserError
-from pipeline.prune.schedules import budgets, densities
+from pipeline.prune.schedules import SCHEDULES, budgets, densities
 from pipeline.settings.pruning import Prune
 
 
@@ -35,6 +35,16 @@ def test_densities_fall_to_exactly_the_final_one(schedule: str, rounds: int, fin
     assert len(found) == (1 if schedule == "one-shot" else rounds)
     assert all(final - 1e-12 <= density <= 1.0 for density in found)
     assert found == sorted(found, reverse=True) or final > 0.999
+
+
+def test_what_others_ask_of_each_schedule() -> None:
+    assert [name for name, row in SCHEDULES.items() if row.from_list] == ["list"]
+    assert [name for name, row in SCHEDULES.items() if not row.fixes_densities] == ["geometric"]
+
+
+def test_an_unknown_schedule_suggests() -> None:
+    with pytest.raises(UserError, match=r"prune.schedule='oneshot' is unknown; did you mean 'one-shot'"):
+        densities(prune(schedule="oneshot"), 0.5)
 
 
 def test_budgets_by_hand() -> None:

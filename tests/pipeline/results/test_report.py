@@ -6,9 +6,9 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
+import scan_records
 from run_files import (
     LAYERS,
     begin,
@@ -26,7 +26,7 @@ from run_files import (
 
 from pipeline.base.errors import UserError
 from pipeline.results import figures, plots, report
-from pipeline.run.records import DataFacts, Histograms
+from pipeline.run.records import DataFacts, DenseFigures, Histograms
 from pipeline.settings.config import dump_config
 
 HOSTILE = '<script>alert("x")</script>&amp;$\\frac{$'
@@ -193,10 +193,10 @@ def test_summary_rows(tmp_path: Path) -> None:
 
 
 def test_scan_of_many_tensors_and_both_kinds() -> None:
-    levels = [{"density": d, "top1": d, "quality": 1.0, "loss": 1.0} for d in (0.8, 0.2, 0.01)]
+    levels = [scan_records.level(d, top1=d, loss=1.0) for d in (0.8, 0.2, 0.01)]
     kinds = ["conv2d"] * 26 + ["linear"]
-    tensors: list[dict[str, Any]] = [{"name": f"t{i}.weight", "kind": k, "levels": levels} for i, k in enumerate(kinds)]
-    drawn = {"dense": {"top1": 0.9}, "split": "val", "tensors": tensors}
+    tensors = [scan_records.tensor(f"t{i}.weight", 1000, levels, kind=k) for i, k in enumerate(kinds)]
+    drawn = scan_records.scan(tensors, dense=DenseFigures(0.9, 0.3))
     figure = plots.sensitivity(drawn)
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["Convolutional", "Fully connected"]
     assert [len(axis.get_lines()) for axis in figure.axes] == [27, 2]

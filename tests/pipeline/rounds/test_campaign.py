@@ -161,8 +161,6 @@ def test_too_few_images_to_accept_anything_are_refused_with_what_would_help() ->
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"target.mode": "no-loss", "prune.schedule": "cubic"}, "prune.schedule=cubic fixes densities"),
-        ({"target.mode": "no-loss", "prune.allocation": "explicit", "prune.densities": {"a": 0.1}}, "allocation=expl"),
         ({"target.compression": None}, "compression=null: mode=compression needs a number"),
         ({"target.step": 0.97}, "step=0.97 keeps more than smallest_step=0.95"),
         ({"target.confidence": 0.4}, "target.confidence=0.4"),

@@ -48,7 +48,7 @@ def result_and_events(config: Config) -> tuple[dict[str, Any], Events]:
 
 def to_test(config: Config) -> Events:
     """A run up to its look at test, which leaves out the seconds that a report takes; its events."""
-    configure_process(config)
+    configure_process(config.threads)
     events: Events = []
     engine = LocalEngine(ALONE)
     with open_run(config) as here:

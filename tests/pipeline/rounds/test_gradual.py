@@ -17,9 +17,10 @@ from pipeline.network.build import build_network
 from pipeline.prune.gradual import Gradual, Masks
 from pipeline.run.state import run_root
 from pipeline.settings.config import Config
+from pipeline.task.feed import Feed
 from pipeline.train import checkpoint
 from pipeline.train.loop import Training
-from pipeline.train.session import Session, input_shape
+from pipeline.train.session import Session
 
 
 def test_the_density_falls_from_one_rounds_to_the_nexts() -> None:
@@ -91,7 +92,7 @@ def test_places_of_dead_units_connections_go_to_living_ones(
         saved = checkpoint.load(stages.Run(run_root(config), 1), "rounds/02/checkpoint")
         model = build_network(config.model, 10, 0)
         model.load_state_dict(saved.weights)
-        left, _ = dead.remove(model, saved.masks, torch.zeros(2, *input_shape(config)), 1)
+        left, _ = dead.remove(model, saved.masks, Feed.of(config).zeros(2), 1)
         kept = sum(int(mask.sum()) for mask in saved.masks.values())
         return kept, kept - sum(int(mask.sum()) for mask in left.values())
 

@@ -57,7 +57,7 @@ def digest(file: Path) -> str:
 def carry_out(run: Path, *wanted: stages.Stage) -> None:
     """Some stages of the run, by its own config."""
     config = config_of(run)
-    configure_process(config)
+    configure_process(config.threads)
     with open_run(config) as here:
         stages.carry_out(wanted, Driver(config, LocalEngine(ALONE), here, unheard))
 
@@ -141,7 +141,7 @@ def test_it_goes_on_from_its_first_round_to_the_same_bits(old: Path, tmp_path: P
         (old / name).unlink()
     events: list[Event] = []
     config = config_of(old)
-    configure_process(config)
+    configure_process(config.threads)
     result = stages.run(config, LocalEngine(ALONE), events.append)
     assert [event.stage for event in events if isinstance(event, StageBegun) and event.skipped] == ["dense", "scan"]
     assert [event.phase for event in events if isinstance(event, RoundBegun)] == ["rounds/02"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +19,29 @@ from pipeline.settings.config import Config
 def test_a_second_writer_is_refused_while_the_first_lives(tiny: Callable[..., Config]) -> None:
     with open_run(tiny()), pytest.raises(UserError, match="is being written by process"), open_run(tiny()):
         pass
+
+
+def test_a_killed_writer_is_followed_at_once_though_a_child_of_it_lives(tiny: Callable[..., Config]) -> None:
+    context = multiprocessing.get_context("fork")
+    children = context.SimpleQueue()
+
+    def write() -> None:
+        with open_run(tiny()):
+            child = os.fork()
+            if child:
+                children.put(child)
+            time.sleep(600)
+
+    writer = context.Process(target=write)
+    writer.start()
+    child = children.get()
+    writer.kill()
+    writer.join(60)
+    try:
+        with open_run(tiny()) as here:
+            assert here.fence == 2
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_an_earlier_writer_cannot_commit_after_a_later_one(tiny: Callable[..., Config]) -> None:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scan_records import level as known_level
+from scan_records import scan_of
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.base.stats import tango
 from pipeline.data.loader import Batch
 from pipeline.prune.masks import nested, top_mask
+from pipeline.run.records import Level
 from pipeline.scan import racing
-from pipeline.scan.levels import Answers, Level, answers_of, scan_tensor, shuffled, tango
+from pipeline.scan.inputs import shuffled
+from pipeline.scan.levels import scan_tensor
 from pipeline.scan.suffix import Suffix
 from pipeline.settings.config import Config, parse_config
+from pipeline.task.answers import Answers
 
 CPU = torch.device("cpu")
 SAMPLES = 420
@@ -75,10 +81,11 @@ def by_hand(model: nn.Module, name: str, keep: int, batches: list[Batch]) -> tup
     return right, loss
 
 
-def run(model: nn.Module, name: str, batches: list[Batch], given: Config, **more: Any) -> list[Level]:
-    dense = answers_of(model, batches, given, CPU)
-    known = more.pop("known", [])
-    return list(scan_tensor(model, name, known, batches, dense, given, CPU, **more))
+def run(
+    model: nn.Module, name: str, batches: list[Batch], config: Config, known: Sequence[Level] = (), **more: Any
+) -> list[Level]:
+    given = scan_of(config, CPU, model, batches, **more)
+    return list(scan_tensor(given, given.answers(), name, known))
 
 
 def test_the_same_grid_has_the_numbers_of_a_straightforward_scan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +113,7 @@ def test_the_same_grid_has_the_numbers_of_a_straightforward_scan(monkeypatch: py
 
 def test_levels_that_are_known_are_not_measured_again() -> None:
     model, batches = problem()
-    levels = run(model, "3.weight", batches, config(), known=[{"density": 0.2, "drop": 0.1}])
+    levels = run(model, "3.weight", batches, config(), known=[known_level(0.2, drop=0.1)])
     assert [level.density for level in levels] == [0.5, 0.05]
 
 
@@ -116,7 +123,7 @@ def test_racing_stops_early_on_the_first_samples_of_one_order_for_all_levels() -
     given = config(interval=0.12)
     mixed = shuffled(batches, SAMPLES, 40, seed=1)
     looks = racing.looks(SAMPLES, racing=True)
-    dense = answers_of(model, mixed, given, CPU)
+    dense = scan_of(given, CPU, model, mixed).answers()
     z = racing.critical(len(looks))
     levels = run(model, "3.weight", mixed, given)
     assert min(level.samples for level in levels) < SAMPLES - 1
@@ -125,9 +132,9 @@ def test_racing_stops_early_on_the_first_samples_of_one_order_for_all_levels() -
         alone = dense.right[dense.valid][: level.samples]
         drop = (int(alone.sum()) - sum(right[: level.samples])) / level.samples
         assert level.drop == pytest.approx(drop, abs=1e-12)
-        assert level.top1 == pytest.approx(dense.figures()["top1"] - drop, abs=1e-12)
+        assert level.top1 == pytest.approx(dense.figures().top1 - drop, abs=1e-12)
         last = level.samples >= SAMPLES - 1
-        assert last or racing.decided(level.drop_low, level.drop_high, dense.figures()["top1"], given.scan)
+        assert last or racing.decided(level.drop_low, level.drop_high, dense.figures().top1, given.scan)
         wide = tango(*_discordant(alone, right[: level.samples]), level.samples, z)
         assert (level.drop_low, level.drop_high) == wide
 
@@ -164,10 +171,10 @@ def test_masks_of_a_round_stay_applied() -> None:
 def test_an_error_puts_the_tensor_back() -> None:
     model, batches = problem()
     before = model[3].weight.detach().clone()
-    dense = answers_of(model, batches, config(), CPU)
+    dense = scan_of(config(), CPU, model, batches).answers()
     broken = Batch(batches[1].images[:, :, :4], batches[1].labels, batches[1].weights, batches[1].indices)
     with pytest.raises(RuntimeError):
-        list(scan_tensor(model, "3.weight", [], [batches[0], broken], dense, config(), CPU))
+        list(scan_tensor(scan_of(config(), CPU, model, [batches[0], broken]), dense, "3.weight"))
     assert torch.equal(model[3].weight, before)
 
 
@@ -190,9 +197,13 @@ def test_shuffled_batches_hold_every_sample_once_and_end_at_the_looks() -> None:
 def test_figures_do_not_depend_on_the_order_of_the_samples() -> None:
     draw = np.random.default_rng(0)
     loss = draw.exponential(size=1000) * 10.0 ** draw.integers(-8, 8, 1000)
-    given = Answers(draw.random(1000) < 0.7, loss, draw.random(1000) < 0.9)
-    order = draw.permutation(1000)
-    assert given.figures() == Answers(given.right[order], loss[order], given.valid[order]).figures()
+    right, valid = draw.random(1000) < 0.7, draw.random(1000) < 0.9
+
+    def answers(order: Any) -> Answers:
+        mixed = right[order]
+        return Answers(right=mixed, right5=mixed, right_present=None, loss=loss[order], valid=valid[order])
+
+    assert answers(np.arange(1000)).figures() == answers(draw.permutation(1000)).figures()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scan_records import level
 
 from pipeline.base.stats import paired_mean, tango
+from pipeline.run.records import Level
 from pipeline.scan import racing
 from pipeline.settings.pruning import Scan
 
@@ -16,8 +18,8 @@ def scan(**changes: Any) -> Scan:
     return Scan.model_validate({"levels": [0.8, 0.4, 0.2, 0.1, 0.01], **changes})
 
 
-def known(*points: tuple[float, float]) -> list[dict[str, float]]:
-    return [{"density": density, "drop": drop} for density, drop in points]
+def known(*points: tuple[float, float]) -> list[Level]:
+    return [level(density, drop=drop) for density, drop in points]
 
 
 def test_a_grid_measures_what_is_missing_of_it_whatever_else_is_known() -> None:

@@ -13,27 +13,31 @@ import torch
 from pipeline import stages
 from pipeline.base.errors import UserError
 from pipeline.local import LocalEngine
-from pipeline.run.events import unheard
+from pipeline.run.events import Event, LevelMeasured, TogetherMeasured, unheard
+from pipeline.run.records import JointTrials, Scan
 from pipeline.run.state import open_run, run_root
 from pipeline.settings.config import Config
 from pipeline.train.world import World, configure_process
 
 ALONE = World(0, 1, torch.device("cpu"))
 ONE = {"dense.epochs": 1}
-Events = list[dict[str, Any]]
 
 
-def scan(config: Config, merged: tuple[str, ...] = (), after: int | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The scan's content, and the tensor of each level that was measured for it."""
-    configure_process(config)
-    events: Events = []
+def scan(config: Config, merged: tuple[str, ...] = (), after: int | None = None) -> tuple[Scan, list[str]]:
+    """The scan, and the tensor of each level that was measured for it."""
+    configure_process(config.threads)
+    events: list[Event] = []
     with open_run(config) as here:
         found = stages.scan(config, LocalEngine(ALONE), here, events.append, merged, after)
-    return found, [event["scan"] for event in events if "scan" in event]
+    return found, [event.tensor for event in events if isinstance(event, LevelMeasured)]
 
 
 def file(config: Config, name: str = "scan.json") -> Path:
     return Path(run_root(config)) / "scan" / name
+
+
+def written(config: Config, name: str = "scan.json") -> Any:
+    return json.loads(file(config, name).read_text())
 
 
 def test_scans_of_several_machines_join_and_only_what_is_missing_is_measured(tiny: Callable[..., Config]) -> None:
@@ -59,6 +63,11 @@ def test_scans_of_something_else_are_refused(tiny: Callable[..., Config], tmp_pa
         scan(tiny(**ONE), (str(file(other)),))
     with pytest.raises(UserError, match=r"is not a scan\.json"):
         scan(tiny(**ONE), (str(file(other, "trials.json")),))
+    less = written(other)
+    del less["tensors"][0]["levels"][0]["drop"]
+    (tmp_path / "older.json").write_text(json.dumps(less))
+    with pytest.raises(UserError, match=r"is not a scan\.json"):
+        scan(tiny(**ONE), (str(tmp_path / "older.json"),))
     with pytest.raises(UserError, match="cannot be read"):
         scan(tiny(**ONE), (str(tmp_path / "nowhere.json"),))
 
@@ -67,18 +76,18 @@ def test_a_finished_round_is_scanned_with_its_masks(tiny: Callable[..., Config])
     config = tiny(**ONE, **{"prune.allocation": "uniform", "prune.dense_control": False, "retrain.epochs": 1})
     with pytest.raises(UserError, match="--after 1: no round is finished"):
         scan(config, after=1)
-    configure_process(config)
+    configure_process(config.threads)
     stages.run(config, LocalEngine(ALONE), unheard)
     found, measured = scan(config, after=1)
     assert len(measured) == 6
-    assert found == json.loads(file(config, "after-1.json").read_text())
+    assert found.to_json() == written(config, "after-1.json")
     metrics = json.loads((Path(run_root(config)) / "rounds/01/metrics.json").read_text())
-    assert found["after"] == 1
-    assert [t["alive"] for t in found["tensors"]] == [layer["kept"] for layer in metrics["layers"]]
-    assert found["dense"]["top1"] == pytest.approx(metrics["val"]["top1"])
-    level = found["tensors"][0]["levels"][1]
-    alive, weights = found["tensors"][0]["alive"], found["tensors"][0]["weights"]
-    assert (level["density"], level["kept"], level["absolute"]) == (0.1, round(alive / 10), level["kept"] / weights)
+    assert found.after == 1
+    assert [tensor.alive for tensor in found.tensors] == [layer["kept"] for layer in metrics["layers"]]
+    assert found.dense.top1 == pytest.approx(metrics["val"]["top1"])
+    first = found.tensors[0]
+    level = first.levels[1]
+    assert (level.density, level.kept, level.absolute) == (0.1, round(first.alive / 10), level.kept / first.weights)
     assert scan(config, after=1) == (found, [])  # which is not measured twice
     assert not file(config).exists()
     with pytest.raises(UserError, match="rounds 1 to 2 are finished"):
@@ -89,32 +98,32 @@ def test_an_adaptive_scan_with_racing_goes_on_where_it_was_stopped(tiny: Callabl
     config = tiny(
         **{"scan.mode": "adaptive", "scan.levels": [0.5, 0.2, 0.02], "scan.max_levels": 6, "scan.interval": 0.1}
     )
-    configure_process(config)
+    configure_process(config.threads)
     seen: list[tuple[str, float]] = []
 
-    def stop_after_four(event: dict[str, Any]) -> None:
-        if "scan" in event:
-            seen.append((event["scan"], event["density"]))
+    def stop_after_four(event: Event) -> None:
+        if isinstance(event, LevelMeasured):
+            seen.append((event.tensor, event.level.density))
             if len(seen) == 4:
                 raise KeyboardInterrupt
 
     with open_run(config) as here, pytest.raises(KeyboardInterrupt):
         stages.scan(config, LocalEngine(ALONE), here, stop_after_four)
-    events: Events = []
+    events: list[Event] = []
     with open_run(config) as here:
         found = stages.scan(config, LocalEngine(ALONE), here, events.append)
-    later = [(event["scan"], event["density"]) for event in events if "scan" in event]
+    later = [(event.tensor, event.level.density) for event in events if isinstance(event, LevelMeasured)]
     assert later
     assert len({*seen, *later}) == len(seen) + len(later)  # none twice
-    levels = [(t["name"], level["density"]) for t in found["tensors"] for level in t["levels"]]
+    levels = [(t.name, level.density) for t in found.tensors for level in t.levels]
     assert sorted(levels) == sorted([*seen, *later])
-    samples = [level["samples"] for t in found["tensors"] for level in t["levels"]]
-    assert min(samples) < found["samples"] == max(*samples, found["samples"])
+    samples = [level.samples for t in found.tensors for level in t.levels]
+    assert min(samples) < found.samples == max(*samples, found.samples)
 
 
 def test_tensors_are_also_pruned_together_where_the_allocation_goes_by_it(tiny: Callable[..., Config]) -> None:
     config = tiny(**ONE, **{"prune.allocation": "budget", "scan.together": [0.5, 0.2, 0.01, 0.005]})
-    configure_process(config)
+    configure_process(config.threads)
 
     class Stopped(LocalEngine):
         """One that is killed after so many allocations."""
@@ -132,17 +141,19 @@ def test_tensors_are_also_pruned_together_where_the_allocation_goes_by_it(tiny: 
 
     with open_run(config) as here, pytest.raises(KeyboardInterrupt):
         stages.scan(config, Stopped(ALONE), here, unheard)
-    kept = json.loads(file(config, "together.json").read_text())["rows"]
+    kept = JointTrials.from_json(written(config, "together.json"), "together.json").rows
     assert len(kept) == 3
-    events: Events = []
+    events: list[Event] = []
     with open_run(config) as here:
         found = stages.scan(config, LocalEngine(ALONE), here, events.append)
-    assert not [event for event in events if "scan" in event]  # no level is measured again
-    rows = found["together"]
-    assert [*dict.fromkeys(row["density"] for row in rows)] == [0.5, 0.2, 0.01]  # there it guesses: no further
-    assert [row["keep"] for row in rows[:3]] == [row["keep"] for row in kept]
-    told = [(event["together"], event["power"]) for event in events if "together" in event]
-    assert [density for density, _ in told] == [0.5, 0.2, 0.01]
+    assert not [event for event in events if isinstance(event, LevelMeasured)]  # no level is measured again
+    rows = found.together
+    assert rows is not None
+    assert [*dict.fromkeys(row.density for row in rows)] == [0.5, 0.2, 0.01]  # there it guesses: no further
+    assert [row.keep for row in rows[:3]] == [row.keep for row in kept]
+    assert [event.density for event in events if isinstance(event, TogetherMeasured)] == [0.5, 0.2, 0.01]
     whole, _ = scan(tiny(name="whole", **ONE, **{"prune.allocation": "budget", "scan.together": [0.5, 0.2, 0.01]}))
-    assert whole["together"] == rows
-    assert "together" not in scan(tiny(name="paper", **ONE))[0]
+    assert whole.together == rows
+    paper = tiny(name="paper", **ONE)
+    assert scan(paper)[0].together is None
+    assert "together" not in written(paper)

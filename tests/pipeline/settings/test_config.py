@@ -9,7 +9,17 @@ import pytest
 import yaml
 
 from pipeline.base.errors import UserError
-from pipeline.settings.config import Config, differences, dump_config, load_config, parse_config
+from pipeline.settings.config import (
+    ADDED,
+    Config,
+    differences,
+    dump_config,
+    flatten,
+    hashed,
+    leaves,
+    load_config,
+    parse_config,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -43,7 +53,6 @@ def test_settings_are_frozen() -> None:
         (["target.compression=0.5"], ["target.compression=0.5", "greater than or equal to 1"]),
         (["prune.densities={fc1.weight: 1.5}", "prune.allocation=explicit"], ["prune.densities.fc1.weight=1.5"]),
         (["scan.levels=[0.1,0.5]"], ["levels must fall"]),
-        (["data.source=idx"], ["data.root", "not set"]),
         (["dense.batch_size=100"], ["dense.batch_size=100", "multiple of data.lanes=8"]),
         (["cluster.workers=9"], ["cluster.workers=9", "data.lanes=8"]),
         (["cluster.workers=[2,9]"], ["cluster.workers=[2, 9]", "data.lanes=8"]),
@@ -92,6 +101,12 @@ def test_differences_name_the_keys_and_leave_out_the_ignored() -> None:
     first = parse_config({"name": "a"})
     second = parse_config({"name": "a", "seed": 1, "cluster": {"workers": 2}})
     assert differences(first, second, ignore=("cluster",)) == ["seed: 0 -> 1"]
+
+
+def test_what_fingerprints_are_made_of_leaves_out_a_later_setting_at_its_default() -> None:
+    assert flatten(parse_config({"name": "a"})).keys() - leaves(hashed(parse_config({"name": "a"}))).keys() == {*ADDED}
+    assert hashed(parse_config({"name": "a", "prune": {"pattern": "other"}}))["prune"]["pattern"] == "other"
+    assert hashed(parse_config({"name": "a", "prune": {"pattern": "weights"}})) == hashed(parse_config({"name": "a"}))
 
 
 def test_every_setting_has_its_sentence() -> None:

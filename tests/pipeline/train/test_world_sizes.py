@@ -89,7 +89,7 @@ def process(rank: int, folder: str, configs: list[Config], root: str, fence: int
         for size in SIZES:
             if rank >= size:
                 continue
-            configure_process(config)
+            configure_process(config.threads)
             if size > 1:
                 store = f"file://{folder}/store-{number}-{size}"
                 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)

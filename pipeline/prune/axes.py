@@ -1,0 +1,42 @@
+"""Whether the settings of the axes (criterion, allocation, schedule, pattern) exist, and fit each other and the target.
+
+The settings themselves hold names alone: what stands behind a name says here, by its traits, what it goes with.
+"""
+
+from __future__ import annotations
+
+from pipeline.base.errors import UserError
+from pipeline.prune import allocation, criteria, patterns, schedules
+from pipeline.settings.pruning import Prune, Target
+
+
+def require_fitting(prune: Prune, target: Target) -> None:
+    """Raise UserError for a name that does not exist, a setting that one lacks, or two that contradict each other."""
+    criteria.of(prune)
+    patterns.of(prune)
+    chosen, schedule = allocation.of(prune), schedules.of(prune)
+    if schedule.from_list:
+        if not prune.list:
+            raise UserError(
+                f"prune: schedule={prune.schedule} needs prune.list, the density after each round: [0.5, 0.2, 0.1]"
+            )
+        if list(prune.list) != sorted(prune.list, reverse=True):
+            raise UserError(f"prune: prune.list={[*prune.list]} must fall from round to round")
+    if chosen.fixes_densities and not prune.densities:
+        raise UserError(f"prune: allocation={prune.allocation} needs prune.densities: {{fc1.weight: 0.08, ...}}")
+    if target.budget != "weights" and not (chosen.spends_costs and target.to_size):
+        able = " or ".join(name for name, each in allocation.ALLOCATIONS.items() if each.spends_costs)
+        raise UserError(
+            f"target.budget={target.budget} needs prune.allocation={able} and target.mode=compression: others count "
+            "weights"
+        )
+    if target.no_loss:
+        for setting, name, row in (
+            ("schedule", prune.schedule, schedule),
+            ("allocation", prune.allocation, chosen),
+        ):
+            if row.fixes_densities:
+                raise UserError(
+                    f"prune.{setting}={name} fixes densities, which target.mode={target.mode} finds itself: leave "
+                    f"prune.{setting} out; target.step says how much a round removes"
+                )

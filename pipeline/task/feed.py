@@ -1,0 +1,69 @@
+"""How a run's batches are given to its network: the task, and the settings that its inputs rest on.
+
+To add a task, write its functions in a module of this package and put its row into TASKS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.base.names import lookup
+from pipeline.settings.config import Config
+from pipeline.settings.data import Data
+from pipeline.task import classification
+from pipeline.task.task import Task
+
+TASKS: dict[str, Task] = {"classification": classification.TASK}
+
+
+def task_of(name: str) -> Task:
+    """The task of this name. Raises UserError for an unknown one."""
+    return lookup(TASKS, name, "task")
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What turns batches of uint8 images into a network's outputs; `seed` is the run's, for draws among samples."""
+
+    task: Task
+    data: Data
+    channels_last: bool
+    seed: int
+
+    @classmethod
+    def of(cls, config: Config) -> Feed:
+        """That of a run. Raises UserError for an unknown task."""
+        channels_last = config.dense.channels_last or config.retrain.channels_last
+        return cls(task_of(config.task), config.data, channels_last, config.seed)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample as the network takes it."""
+        return self.task.shape(self.data)
+
+    def zeros(self, samples: int, device: torch.device | None = None) -> Tensor:
+        """An example of the network's input: (samples, *shape), float32."""
+        return torch.zeros(samples, *self.shape, device=device)
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model on `device`, in the memory format of the run."""
+        model = model.to(device)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """What the network takes, float32, for uint8 images (n, channels, size, size), on their device."""
+        return self.task.inputs(images, self.data, self.channels_last)
+
+    def forward(self, model: nn.Module, images: Tensor, precision: str = "fp32") -> Tensor:
+        """The network's output for uint8 images (n, channels, size, size) on its device.
+
+        float32, or float64 where the network gives that. Raises TypeError where it gives something else than a tensor.
+        """
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            output: Tensor = model(self.inputs(images))
+        if not isinstance(output, Tensor):
+            raise TypeError(f"it gives a {type(output).__name__}, not one tensor of logits")
+        return output if output.dtype == torch.float64 else output.float()
