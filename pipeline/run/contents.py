@@ -27,7 +27,6 @@ from pipeline.run.result import Result
 from pipeline.settings.config import Config, load_config
 from pipeline.storage import Stat
 
-Json = dict[str, Any]
 R = TypeVar("R", bound=Record)
 
 _FILES = (
