@@ -76,23 +76,28 @@ def here(ray: Any) -> Any:
 
 
 @contextmanager
-def sigterm_kept() -> Iterator[None]:
-    """Put this process's handler of SIGTERM back after a block in which Ray sets, or removes, its own.
+def sigterm_later() -> Iterator[None]:
+    """While Ray comes or goes, SIGTERM waits, and Ray's own handler of it is kept out; ours has it afterwards.
 
-    Ray's own leaves with the signal's number as exit code; that is made the interruption that it would have been.
+    Half of ray.init cannot be undone: the process would crash at its end. Ray puts Ctrl-C off in the same way.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ours = signal.getsignal(signal.SIGTERM)
+    set_handler, came = signal.signal, threading.Event()
+    ours = set_handler(signal.SIGTERM, lambda *_: came.set())
+
+    def set_other(number: int, handler: Any) -> Any:
+        return ours if number == signal.SIGTERM else set_handler(number, handler)
+
+    signal.signal = set_other  # type: ignore[assignment]
     try:
         yield
-    except SystemExit as error:
-        if error.code != signal.SIGTERM:
-            raise
-        raise KeyboardInterrupt from error
     finally:
-        signal.signal(signal.SIGTERM, ours)
+        signal.signal = set_handler
+        set_handler(signal.SIGTERM, ours)
+        if came.is_set():
+            signal.raise_signal(signal.SIGTERM)
 
 
 def check_shared(ray: Any, root: str) -> None:
@@ -134,7 +139,7 @@ def _init(ray: Any, address: str, config: Config) -> None:
         options |= {"num_cpus": max(os.cpu_count() or 1, demand(config)["CPU"]), "include_dashboard": False}
     try:
         knock(address)
-        with sigterm_kept():
+        with sigterm_later():
             ray.init(**options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(

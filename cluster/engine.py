@@ -41,5 +41,5 @@ class RayEngine:
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
         if self.ray is not None:
-            with connect.sigterm_kept():
+            with connect.sigterm_later():
                 self.ray.shutdown()

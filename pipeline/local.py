@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +34,14 @@ class LocalEngine:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self._working = False  # whether the followers are within a stage, too
 
     def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
         """Do it here and on every follower."""
         self._tell(Call(work, config.model_dump(mode="json"), run.root, run.fence))
+        self._working = True
         work.do(open_session(config, self.world, run, progress))
+        self._working = False
 
     def scan(self, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
         """Measure tensor after tensor in this process."""
@@ -55,8 +59,10 @@ class LocalEngine:
         return lambda keeps: together.measure(given, dense, keeps)
 
     def close(self) -> None:
-        """Let the followers go."""
-        self._tell(None)
+        """Let the followers go; out of the middle of a stage they go as this process does."""
+        if not self._working:
+            with contextlib.suppress(RuntimeError):  # torch's, where one was stopped too and is gone
+                self._tell(None)
 
     def follow(self) -> None:
         """On ranks other than 0: do what rank 0 does until it closes."""

@@ -139,7 +139,7 @@ class Told(SystemExit):
 
 @contextmanager
 def one_message(resume: str | None = None) -> Iterator[None]:
-    """Turn a user's mistake, or a run that had to stop, into one message and exit code 2; an interruption into 130."""
+    """One message and exit code 2 for a user's mistake, or a run that had to stop; 130 for Ctrl-C and SIGTERM."""
     err = make_console(stderr=True)
 
     def say(text: str) -> None:

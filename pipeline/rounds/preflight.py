@@ -62,6 +62,7 @@ def check(config: Config, run: Run | None = None) -> None:
         return
     counts = known_counts(config, run)
     check_network(config, counts, run)
+    require_enough(config, counts)
     if not run.has("dense", "finished.json"):
         first_step.require(config, counts.classes, first_step.zeros(config.data), choose_device(config.device))
 
@@ -69,7 +70,9 @@ def check(config: Config, run: Run | None = None) -> None:
 def check_again(config: Config, run: Run) -> None:
     """Once there are shards: check the network against what they hold. Raises UserError as `check` does."""
     if not run.has("rounds", "finished.json"):
-        check_network(config, known_counts(config, run), run)
+        counts = known_counts(config, run)
+        check_network(config, counts, run)
+        require_enough(config, counts)
 
 
 def check_names(config: Config, *, planned: bool = False) -> None:
@@ -97,8 +100,6 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     begin = attempts.priced(config, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
     fewest = attempts.floor(config, prunable)
     campaign.require_room(config, begin, fewest)
-    if config.target.no_loss:
-        campaign.require_enough(counts.val, config.target)
     phases.require_layers(model, config.retrain.phases)
     before_retraining.check(model, config, [tensor.name for tensor in prunable])
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
@@ -111,6 +112,12 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
                 f"data.lanes={config.data.lanes} lanes: lower batch_size, or add data"
             )
     return Checked(model, prunable, left_out, flops, begin, fewest)
+
+
+def require_enough(config: Config, counts: Counts) -> None:
+    """Raise UserError where val is too small for a campaign without loss to accept anything."""
+    if config.target.no_loss:
+        campaign.require_enough(counts.val, config.target)
 
 
 def known_counts(config: Config, run: Run) -> Counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from cluster import connect, submit
 from pipeline.base.errors import UserError
+from pipeline.cli.sigterm import as_ctrl_c
 from pipeline.settings.config import Config
 
 
@@ -81,3 +83,21 @@ def test_state_that_the_next_job_would_not_see_is_refused(
 def test_a_job_runs_the_documented_command() -> None:
     command = submit.entrypoint(Path("configs/demo.yaml"), ["runs_dir=/a b", "seed=1"])
     assert command == "python -m cluster run configs/demo.yaml 'runs_dir=/a b' seed=1"
+
+
+def test_while_ray_comes_or_goes_sigterm_waits_and_stays_ours() -> None:
+    before, reached = signal.getsignal(signal.SIGTERM), []
+
+    def come() -> None:
+        with connect.sigterm_later():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as ray.init sets its own
+            signal.raise_signal(signal.SIGTERM)
+            reached.append(1)
+
+    with as_ctrl_c():
+        ours = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            come()
+        assert signal.getsignal(signal.SIGTERM) == ours
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGTERM) == before

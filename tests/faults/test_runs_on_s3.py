@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from faults.runs import Line, seconds_to_resume
+from faults.runs import Line, Started, check_stopped, seconds_to_resume
 from safetensors.torch import load, load_file
 from support import (
     FETCH,
+    MAKE_BUCKET,
     PREPARE,
     ROOT,
     S3_ENVIRONMENT,
@@ -162,3 +165,29 @@ def test_a_run_under_ray_goes_on_after_sigkill_with_the_same_bits(
     assert same(load_file(tmp_path / "final-model.safetensors"), reference)
     assert json.loads((tmp_path / "lease.json").read_text())["fence"] == 2
     line("SIGKILL of the driver of a run on S3", "identical", "<=20", seconds_to_resume(again.stdout))
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_a_run_under_ray_that_sigterm_ends_in_the_scan_gives_its_lease_back(
+    inside: Inside, tiny_yaml: Path, tmp_path: Path, line: Line
+) -> None:
+    made = inside.run("-c", MAKE_BUCKET)
+    assert made.returncode == 0, made.stderr
+    levels = [round(1 - number / 101, 4) for number in range(1, 101)]
+    changes = ["runs_dir=s3://store/runs", "dense.epochs=1", f"scan.levels=[{','.join(map(str, levels))}]"]
+    command = inside.command("-m", "cluster", "run", str(tiny_yaml), *changes)
+    run = Started(tmp_path / "log.txt", command, **inside.env)
+    try:
+        run.wait(lambda: "] scan: " in run.output)
+        since = time.monotonic()
+        os.kill(run.process.pid, signal.SIGTERM)
+        run.finish(130)
+    finally:
+        run.kill()
+    took = time.monotonic() - since
+    check_stopped(run.output, f"secateur run {shlex.join([str(tiny_yaml), *changes])}")
+    fetched = inside.run("-c", FETCH, "s3://store/runs/tiny", str(tmp_path), "lease.json", "scan/trials.json")
+    assert fetched.returncode == 0, fetched.stderr
+    assert json.loads((tmp_path / "lease.json").read_text())["released"]
+    line("SIGTERM of a run on S3 in scan", "stops cleanly", 0, took)
