@@ -25,7 +25,7 @@ from pipeline.rounds.campaign import Origin, Tried
 from pipeline.rounds.subject import Subject
 from pipeline.run.events import Noted
 from pipeline.run.layout import START, attempt_folder, round_folder, standing, trail
-from pipeline.run.records import Judgement, RoundMetrics
+from pipeline.run.records import Judgement, RoundMetrics, StartFacts
 from pipeline.run.state import Run
 from pipeline.task.answers import Answers, Marks
 from pipeline.train import checkpoint
@@ -48,8 +48,8 @@ def origin(run: Run, prunable: Sequence[Prunable]) -> Origin:
     total = sum(tensor.weights for tensor in prunable)
     if not run.has(START, "start.json"):
         return Origin(total, total)
-    start = run.read(START, "start.json")
-    return Origin(start["kept"], total, start["generation"])
+    start = run.load(StartFacts, START, "start.json")
+    return Origin(start.kept, total, start.generation)
 
 
 def priced(unit: Quantity, begin: Origin, sizes: Mapping[str, int], prices: Mapping[str, Cost]) -> Origin:
