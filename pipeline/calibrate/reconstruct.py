@@ -1,10 +1,8 @@
-"""Reconstruction after a prune: no labels, no retraining.
+"""Reconstruction after a prune, without labels and without retraining.
 
-Layer after layer, in the order in which they are executed, the survivors and the bias are set so that the layer gives
-what it gave in the network before the prune.
-
-The layer's inputs are those it has in the pruned network, whose earlier layers are reconstructed already, so errors do
-not add up from layer to layer.
+Layer after layer, in the order of execution, the kept weights and the bias are set so that the layer gives what it gave
+before the prune. The inputs are those of the pruned network, whose earlier layers are already reconstructed. So errors
+do not add up from layer to layer.
 """
 
 from __future__ import annotations

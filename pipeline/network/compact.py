@@ -1,7 +1,7 @@
-"""Removes dead units: neurons and channels that nobody reads, or that are fed by nothing and so never change.
+"""Removes dead units: neurons and channels that nobody reads, or that always give one number.
 
-Han et al. 2015, section 3.5: a neuron with no input or no output connection is dead and goes with all its connections.
-One with no input is not 0 but constant: what it adds to the next layer moves into that layer's bias, exactly.
+Han et al. 2015, section 3.5: a neuron with no input or no output connection is dead, and all its connections go. A
+neuron without inputs is not 0 but constant. What it adds to the next layer moves into that layer's bias, exactly.
 """
 
 from __future__ import annotations

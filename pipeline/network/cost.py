@@ -1,4 +1,4 @@
-"""What a network's layers cost: multiplications on data, the share of activations that are not zero, packed bytes."""
+"""What a network's layers cost: floating point operations, and predicted packed bytes."""
 
 from __future__ import annotations
 

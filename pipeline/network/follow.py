@@ -1,8 +1,8 @@
-"""Follows channels through a network: which are one and the same unit, and which always hold one number.
+"""Follows channels through a network: which are the same unit, and which always hold one number.
 
-A unit is a channel (or a feature) wherever it goes: through norms, activations, pooling, flatten (one channel becomes
-a block of features), concatenation, and into what it is added to or multiplied with, whose channels become the same
-unit, since they can only go together. Only linear and convolution layers make new units.
+A unit is a channel (or a feature) wherever it goes: through norms, activations, pooling, flatten (where one channel
+becomes a block of features) and concatenation. Where two channels are added or multiplied they become one unit, since
+they can only be removed together. Only linear and convolution layers make new units.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Whether the settings of the axes (criterion, allocation, schedule, pattern) exist, and fit each other and the target.
+"""Checks of the axes' settings: do criterion, allocation, schedule and pattern exist, and do they fit together?
 
-The settings themselves hold names alone: what stands behind a name says here, by its traits, what it goes with.
+Settings only hold names. The row that a name stands for has traits, and the traits say what it can be combined with.
 """
 
 from __future__ import annotations

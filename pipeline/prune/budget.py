@@ -1,10 +1,11 @@
 """The allocation of least predicted damage under a budget of weights, FLOPs or packed bytes.
 
-Each tensor's damage against its cost is replaced by its lower convex hull; the pieces of all hulls are bought by what
-they save for what they cost, the best first (marginal greedy), until the budget is spent. On hulls this is the exact
-optimum of the Lagrangian relaxation, so it gives a bound that no allocation beats. The piece that no longer fits is cut
-to whole weights. Pieces are bought in one order whatever the budget: a smaller one keeps no more of any tensor, as long
-as one power composes the damages of both.
+Each tensor has a curve of damage against cost, which is replaced by its lower convex hull. The hulls consist of
+straight pieces. The pieces of all tensors are bought in the order of what they save for what they cost, the best first
+(marginal greedy), until the budget is spent. On hulls this is the exact optimum of the Lagrangian relaxation, so it
+gives a bound that no allocation beats. The last piece is cut to whole weights where it does not fit. The order of the
+pieces does not depend on the budget: a smaller budget keeps no more of any tensor, as long as the same power composes
+the damages.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What the scan says a density costs: for each tensor, the predicted rise of the loss against the weights it keeps.
+"""What a density costs: for each tensor, the predicted rise of the loss against the weights that it keeps.
 
-The scan prunes one tensor alone. Together, small rises do not simply add up: where one layer already answers less
-clearly, the next one's error weighs more. So each tensor's damage is its rise to some power, damages add up, and the
-rise of all is the sum to 1 over that power. At 1 rises add up, as of errors that do not know of each other; at 1/2 the
-errors themselves do, as if all pointed one way. Which power holds depends on the network and on how much of it goes:
-the scan measures it (`pipeline.scan.together`). Pure functions of what scan.json holds.
+The scan prunes one tensor at a time. When all are pruned, the rises do not simply add up, since one layer's error makes
+the next one's weigh more. So a tensor's damage is its rise to the power p. Damages add up, and the rise of all tensors
+together is their sum to the power 1/p. With p = 1 the rises add up, as of independent errors. With p = 1/2 the errors
+themselves add up, as if all had one direction. Which p holds depends on the network and on how much is pruned, so the
+scan measures it (`pipeline.scan.together`). Pure functions of what scan.json holds.
 """
 
 from __future__ import annotations

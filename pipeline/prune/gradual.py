@@ -1,8 +1,8 @@
-"""Gradual pruning: within a round's retraining its weights go little by little instead of all at once.
+"""Gradual pruning: within a round's retraining its weights are pruned little by little instead of all at once.
 
-Zhu and Gupta 2017, "To prune, or not to prune": between prunes the survivors learn to do without what went, so a small
-network learns more. Every prune is planned as a round is (criterion, allocation, exact counts) from the weights as they
-then are; masks lie inside each other, and none comes back.
+Zhu and Gupta 2017, "To prune, or not to prune": between two prunes the remaining weights learn to do without the pruned
+ones, so a small network learns more. Every prune is planned like a round (criterion, allocation, exact counts), from
+the weights at that moment. Masks only shrink: a pruned weight never comes back.
 """
 
 from __future__ import annotations

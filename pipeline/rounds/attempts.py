@@ -1,7 +1,7 @@
-"""A run's attempts at its rounds, as they lie in its folder: which there were, what comes next, how one is undone.
+"""A run's attempts at its rounds: which there were, which comes next, and how one is undone.
 
-Round n lies in rounds/NN. An attempt that is undone leaves its plan and metrics in rounds/NN/attempt-K, and rounds/NN
-to the next one. Rank 0 decides from committed files alone, so a run that was killed anywhere decides the same again.
+Round n lies in rounds/NN. When an attempt is undone, its plan and metrics move to rounds/NN/attempt-K, and the next
+attempt uses rounds/NN. Rank 0 decides from committed files alone, so a run that was killed decides the same again.
 """
 
 from __future__ import annotations

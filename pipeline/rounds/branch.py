@@ -1,10 +1,10 @@
-"""Branches: a run that begins at an accepted round of another one (start.from), and whom it descends from.
+"""Branches: runs that begin at an accepted round of another run (start.from), the source, and their ancestors.
 
-What it needs of the other run is copied into its own folder, dense/ and start/, so that it stands alone afterwards.
-Its dense network is the other's, so verdict, sigmas and drops count from the same one; its dense control is trained
-with the recipe of every round of the lineage, its own after those of its ancestors. Both runs must therefore hold the
-same data (val and test are drawn by the seed: with another one a branch would be judged on images that its source was
-trained on) and describe the same network and dense training.
+A branch copies what it needs of its source into its own folder, dense/ and start/. Afterwards it stands alone. It has
+the source's dense network, so verdict, sigmas and drops are measured against the same network. Its dense control is
+trained with the recipe of every round since the dense network: first those of its ancestors, then its own. Both runs
+must therefore describe the same network and dense training, and hold the same data. The seed draws val and test: with
+another seed a branch would be judged on images that its source was trained on.
 """
 
 from __future__ import annotations

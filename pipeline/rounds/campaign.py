@@ -1,8 +1,8 @@
-"""Which rounds a run makes: the next one, from those that it has tried.
+"""Which round comes next, worked out from the rounds that a run has tried.
 
-With a schedule the rounds are fixed beforehand. With target.mode=no-loss each one rests on those before it: it keeps
-target.step of the weights that are left, and is judged on val against the dense network. One that lost too much is
-undone, and half the step (in the logarithm of the density) is tried from where the run stood before it.
+With a schedule all rounds are fixed beforehand. With target.mode=no-loss each round rests on the ones before it. It
+keeps target.step of the weights that are left, and is compared with the dense network on val. If it lost too much it is
+undone, and half the step (in the logarithm of the density) is tried from the round before.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The method, told aloud. SPMD: every rank runs it in lockstep, rank 0 writes.
+"""The method. SPMD: every rank runs it in lockstep, rank 0 writes.
 
-`dense` trains the network that is to be pruned; `prune` plans a round, takes the masks that rank 0 made,
-retrains what is left, evaluates, checks, and goes on to the next, or back where too much was lost; then the
-dense control gets the same training, and the test set is looked at, once.
+`dense` trains the network that is to be pruned. `prune` makes the rounds: it plans one, takes the masks that rank 0
+made, retrains, evaluates and checks, and then goes on to the next round, or goes back if too much was lost. At the end
+the dense control gets the same training, and the test set is looked at once.
 """
 
 from __future__ import annotations

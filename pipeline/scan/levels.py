@@ -1,7 +1,8 @@
 """The sensitivity scan: each tensor pruned alone at several densities, on val, without retraining (figure 6).
 
-Batches are outside and levels inside: what a level cannot change is computed once (`suffix`), and a level that is
-decided sees no more batches (`racing`). Every level is compared, sample by sample, with the dense network's answers.
+The outer loop is over batches, the inner one over levels. What a level cannot change is computed once for a batch
+(`suffix`), and a level that is decided sees no more batches (`racing`). Every level is compared with the dense
+network's answers, sample by sample.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""All tensors pruned together, as far as the scan of single ones suggests: how their damages compose.
+"""How the damages of single tensors add up: all tensors pruned together and measured.
 
-No power by which single rises compose holds for every network and every size (`pipeline.prune.damage`; LeNet-5 wants
-others than LeNet-300-100, and 2% others than 20%). So for some densities of all weights the allocation of least
-predicted damage is solved under each power and measured: the best one is what `budget` goes by near that density. Its
-measured rise also tells by how much predictions there are off.
+No one rule for adding them up holds for every network and every size (`pipeline.prune.damage`): LeNet-5 wants another
+power than LeNet-300-100, and a density of 2% another one than 20%. So the scan tries several powers. For each density
+and power it solves the allocation of least predicted damage, prunes all tensors to it and measures the loss. Near that
+density `budget` then uses the power that raised the loss least. The measured rise also corrects the predictions there.
 """
 
 from __future__ import annotations

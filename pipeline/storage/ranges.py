@@ -1,4 +1,4 @@
-"""A remote object as a stream: ranged requests, each gone on with from the byte that was reached when it failed."""
+"""A remote object as a stream of ranged requests. After an error it goes on from the byte that was reached."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""MLflow, and the only module that knows it: makes a tracking server hold what a run directory says.
+"""MLflow: makes a tracking server hold what a run's folder says. No other package knows MLflow.
 
-The run directory is the truth. `sync` may be called at any time and any number of times, also after a crash in its
-middle: runs are found by tag before they are made, metric points carry times taken from the run, and a ledger in a
-tag tells which files are there already. mlflow is imported inside functions, since that takes seconds.
+The run's folder is the truth. `sync` may be called at any time and any number of times, also after a crash in its
+middle. Runs are found by tag before they are made, metric points carry times taken from the run, and a tag lists the
+files that are there already. mlflow is imported inside functions, since the import takes seconds.
 """
 
 from __future__ import annotations
