@@ -1,1 +1,1 @@
-"""What knows nobody: errors, names, seeds, environment, statistics of differences."""
+"""What imports no other package of ours: errors, names, seeds, environment, records, statistics of differences."""

@@ -1,6 +1,6 @@
 """Whether the settings of the axes (criterion, allocation, schedule, pattern) exist, and fit each other and the target.
 
-The settings themselves hold names alone: what stands behind a name says here, by its traits, what it goes with.
+Settings hold only names. The traits of the criterion, allocation or schedule behind a name say what it fits with.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Gradual pruning: within a round's retraining its weights go little by little instead of all at once.
+"""Gradual pruning: a round's weights are pruned in many small steps during its retraining instead of all at once.
 
-Zhu and Gupta 2017, "To prune, or not to prune": between prunes the survivors learn to do without what went, so a small
-network learns more. Every prune is planned as a round is (criterion, allocation, exact counts) from the weights as they
-then are; masks lie inside each other, and none comes back.
+Zhu and Gupta 2017, "To prune, or not to prune": between prunes the survivors learn to compensate for the pruned
+weights. Every prune is planned like a round (criterion, allocation, exact counts) from the current weights. Masks are
+nested: a pruned weight never comes back.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Masks = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Gradual:
-    """How the weights of a round go, from density `before` to `after`.
+    """How a round is pruned gradually, from density `before` to `after`.
 
-    `prune(density, alive, last)` makes the masks of a density, equal on all ranks, which call it together. `share` is
-    the part of the updates that prunes fall into, one every `every` updates.
+    `prune(density, alive, last)` makes the masks for a density. All ranks call it together and get equal masks. Prunes
+    happen in the first `share` of the updates, one every `every` updates.
     """
 
     prune: Callable[[float, Masks, bool], Masks]
@@ -36,7 +36,7 @@ class Gradual:
         return min(int(self.share * total), total - 1)
 
     def due(self, step: int, total: int) -> bool:
-        """Whether weights go before update `step`."""
+        """Whether there is a prune before update `step`."""
         return step == self.end(total) or (step < self.end(total) and step % self.every == 0)
 
     def masks(self, step: int, total: int, alive: Masks) -> Masks:
