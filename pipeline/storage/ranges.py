@@ -1,4 +1,4 @@
-"""A remote object as a stream: ranged requests, each gone on with from the byte that was reached when it failed."""
+"""A remote object as a stream of ranged requests. A failed request is repeated from the byte that was reached."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pipeline.storage.retry import Attempts, Judge
 
 RANGE = 16 * 2**20  # bytes of one request
-_PIECE = 2**17  # bytes taken from a response at a time; so many at most are asked for twice
+_PIECE = 2**17  # bytes read from a response at a time; a retry repeats at most so many
 
 
 class Body(NamedTuple):

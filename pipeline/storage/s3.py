@@ -1,6 +1,6 @@
-"""Objects on S3 and what speaks like it, through boto3. Where, who and which region: the usual AWS chain.
+"""Objects on S3 and compatible stores, through boto3. Endpoint, credentials and region come from the usual AWS chain.
 
-boto3's own retries are off: ours name the errors they are for, and are counted.
+boto3's own retries are off. Our own retries are for named errors, and are counted.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def place(url: str) -> tuple[str, str]:
 
 
 def judge(url: str, error: Exception) -> Passing:
-    """Whether an error passes by itself; raises what it means where it does not."""
+    """Whether an error is transient. For a permanent one, raises what it means."""
     global _reached
     if isinstance(error, boto.ClientError):
         _reached = True
@@ -137,7 +137,7 @@ def put(url: str, data: bytes, **options: Any) -> str:
 def put_if(url: str, data: bytes, version: str | None) -> str | None:
     """Write an object if it still has that version (None: if there is none); its new version, or None if it has not.
 
-    `data` must differ from what anybody else writes: a request whose answer was lost is known again by it.
+    `data` must differ from all other writers' data: after a lost answer, it shows whether the write succeeded.
     """
     condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
     try:
@@ -181,7 +181,7 @@ class Upload(io.RawIOBase):
         self._waiting = bytearray()
         self._id: str | None = None
         self._parts: list[dict[str, Any]] = []
-        # Known again on the object if the answer to its completion is lost.
+        # Identifies the finished object if the answer to its completion is lost.
         self._mark = uuid.uuid4().hex
 
     def writable(self) -> bool:
@@ -317,7 +317,7 @@ def _prefix(folder: str) -> str:
 
 
 def _pages(folder: str, operation: str, **options: Any) -> Iterator[dict[str, Any]]:
-    """The pages of a listing. boto3's paginator ends where a page fails, as if that were all."""
+    """The pages of a listing. boto3's paginator is not used: it ends silently where a page fails."""
     bucket, _ = place(folder)
 
     def ask(**following: str) -> dict[str, Any]:
