@@ -1,4 +1,4 @@
-"""Joining or starting Ray, and refusing early what it could never run."""
+"""Joining or starting Ray, and refusing early a config that it could never run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def here(ray: Any) -> Any:
 def sigterm_kept() -> Iterator[None]:
     """Put this process's handler of SIGTERM back after a block in which Ray sets, or removes, its own.
 
-    Ray's own leaves with the signal's number as exit code; that is made the interruption that it would have been.
+    Ray's own handler exits with the signal's number as exit code. That exit is turned into our usual interruption.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -98,7 +98,7 @@ def sigterm_kept() -> Iterator[None]:
 def check_shared(ray: Any, root: str) -> None:
     """Raise UserError if a node does not see the run's folder: its workers could not find data or checkpoints.
 
-    A URL is not asked for: a node that cannot reach it says so itself, and why.
+    A URL is not checked: a node that cannot reach it reports this itself.
     """
     if not storage.is_local(root):
         return
@@ -160,9 +160,9 @@ def demand(config: Config) -> dict[str, float]:
 
 
 def shortage(nodes: list[dict[str, float]], config: Config) -> str | None:
-    """What was asked and what the cluster has, where that is too little; Ray itself would wait for ever.
+    """What was asked for and what the cluster has, where it has too little; Ray itself would wait forever.
 
-    Of a range of workers the fewest must fit, and each worker or trial on one node.
+    For a range of workers, the smallest number must fit. Each worker or trial must fit on one node.
     """
     wanted = config.cluster
     worker = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
