@@ -1,4 +1,4 @@
-"""MLflow, and the only module that knows it: makes a tracking server hold what a run directory says.
+"""The only module that imports MLflow: makes a tracking server hold what a run directory says.
 
 The run directory is the truth. `sync` may be called at any time and any number of times, also after a crash in its
 middle: runs are found by tag before they are made, metric points carry times taken from the run, and a ledger in a
@@ -73,7 +73,7 @@ def tracking_uri(config: Config) -> str:
 
 
 def sync(run_dir: str | Path, config: Config) -> Synced:
-    """Make MLflow hold all that the run directory holds; done twice it is as done once.
+    """Make MLflow hold all that the run directory holds; idempotent.
 
     Raises UserError if the directory is not a run, or the server is away or refuses.
     """
