@@ -1,4 +1,4 @@
-"""Joining or starting Ray, and refusing early what it could never run."""
+"""Joining or starting Ray, and refusing early a config that it could never run."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def sigterm_later() -> Iterator[None]:
 def check_shared(ray: Any, root: str) -> None:
     """Raise UserError if a node does not see the run's folder: its workers could not find data or checkpoints.
 
-    A URL is not asked for: a node that cannot reach it says so itself, and why.
+    A URL is not checked: a node that cannot reach it reports this itself.
     """
     if not storage.is_local(root):
         return
@@ -165,9 +165,9 @@ def demand(config: Config) -> dict[str, float]:
 
 
 def shortage(nodes: list[dict[str, float]], config: Config) -> str | None:
-    """What was asked and what the cluster has, where that is too little; Ray itself would wait for ever.
+    """What was asked for and what the cluster has, where it has too little; Ray itself would wait forever.
 
-    Of a range of workers the fewest must fit, and each worker or trial on one node.
+    For a range of workers, the smallest number must fit. Each worker or trial must fit on one node.
     """
     wanted = config.cluster
     worker = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}

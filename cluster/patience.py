@@ -1,4 +1,4 @@
-"""How long a training waits for room. Ray Train itself would wait without end, and keep a core busy with it.
+"""How long a training waits for room. Ray Train itself would wait forever, and keep a core busy.
 
 Imported where Ray is up: the base class needs it.
 """

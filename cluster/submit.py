@@ -23,8 +23,8 @@ from pipeline.run.state import run_root
 from pipeline.settings.config import Config
 
 RUN = "secateur"  # metadata of a job: the run that it carries out
-PATIENCE_S = 120.0  # how long a cluster that does not answer is asked again
-_QUIET_S = 120.0  # silence after which a connection is taken for lost: a run says something more often
+PATIENCE_S = 120.0  # how long requests to a cluster that does not answer are retried
+_QUIET_S = 120.0  # silence after which a connection counts as lost: a run prints more often
 _AGAIN_S = 1.0
 
 

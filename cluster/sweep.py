@@ -1,4 +1,4 @@
-"""Ray Tune: the sensitivity scan, one trial a tensor, its levels reported as they are known."""
+"""Ray Tune: the sensitivity scan, one trial a tensor. Each level is reported as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from pipeline.train.world import World, choose_device, configure_process
 
 
 def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
-    """Measure the missing levels of each tensor in parallel. Returns the figures of the network as it is.
+    """Measure the missing levels of each tensor in parallel. Returns the figures of the network as given.
 
-    Weights and val images (uint8) go through the object store once, and the network's own answers are computed once,
-    by a task on what a trial reserves; a trial's process is reused for the next tensor, so it keeps the network.
-    Raises RunStopped when trials keep failing.
+    Weights and val images (uint8) go through the object store once. The network's own answers are computed once, by a
+    task with a trial's resources. A trial's process is reused for the next tensor, so it keeps the network. Raises
+    RunStopped when trials keep failing.
     """
     from ray import tune
 
@@ -68,7 +68,7 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
 
 
 def together(ray: Any, config: Config, run: Run, source: str) -> Together:
-    """A function that measures allocations of all tensors side by side, each as a task on what a trial reserves.
+    """A function that measures allocations of all tensors in parallel, each as a task with a trial's resources.
 
     It raises RunStopped when a task keeps failing.
     """
@@ -84,7 +84,7 @@ def together(ray: Any, config: Config, run: Run, source: str) -> Together:
 
 
 def as_task(ray: Any, config: Config, function: Callable[..., Any]) -> Any:
-    """A function as a task of Ray's, with what a trial reserves."""
+    """A function as a Ray task with a trial's resources."""
     reserved = {"num_cpus": config.cluster.cpus_per_trial, "num_gpus": config.cluster.gpus_per_trial}
     return ray.remote(**reserved, max_retries=config.cluster.max_failures)(function)
 

@@ -1,7 +1,7 @@
 """Ray Train: one worker group for all that a stage does; the work itself is a `pipeline.engine.Work`.
 
-Checkpoints live in the run directory and are found there by whoever starts next: Ray's restart of a
-worker group, or a new driver on another cluster. Ray's own record of a training is therefore thrown away.
+Checkpoints live in the run directory. The next start finds them there, be it Ray's restart of a worker group or a new
+driver on another cluster. Ray's own record of a training is therefore thrown away.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.train.world import choose_device, configure_process, current_world
 
 
 def worker(job: dict[str, Any]) -> None:
-    """What Ray runs on each worker. A failure that would repeat is told to the driver, and ends the training."""
+    """What Ray runs on each worker. A failure that would repeat is reported to the driver, and ends the training."""
     import ray
     import ray.train
 
@@ -62,7 +62,8 @@ def worker(job: dict[str, Any]) -> None:
 
 
 def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) -> None:
-    """Do the work of a stage on cluster.workers Ray Train workers, and again where they left a node that is taken away.
+    """Do the work of a stage on cluster.workers Ray Train workers; start them again if they left a node being taken
+    away.
 
     Raises UserError or RunStopped as the workers did, or when there is no room for them for cluster.wait_seconds.
     """
@@ -117,7 +118,7 @@ def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | 
             run_config=RunConfig(
                 name=name,
                 storage_path=folder,
-                # How often a placement is tried again is for `Patience` to say, which counts seconds.
+                # `Patience` limits how long a placement is retried: it counts seconds.
                 failure_config=FailureConfig(max_failures=wanted.max_failures, controller_failure_limit=-1),
                 callbacks=[Patience(config)],
             ),
@@ -176,7 +177,7 @@ class _Events:
         self.going = False
 
     def begin(self) -> dict[str, Any] | None:
-        """What a rank asks first: why one ended, if one did. Ranks that left before are back."""
+        """Called first by each rank: why a rank ended, if one did. Ranks that had left are back."""
         self.going = False
         return self.reason
 
@@ -185,7 +186,7 @@ class _Events:
         self.going = True
 
     def left(self) -> bool:
-        """Whether the last ranks left, and have work to go on with."""
+        """Whether the ranks left a node, and have work to continue."""
         return self.going
 
     def end(self, reason: dict[str, Any]) -> None:

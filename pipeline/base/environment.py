@@ -1,4 +1,4 @@
-"""Numbers that a user may set in the environment."""
+"""Numbers that a user may set as environment variables."""
 
 from __future__ import annotations
 

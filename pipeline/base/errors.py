@@ -18,12 +18,12 @@ class RunStopped(Exception):
 class Agreed(RunStopped):
     """Raised on every rank at the same step, so that no rank is left waiting for another.
 
-    A guard that failed, a gradient that is not finite, too many unreadable images.
+    Examples: a failed guard, a gradient that is not finite, too many unreadable images.
     """
 
 
 class Leaving(Exception):
     """Raised on every rank at the same step: a machine is about to be taken away, and a step checkpoint is saved.
 
-    Whoever started the ranks starts them again elsewhere.
+    The caller that started the ranks starts them again elsewhere.
     """

@@ -15,7 +15,7 @@ _OPTIONAL = "left out of the document where it is None"
 
 
 def optional() -> Any:
-    """A field that is None by default, and then is left out of the document."""
+    """A field that is None by default. It is left out of the document where it is None."""
     return dataclasses.field(default=None, metadata={_OPTIONAL: True})
 
 

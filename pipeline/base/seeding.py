@@ -1,8 +1,8 @@
 """Random numbers as pure functions of names and counters.
 
-Nothing in secateur carries a random state from one step to the next: every draw is a hash of what it
-is for (seed, purpose, epoch, step, sample). A run that is resumed, or spread over other workers,
-therefore draws the same numbers without anything having been saved.
+Nothing in secateur carries a random state from one step to the next: every draw is a hash of its purpose (seed, name,
+epoch, step, sample). A run that is resumed, or spread over other workers, draws the same numbers, and no random state
+needs to be saved.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def uniform(stream: int, samples: NDArray[np.int64], draws: int) -> NDArray[np.f
 def order_digest(step: int, samples: NDArray[np.int64]) -> int:
     """A signed 64-bit number for "these samples at this step".
 
-    The numbers of the shares of a batch add up, modulo 2^64, to that of the whole batch: workers can
-    each count theirs, and the sum says whether any number of them saw the same samples in the same steps.
+    The digests of a batch's shares add up, modulo 2^64, to the digest of the whole batch. So workers digest their own
+    shares, and the sum tells whether any number of workers saw the same samples in the same steps.
     """
     with np.errstate(over="ignore"):
         mixed = _mix(samples.astype(np.uint64) * _GOLDEN + np.uint64(derive(step, "order")))

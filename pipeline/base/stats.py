@@ -43,8 +43,8 @@ def mcnemar(reference_right: NDArray[np.bool_], pruned_right: NDArray[np.bool_])
 def tango(lost: int, won: int, samples: int, z: float = Z95) -> tuple[float, float]:
     """Score interval for (lost - won) / samples from paired data (Tango 1998, Statistics in Medicine 17:891).
 
-    The differences that a score test would not reject; it holds up with few discordant pairs, and with none, where
-    it is +-z^2 / (samples + z^2).
+    It holds the differences that a score test would not reject. It stays valid with few discordant pairs, and with
+    none, where it is +-z^2 / (samples + z^2).
     """
     drop = (lost - won) / samples
 
@@ -75,8 +75,8 @@ def tango(lost: int, won: int, samples: int, z: float = Z95) -> tuple[float, flo
 def verdict(low: float, high: float, margin: float) -> Literal["no loss", "loss", "undecided"]:
     """What the 95% interval (low, high) of the drop says, all as fractions.
 
-    `no loss` if the upper bound is within the margin, even where the lower one is above 0: a loss that is real but
-    smaller than what was declared to matter. Else `loss` if the lower bound is above 0; else `undecided`.
+    `no loss` if the upper bound is within the margin, even where the lower one is above 0: such a loss is real, but
+    smaller than the margin that matters. Else `loss` if the lower bound is above 0; else `undecided`.
     """
     if high <= margin:
         return "no loss"
@@ -84,7 +84,7 @@ def verdict(low: float, high: float, margin: float) -> Literal["no loss", "loss"
 
 
 def paired_mean(differences: NDArray[np.float64], z: float = Z95) -> tuple[float, float]:
-    """Student's interval for the mean of paired differences; without end, (-inf, inf), for a single one.
+    """Student's interval for the mean of paired differences; (-inf, inf) for a single difference.
 
     z is the normal quantile of the wanted confidence; the t quantile of the same confidence is used.
     """

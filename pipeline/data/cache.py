@@ -1,8 +1,8 @@
 """Shards from a URL, kept on a node's own disk: whole, checked, and shared by all processes of the node.
 
-An entry is named after the whole URL and the version (ETag), so that shards of one name, or a shard that was replaced,
-never stand in for each other. It takes its name when its size and SHA-256 are those of the manifest, and each process
-checks it once more before its first use.
+An entry is named after the whole URL and the version (ETag), so that shards of the same name, or an old and a new
+version, are never confused. A file gets this name once its size and SHA-256 match the manifest. Each process checks an
+entry once more before its first use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Entry:
 
 
 class Cache:
-    """Entries in `folder`, at most `limit` bytes in all; those used longest ago go first."""
+    """Entries in `folder`, at most `limit` bytes in all; the least recently used entries are removed first."""
 
     def __init__(self, folder: str, limit: int, entries: Iterable[Entry]) -> None:
         self.folder, self.limit = Path(folder), limit
@@ -46,7 +46,7 @@ class Cache:
     def open(self, url: str, start: int, stop: int | None) -> BinaryIO | None:
         """Bytes of the local copy of a shard, fetched if it is not there; None where it cannot be kept.
 
-        That is: it has no version, or is larger than the limit.
+        A shard cannot be kept if it has no version or is larger than the limit.
 
         Raises UserError where the shard is not what the manifest says, or the folder cannot be written.
         """
@@ -78,7 +78,7 @@ class Cache:
         return target
 
     def _make_room(self, needed: int) -> None:
-        """Remove the entries used longest ago, so that one more fits. A process that reads one goes on reading it."""
+        """Remove the least recently used entries, so that one more fits. A process can still read a removed entry."""
         with self._lock("lock"):
             files = []
             for file in os.scandir(self.folder):

@@ -129,7 +129,8 @@ class ValList:
 def read_list(path: Path) -> ValList:
     """A list of lines "ILSVRC2012_val_00000001.JPEG 65" (class numbers, as Caffe's) or "... n01751748" (wnids).
 
-    Which of the two it is, its labels tell. Raises UserError for a line of neither form, a mix, or a name twice.
+    The first label tells which of the two forms the list has. Raises UserError for a line of neither form, a mix, or a
+    name twice.
     """
     labels: dict[str, str] = {}
     for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):

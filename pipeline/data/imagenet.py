@@ -6,8 +6,8 @@
   val/n01440764
 - labels of val, unless in class folders: ILSVRC2012_devkit_t12, .tar.gz or unpacked; or val.txt (see `devkit`)
 
-Classes are numbered by sorted wnid, or by data.class_index. Tars are read in place. Files are told by content later on,
-so that CMYK JPEGs and n02105855_2933.JPEG, which is a PNG, are good images here as in a class folder.
+Classes are numbered by sorted wnid, or by data.class_index. Tars are read in place. The type of an image is found by
+its content, so that CMYK JPEGs and n02105855_2933.JPEG, which is a PNG, are good images.
 """
 
 from __future__ import annotations

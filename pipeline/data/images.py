@@ -53,8 +53,8 @@ def decode(data: bytes, channels: int, resize: int | None) -> Pixels:
 def shrink(data: bytes, short: int, quality: int) -> bytes:
     """The image as RGB JPEG of `quality` with its short side brought down to `short` pixels (bilinear, antialiased).
 
-    An image that is no larger comes back byte for byte, and so does one that cannot be read: that is found, and
-    counted, where it is used. The same bytes in give the same bytes out, with one version of Pillow.
+    An image that is no larger comes back byte for byte. So does one that cannot be read, which is found and counted
+    when it is used. With one version of Pillow, the same input bytes give the same output bytes.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -106,7 +106,7 @@ def fit(canvas: Pixels, size: int) -> Pixels:
 
 
 def _cut(canvas: Pixels, top: int, left: int, size: int) -> Pixels:
-    """The window (C, size, size) whose corner is at (top, left), which may lie outside; zeros come in."""
+    """The window (C, size, size) with its corner at (top, left). Parts outside of the canvas are zeros."""
     channels, height, width = canvas.shape
     if top >= 0 and left >= 0 and top + size <= height and left + size <= width:
         return canvas[:, top : top + size, left : left + size]
@@ -121,7 +121,7 @@ def _cut(canvas: Pixels, top: int, left: int, size: int) -> Pixels:
 
 
 def needs_canvas(config: Data) -> bool:
-    """Whether training looks outside of the centre crop."""
+    """Whether training uses pixels outside of the centre crop."""
     return "crop" in config.augment or "resized-crop" in config.augment
 
 

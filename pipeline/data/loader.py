@@ -57,7 +57,7 @@ class TrainLoader:
         return split.batches(order(), read, derive(self.seed, "augment", epoch))
 
     def _read_lane(self, lane: placement.Lane, start_step: int) -> Iterator[Raw]:
-        """The stored images of a lane from a step on; what earlier steps and the tail use is not asked for."""
+        """The stored images of a lane from a step on, without the images of earlier steps and the tail."""
         first, last = start_step * self.micro, self.steps_per_epoch * self.micro
         place = np.empty(len(lane.order), np.int64)
         place[lane.order] = np.arange(len(lane.order))
@@ -67,7 +67,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every sample exactly once in fixed batches of data.eval_batch; which rank reads one changes nothing.
+    """Every sample exactly once, in fixed batches of data.eval_batch, which do not depend on the number of ranks.
 
     With `limit`, only so many samples: chosen by seed, each class in proportion.
     """

@@ -1,4 +1,4 @@
-"""manifest.json: what stands in the shards beside it, so that any sample can be reached without a search."""
+"""manifest.json: the contents of the shards beside it, so that any sample can be read without a search."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NAME = re.compile(r"[^/\\\x00-\x1f\x7f.][^/\\\x00-\x1f\x7f]*")  # a file beside
 class Shard:
     """One tar: `offsets[i]` is the byte at which sample i's first header starts, `labels[i]` its class.
 
-    `crc32[i]` is that of its image as stored; manifests of before there was one have none.
+    `crc32[i]` is the CRC-32 of its stored image; older manifests lack it.
     """
 
     name: str
@@ -174,7 +174,7 @@ def parse_label(sample: Mapping[str, Any], label: str) -> int:
 
 
 class Hashing:
-    """Passes reads on and hashes them: a shard is read and hashed in one pass."""
+    """A stream that passes reads on and hashes them: a shard is read and hashed in one pass."""
 
     def __init__(self, stream: BinaryIO, hashes: bool = True) -> None:
         self._stream, self._hashes = stream, hashes

@@ -1,4 +1,4 @@
-"""What a source is made of: its parts, and the files (whole, or ranges of a tar) that they are read from."""
+"""What a source is made of: its parts, and the files (whole, or ranges of a tar) that hold their images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5
 
 @dataclass(frozen=True)
 class Part:
-    """The samples of one part: `read(i)` gives the bytes of an image, `names[i]` where it came from ('' if nowhere)."""
+    """The samples of one part: `read(i)` gives the bytes of an image; `names[i]` is the file it came from, or ''."""
 
     labels: NDArray[np.int64]
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ class Source:
 
 
 class Sizes(NamedTuple):
-    """Samples of a source's parts, and its classes, where these are known without its files."""
+    """The numbers of samples in a source's parts, and of its classes, where they are known without its files."""
 
     train: int
     test: int
@@ -57,7 +57,7 @@ class Entry:
     start: int
 
     def read(self) -> bytes:
-        """The file's bytes. Raises UserError where fewer are left of it than were listed."""
+        """The file's bytes. Raises UserError where the file has become shorter since it was listed."""
         with storage.open_range(self.url, self.start, self.start + self.size) as stream:
             data = stream.read()
         if len(data) != self.size:
@@ -70,9 +70,9 @@ def tar_files(
 ) -> Iterator[Entry]:
     """The files in an uncompressed tar whose names are `wanted`, by a pass over its headers.
 
-    The tar is a whole file, or the range from `start` to `stop` of one, as of a tar within a tar; `title` is what
-    errors call it then. Raises UserError where it is compressed, torn or damaged, a name leads out of it, or a wanted
-    member is not a plain file.
+    The tar is a whole file, or a range from `start` to `stop` of one (a tar within a tar), which errors call `title`.
+    Raises UserError where it is compressed, torn or damaged, a name leads out of it, or a wanted member is not a plain
+    file.
     """
     title = title or url
     with storage.open_range(url, start, start + 2) as stream:

@@ -58,7 +58,7 @@ def bounded_shift(n: int, window: int, stream: int) -> NDArray[np.int64]:
 
 
 def owned(rank: int, world: int, lanes: int) -> range:
-    """The lanes of one rank: neighbours, the first ranks one more where it does not divide."""
+    """The lanes of one rank: neighbouring ones. Where the division leaves a remainder, the first ranks own one more."""
     assert 0 <= rank < world, (rank, world)
     each, extra = divmod(lanes, world)
     first = rank * each + min(rank, extra)
@@ -66,7 +66,7 @@ def owned(rank: int, world: int, lanes: int) -> range:
 
 
 def resume_point(order: NDArray[np.int64], position: int) -> int:
-    """The first input that outputs from `position` on still need; len(order) if none."""
+    """The first input that the outputs from `position` on need; len(order) if none."""
     return int(order[position:].min()) if position < len(order) else len(order)
 
 

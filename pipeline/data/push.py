@@ -1,4 +1,4 @@
-"""Shards to S3: each checked as it is sent, those that are there left out, the manifest last."""
+"""Shards to S3: each is checked as it is sent, shards that are there already are skipped, and the manifest is last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _AT_ONCE = 4  # shards sent at a time
 
 
 def push(source: str, target: str, progress: Progress | None = None) -> tuple[int, int]:
-    """Copy the shards of `source` to `target` on S3; how many were sent, and how many were there already.
+    """Copy the shards of `source` to `target` on S3. Returns how many were sent, and how many were there already.
 
     May be stopped and run again. Raises UserError where `target` is not on S3 or holds other shards, or a shard is not
     what the manifest says.

@@ -100,7 +100,7 @@ def _other(root: str, name: str) -> UserError:
 
 
 def _load_partial(root: str, made_from: str) -> dict[str, str]:
-    """Names and hashes of the shards that an earlier build of the same finished."""
+    """Names and hashes of the shards that an earlier, equal build has finished."""
     url = storage.join(root, _PARTIAL)
     if not storage.exists(url):
         return {}
@@ -144,7 +144,7 @@ def _finished(root: str, name: str, sha256: str | None, labels: NDArray[np.int64
 
 
 class _HashingWriter:
-    """Passes writes on, hashes and counts them."""
+    """A stream that passes writes on, hashes them and counts their bytes."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

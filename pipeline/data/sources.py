@@ -38,7 +38,7 @@ class Kind:
     open(config, seed): the source, to build shards from; None where data.root holds the user's own shards, which are
     used in place.
     needs_root: it reads from data.root.
-    sizes: its numbers, where a plan needs no files to know them.
+    sizes: its numbers of samples and classes, where they are known without its files.
     """
 
     open: Callable[[Data, int], Source] | None
@@ -59,7 +59,7 @@ def of(config: Data) -> Kind:
 def require_root(config: Data, *, planned: bool = False) -> None:
     """Raise UserError for an unknown source, or one that reads from data.root where that is not set.
 
-    What is only `planned` can do without the files of a source whose numbers are known.
+    With `planned`, a source whose `sizes` are known needs no data.root.
     """
     kind = of(config)
     if kind.needs_root and config.root is None and not (planned and kind.sizes):
@@ -180,7 +180,7 @@ def _read_idx(root: str, name: str, dimensions: int) -> NDArray[np.uint8]:
                 raise UserError(f"'{url}' does not start as an idx file of bytes with {dimensions} dimension(s) does")
             shape = struct.unpack(f">{dimensions}I", header[4:])
             expected = math.prod(shape)
-            # One byte more than is due shows a file that is too long; a bomb is never unpacked whole.
+            # One byte more than expected shows a file that is too long; a zip bomb is never unpacked whole.
             data = stream.read(expected + 1)
         except (EOFError, OSError, zlib.error) as error:
             raise UserError(f"'{url}' is damaged or cut short ({error}): fetch it again") from error

@@ -29,7 +29,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _GAP = 2**20  # bytes; a longer stretch of unwanted samples is jumped over, a shorter one read and dropped
-_SMALL = 8 * 2**10  # bytes; threads that decode smaller images only wait for each other, so one does all
+_SMALL = 8 * 2**10  # bytes; one thread decodes smaller images: several would only wait for each other
 _CHUNK = 64  # images a thread decodes at a time when a split is brought to memory
 
 
@@ -83,7 +83,7 @@ class Split:
         self.shards = manifest.splits["train" if held_out else name]
         self.root = root
         self.urls = [storage.join(root, shard.name) for shard in self.shards]
-        self.versions: dict[str, str] = {}  # of remote shards by name, as they are when the split is opened
+        self.versions: dict[str, str] = {}  # versions of remote shards, by name, when the split was opened
         self.cache: Cache | None = None
         kept = _kept(manifest, name)
         self.counts = [len(samples) for samples in kept]
@@ -173,7 +173,7 @@ class Split:
             return None
 
     def load(self, progress: Progress | None = None) -> bool:
-        """Bring the split to memory if it fits data.cache_bytes; whether it is there. Done once."""
+        """Bring the split to memory, once, if it fits data.cache_bytes. Returns whether it is there."""
         with self._lock:
             if self._memory is None and not self._streams:
                 self._memory = self._decode_all(progress)
@@ -260,7 +260,7 @@ class Split:
         return self._in_background(lambda numbers: self.batch(numbers, None, seed), order)
 
     def _in_background(self, function: Callable[[T], R], items: Iterator[T]) -> Generator[R, None, None]:
-        """function(item) for each, in order and a few early: one thread reads, data.decode_threads compute."""
+        """function(item) for each item, in order and a few ahead: one thread reads, data.decode_threads compute."""
         if self._stored < _SMALL:
             return stream.prefetch((function(item) for item in items), ahead=3)
         threads = self.config.decode_threads

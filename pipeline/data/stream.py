@@ -65,7 +65,7 @@ def read_pieces(
 ) -> Iterator[Raw]:
     """The wanted samples of pieces in turn, or put in the order of `places` (input i is output places[i]).
 
-    Holds no more samples than `places` moves them. Raises UserError where a shard is not what the
+    Holds at most as many samples as the longest move in `places`. Raises UserError where a shard is not what the
     manifest says.
     """
     ranges = [
@@ -168,7 +168,7 @@ def chunks(items: Iterable[T], count: int) -> Iterator[list[T]]:
 
 
 def prefetch(items: Iterator[T], ahead: int) -> Generator[T, None, None]:
-    """The same items, taken by one background thread up to `ahead` early. Closing it ends the thread."""
+    """The same items, fetched by one background thread, at most `ahead` in advance. Closing it ends the thread."""
     try:
         yield from ordered_map(lambda _: next(items, _END), itertools.repeat(None), threads=1, ahead=ahead)
     finally:
@@ -176,7 +176,9 @@ def prefetch(items: Iterator[T], ahead: int) -> Generator[T, None, None]:
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Generator[R, None, None]:
-    """function(item) for each, computed up to `ahead` early in threads, in order. Closing it ends the threads."""
+    """function(item) for each item, in order, computed in threads at most `ahead` in advance. Closing it ends the
+    threads.
+    """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="secateur-data")
     pending: deque[Future[R]] = deque()
     source = iter(items)
@@ -199,6 +201,6 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int, ah
 
 
 def _close(items: Iterator[Any]) -> None:
-    """End a generator now, and with it the files and threads it holds."""
+    """Close a generator now, and with it the files and threads that it holds."""
     if isinstance(items, Generator):
         items.close()

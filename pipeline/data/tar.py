@@ -1,4 +1,4 @@
-"""Tars that anybody may have made: read in one pass, nothing unpacked, nothing believed that costs memory or time."""
+"""Untrusted tars: read in one pass, nothing unpacked, and sizes checked before they cost memory or time."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class SampleFiles:
 
 
 def _opened(stream: Any) -> tarfile.TarFile:
-    """A tar that is read forward: "r|" and not "r|*", which would unpack what begins as a compressed file does."""
+    """A tar that is read forward. Mode "r|", since "r|*" would decompress a compressed file."""
     with _damage():
         return tarfile.open(fileobj=stream, mode="r|", bufsize=2**18, tarinfo=Header)
 

@@ -36,9 +36,9 @@ TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that p
 class Bench(Record):
     """final/latency.json: what was measured, and the files that were checked on the way.
 
-    `rows` are of the networks dense, pruned, compact, and CSR (the pruned one with CSR matrices). `differences` are
-    the largest of outputs from the pruned network's, by file; `removed` counts units by layer, and `notes` say what
-    compaction left alone. `summary` is result.json's latency_ms, at batch 1.
+    `rows` are of the networks dense, pruned, compact, and CSR (the pruned network with CSR matrices). `differences` has
+    the largest difference from the pruned network's outputs, by file. `removed` counts units by layer, and `notes` say
+    what compaction left alone. `summary` is result.json's latency_ms, at batch 1.
     """
 
     rows: tuple[Latency, ...]

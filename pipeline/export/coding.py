@@ -1,7 +1,7 @@
-"""Index codings: where a tensor's non-zero elements stand, in the fewest bytes. Arrays in, bytes out.
+"""Index codings: the positions of a tensor's non-zero elements in the fewest bytes. Arrays in, bytes out.
 
-`unpack.py` describes the codings and decodes them. For masks that are drawn at random (gaps are then geometric)
-Golomb-Rice stays within 4.3% of the entropy at every density, at worst where it hands over to the bitmask, at 38%.
+`unpack.py` describes the codings and decodes them. For random masks, whose gaps are geometric, Golomb-Rice stays within
+4.3% of the entropy at every density. The worst density is 38%, from which on the bitmask is smaller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Packed = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Choice:
-    """A coding and what it takes: `entries` values, fillers counted, and so many bytes in all."""
+    """A coding and its size: `entries` values, fillers counted, and the bytes in all."""
 
     coding: str
     width: int
@@ -106,7 +106,7 @@ def bridge(gaps: Gaps, values: Elements, entries: int, width: int) -> tuple[Gaps
 
 
 def unary(numbers: Gaps) -> Packed:
-    """For each number so many bits 0 and one bit 1."""
+    """The unary code of each number: that many 0 bits, then one 1 bit."""
     ends = np.cumsum(numbers, dtype=np.int64) + np.arange(len(numbers))
     ones = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.bool_)
     ones[ends] = True

@@ -1,4 +1,4 @@
-"""How fast networks are on this device: measured side by side, with spread, and said in plain words."""
+"""How fast networks are on this device: measured side by side, with spread, and a summary in plain words."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Latency(Record):
 class Passes:
     """How often a network is timed at one batch size: `repeats` after `warmup` others, which are not timed.
 
-    It ends after about `seconds`, though never before 5 repeats.
+    Timing ends after about `seconds`, but never before 5 repeats.
     """
 
     repeats: int = 100
@@ -67,9 +67,9 @@ def measure(
 ) -> list[Latency]:
     """Time every network on the same random inputs, (batch, *sample_shape) in float32.
 
-    The networks are brought to `device` and into evaluation mode, and stay so.
-    Repeats are interleaved, each in another order, so that whatever else the machine does hits all alike. torch's
-    threads are put back. Raises UserError where the device is not there.
+    The networks are brought to `device` and into evaluation mode, and stay so. Repeats are interleaved, each in another
+    order, so that other load on the machine affects all networks alike. torch's number of threads is restored. Raises
+    UserError where the device is not there.
     """
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -88,7 +88,7 @@ def measure(
 
 
 def verdict(latencies: Sequence[Latency], where: str = "this device", reference: str = "dense") -> str:
-    """What the numbers say, in a sentence: how each network compares with the `reference`, batch by batch.
+    """The measurements in a sentence: how each network compares with the `reference`, batch by batch.
 
     A network is faster, or slower, only where the two middle 80% do not overlap and the medians differ by 5%.
     """

@@ -1,7 +1,7 @@
 """Packed files: a network's tensors, each in its smallest coding, exact to the bit.
 
 `unpack.py` describes the format and reads it, with nothing but numpy; this module writes it, and reads it as torch
-tensors. Both go tensor by tensor and hold no second copy of all of them.
+tensors. Reading and writing go tensor by tensor, and hold no second copy of the whole network.
 """
 
 from __future__ import annotations
@@ -63,10 +63,11 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], values: Values | None
     """Write the tensors to a packed file, whole or not at all; returns its sizes.
 
     `values` stores every floating-point tensor in that dtype, rounded to the nearest; reading gives that dtype back. By
-    default each keeps its own and is exact. A value too small for fp16 becomes 0, and then is not kept.
+    default each tensor keeps its own dtype and is exact. A value too small for fp16 becomes 0, and is then not counted
+    as kept.
 
-    Raises UserError for a tensor that is no plain strided one of DTYPES, a value too large for `values`, or tensors so
-    empty that the file would unpack to more than a reader allows.
+    Raises UserError for a tensor that is not plain and strided with one of DTYPES, for a value too large for `values`,
+    and for tensors so sparse that the file would unpack to more than a reader allows.
     """
     for name, tensor in tensors.items():
         _check(name, tensor)
@@ -87,7 +88,8 @@ def read(path: str | Path, most: int | None = None) -> dict[str, Tensor]:
 
 
 def iterate(path: str | Path, most: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a packed file one at a time. `most`: bytes it may unpack to, if not what `unpack` sets.
+    """The tensors of a packed file, one at a time. `most` is the bytes that it may unpack to, by default `unpack`'s
+    limit.
 
     Raises UserError where the file is missing, cut, padded, altered, of another version, or not a packed file. Every
     length is checked before memory is taken for it, every tensor before it is decoded.

@@ -176,7 +176,7 @@ def _as_floats(data: Bytes) -> NDArray[np.float32]:
 
 
 def _reach(stored: Stored) -> int:
-    """How many weights the entries lead over."""
+    """How many weights the entries span."""
     return len(stored.gaps) + int(stored.gaps.sum(dtype=np.int64))
 
 
@@ -243,14 +243,14 @@ def _from_codes(codebook: NDArray[np.float32], codes: Bytes) -> Stored:
 
 
 def _floats(layer: ReleasedLayer, tensors: Mapping[str, NDArray[Any]], part: str, length: int) -> NDArray[np.float32]:
-    """A tensor of float32 and of that many elements, flat."""
+    """A float32 tensor of the given number of elements, flat."""
     return _part(layer, tensors, part, length, "float32").astype("<f4", copy=False)
 
 
 def _small(
     layer: ReleasedLayer, tensors: Mapping[str, NDArray[Any]], part: str, length: int | None, bits: int
 ) -> Bytes:
-    """A tensor of uint8 that fit in so many bits, flat."""
+    """A uint8 tensor whose values fit into `bits` bits, flat."""
     found = _part(layer, tensors, part, length, "uint8")
     if len(found) and found.max() >= 2**bits:
         raise UserError(f"tensor '{layer.name}.{part}' holds {found.max()}: {bits} bits hold at most {2**bits - 1}")

@@ -209,7 +209,7 @@ def decode(entry: PackedTensor, part: Raw) -> Raw:
 
 
 def places(entry: PackedTensor, index: Raw) -> NDArray[Any]:
-    """Where the values stand: their positions in rising order, or a mask with as many True."""
+    """The values' places: their positions in rising order, or a mask with as many True elements."""
     if entry.coding == "bitmask":
         mask = bits(index, entry.numel)
         require(np.count_nonzero(mask) == entry.entries, f"the mask of tensor {entry.name!r} does not fit its values")

@@ -19,7 +19,7 @@ class Activity:
     """Shares (0..1) of non-zero values, over all samples seen.
 
     output_density: the paper's Act%, at the place that `measured` names ("after relu1", "own output"); input_density:
-    of what the layer reads, so that FLOP% = Weights% * input_density (tables 2 to 5).
+    of the layer's input, so that FLOP% = Weights% * input_density (tables 2 to 5).
     """
 
     output_density: float
@@ -83,7 +83,7 @@ class ActivationMeter:
         self._trails.clear()
 
     def result(self) -> dict[str, Activity]:
-        """The densities by tensor name. A layer that was never called has density 0 and says so."""
+        """The densities by tensor name. A layer that was never called has density 0, and `measured` says so."""
         found = {}
         for name, record in self._records.items():
             out_nonzero, out_total, in_nonzero, in_total = (int(count) for count in record.counts)

@@ -21,7 +21,7 @@ from pipeline.base.seeding import derive
 from pipeline.network.paper_networks import BUILTIN
 from pipeline.settings.model import Model
 
-# What a network of somebody else's raises when it is given arguments or images that it was not made for.
+# What other people's networks raise when they are given arguments or images that do not fit.
 FOREIGN = (
     TypeError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError, AssertionError, MemoryError
 )  # fmt: skip
@@ -30,8 +30,8 @@ FOREIGN = (
 def build_network(model: Model, num_classes: int | None = None, seed: int = 0) -> nn.Module:
     """The network of the config, on the CPU, initialised from `seed` or from model.checkpoint.
 
-    `num_classes` is given to the factory where it takes an argument of that name, or `classes`, or any keyword (as
-    torchvision's do) and model.kwargs says nothing of either. Raises UserError for a factory that cannot be imported,
+    `num_classes` is passed to a factory that takes an argument `num_classes` or `classes`, or any keyword (as
+    torchvision's do), unless model.kwargs sets one of the two. Raises UserError for a factory that cannot be imported,
     does not take its arguments, or makes no nn.Module, and for a checkpoint that does not fit.
     """
     factory = _factory(model.factory)
@@ -59,8 +59,8 @@ def build_network(model: Model, num_classes: int | None = None, seed: int = 0) -
 def load_weights(module: nn.Module, path: str | Path) -> None:
     """Load a state dict, bare or under "state_dict", from .safetensors or .pth/.pt; nothing is unpickled but tensors.
 
-    A "module." before every name (DataParallel's) is taken off. Raises UserError for a file that cannot be read so, or
-    that lacks tensors, has others, or others' shapes.
+    A "module." before every name (DataParallel's) is taken off. Raises UserError for a file that cannot be read as
+    tensors, and for missing or unexpected tensors or shapes.
     """
     given = _read_tensors(path)
     if given and all(name.startswith("module.") for name in given):

@@ -32,11 +32,11 @@ Alive = NDArray[np.bool_]
 
 @dataclass
 class Compacted:
-    """A smaller network that computes the same.
+    """A smaller network with the same outputs.
 
     `removed` and `kept_units` count each linear and convolution layer's output units, by layer. `notes` says what was
-    left alone and why. `flattened` names the calls of view that had the number of features written in the code and are
-    now torch.flatten: only where there are such is `model` a torch.fx.GraphModule, else it is the network's own class.
+    left alone and why. `flattened` names the calls of view whose number of features was hard-coded, and which are now
+    torch.flatten. If there are any, `model` is a torch.fx.GraphModule, else it is of the network's own class.
     """
 
     model: nn.Module
@@ -51,7 +51,7 @@ def compact(model: nn.Module, example: Tensor) -> Compacted:
 
     Pruned weights must be exactly 0. `example`, (batch, ...), is an input; its values do not matter. The outputs equal
     the model's in evaluation mode, but for rounding; inputs and outputs keep their size. Every layer keeps at least one
-    unit. Channels that cannot be followed are left alone, which a note says.
+    unit. Channels that cannot be followed are left alone, and a note says so.
     """
     work = copy.deepcopy(model).eval()
     graph = traced(work, example)
@@ -75,9 +75,9 @@ def compact(model: nn.Module, example: Tensor) -> Compacted:
 def settle(layers: list[Layer], units: Units) -> Alive:
     """Which units stay, by root.
 
-    The least set with the pinned ones and, for each layer, the inputs that its staying outputs read and that are no
-    constants to fold. Beyond these, units stay (read by nobody) so that no layer is empty and that each group of a
-    grouped convolution keeps as many channels as the others.
+    These are the pinned units and, for each layer, the inputs that its staying outputs read, without constants that can
+    be folded. Further units stay, though unread, so that no layer is empty and that all groups of a grouped convolution
+    keep equally many channels.
     """
     needed = np.zeros(len(units), dtype=np.bool_)
     needed[units.pinned()] = True
@@ -146,7 +146,7 @@ def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _level(alive: Alive, groups: NDArray[np.int64]) -> None:
-    """Let every group, (groups, channels of a group), keep as many units as the one that keeps most."""
+    """Let every group, (groups, channels of a group), keep as many units as the group that keeps most."""
     most = int(alive[groups].sum(1).max())
     for group in groups:
         missing = most - int(alive[group].sum())
@@ -154,7 +154,7 @@ def _level(alive: Alive, groups: NDArray[np.int64]) -> None:
 
 
 def _cut_layer(layer: Layer, inputs: Alive, outputs: Alive) -> None:
-    """Fold the inputs that go into the bias, then take the rows and columns that stay."""
+    """Fold the removed inputs into the bias, then keep the rows and columns that stay."""
     module = layer.module
     groups, rows, columns = layer.reads.shape
     if not layer.depthwise:
@@ -164,7 +164,7 @@ def _cut_layer(layer: Layer, inputs: Alive, outputs: Alive) -> None:
         elif bool(added.any()):
             _put(module, "bias", added.to(module.weight))
         if not inputs.all():
-            # Rows read the inputs of their own group only, and each group keeps as many of these as the others.
+            # Rows read the inputs of their own group only, and every group keeps equally many inputs.
             chosen = torch.from_numpy(inputs.reshape(groups, columns)).to(module.weight.device)
             parts = [part[:, keep] for part, keep in zip(module.weight.split(rows), chosen, strict=True)]
             _put(module, "weight", torch.cat(parts))
@@ -172,7 +172,7 @@ def _cut_layer(layer: Layer, inputs: Alive, outputs: Alive) -> None:
 
 
 def _keep_rows(module: nn.Module, keep: Alive) -> None:
-    """Of every tensor with a row for each channel, those that stay."""
+    """Keep the staying rows of every tensor that has a row for each channel."""
     if not keep.all():
         for name in ("weight", "bias", "running_mean", "running_var"):
             tensor: Any = getattr(module, name, None)
@@ -192,7 +192,7 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _refit(module: Any) -> None:
-    """Make a layer's own account of its sizes agree with its tensors."""
+    """Set a layer's size attributes to its tensors' sizes."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, CONVOLUTIONS):

@@ -17,11 +17,11 @@ Quantity = Literal["weights", "flops", "bytes"]  # what a budget is of
 
 
 def flops(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
-    """Multiplications and additions, 2 a multiply-add, of one sample, by the name of each prunable tensor.
+    """FLOPs of one sample (a multiply-add is 2), by the name of each prunable tensor.
 
     The paper's counting (tables 2 to 5): 2 * weights * output positions, biases left out. `input_shape` is one
-    sample's, (channels, height, width). A layer called several times counts each time, one never called 0. The
-    module's modes are put back. Raises UserError where the network does not take such an input.
+    sample's, (channels, height, width). A layer that is called several times counts each time; one that is never called
+    counts 0. The module's modes are restored. Raises UserError where the network does not take this input.
     """
     layers = layers_by_tensor(module)
     counts = dict.fromkeys(layers, 0)
@@ -62,14 +62,16 @@ def packed_bytes(weights: int, kept: int) -> int:
         beyond = (1.0 - kept / weights) ** (2**width)
         return 1 + width + beyond / (1.0 - beyond)
 
-    # bits() falls and then rises: its least lies where about half of the gaps need a further bit.
+    # bits() falls and then rises: its minimum is where about half of the gaps need a further bit.
     near = min(18, max(3, round(math.log2(math.log(2) * weights / kept))))
     gaps = min(kept * bits(width) for width in range(near - 2, near + 3)) / 8
     return math.ceil(min(4 * weights, 4 * kept + min(gaps, weights / 8)))
 
 
 def price(quantity: Quantity, weights: int, flops: int) -> Callable[[int], int]:
-    """What a tensor of so many weights, and FLOPs when dense, costs when it keeps some: weights, FLOPs or bytes."""
+    """The cost of a tensor as a function of its kept weights, in weights, FLOPs or bytes; `flops` are the dense
+    tensor's.
+    """
     if quantity == "flops":
         each = flops // weights
         return lambda kept: each * kept

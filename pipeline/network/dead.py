@@ -1,4 +1,4 @@
-"""Dead neurons in masks: a unit without input or output connections loses those it has left (paper, section 3.5)."""
+"""Dead neurons in masks: a unit without inputs loses its outputs, one without outputs its inputs (section 3.5)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def remove(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The masks without the connections of dead units, and notes that say why nothing could be followed.
 
-    A unit without input is a constant: what it adds to the next layer moves, in `model`, into that layer's bias, so the
-    network's outputs in evaluation mode stay as the masks have them, but for rounding. As in compaction, a constant
-    stays where zero padding would change it at the border. A next layer that has no bias loses it, which retraining (or
-    prune.bn_samples) makes up for. A kept weight that happens to be 0 is a connection. A tensor that would fall below
-    `min_weights` is left alone. `model` need not be masked; `example` is an input, (batch, ...), values do not matter.
+    A unit without input is constant. Its contribution to the next layer moves into that layer's bias in `model`, so the
+    masked network's outputs in evaluation mode stay the same but for rounding. As in compaction, a constant stays where
+    zero padding would change it at the border. If the next layer has no bias, the contribution is lost; retraining (or
+    prune.bn_samples) makes up for it. A kept weight that happens to be 0 is a connection. A tensor that would fall
+    below `min_weights` is left alone. `model` need not be masked. `example` is an input, (batch, ...); its values do
+    not matter.
     """
     work = copy.deepcopy(model).eval()
     parameters = dict(work.named_parameters())
@@ -66,7 +67,7 @@ def _connected(layer: Layer, inputs: Alive, outputs: Alive) -> Tensor:
 
 
 def _fold(layer: Layer, inputs: Alive) -> None:
-    """Move what dead constant inputs add into the layer's bias, where it has one."""
+    """Move the contribution of dead, constant inputs into the layer's bias, where it has one."""
     bias = layer.module.bias
     if bias is not None:
         added = constant_part(layer.module, layer.fold & torch.from_numpy(~inputs), layer.value)

@@ -18,13 +18,14 @@ def rates(model: nn.Module) -> dict[str, float]:
 
 
 def owners(model: nn.Module) -> dict[str, list[str]]:
-    """For each dropout module, by its path, the weights whose connections count for it; empty where none are found.
+    """The weights whose connections count for each dropout module, by its path; empty where none are found.
 
-    These are the weights of the layer whose outputs it drops: the paper counts C_i = N_i * N_(i-1), the connections
-    into the neurons N_i that dropout acts on. They are found by following the graph backwards from the dropout, through
-    activations, norms, pooling and flatten; where several layers' outputs meet (a sum, a concatenation), or the module
-    is called several times, all of them count together. A dropout on the network's input, or in a part whose code
-    torch.fx cannot follow, has none; F.dropout in a network's code is no module and is not seen.
+    These are the weights of the layer whose outputs the dropout acts on. The paper counts C_i = N_i * N_(i-1), the
+    connections into the neurons N_i that dropout acts on. They are found by following the graph backwards from the
+    dropout, through activations, norms, pooling and flatten; where several layers' outputs meet (a sum, a
+    concatenation), or the module is called several times, all these layers count together. A dropout on the network's
+    input, or in a part whose code torch.fx cannot follow, has none; F.dropout in a network's code is no module and is
+    not seen.
     """
     found: dict[str, list[str]] = {path: [] for path in rates(model)}
     graph, _ = graph_of(model)
@@ -41,7 +42,7 @@ def owners(model: nn.Module) -> dict[str, list[str]]:
 
 
 def corrected_rates(model: nn.Module, keep: Mapping[str, int]) -> dict[str, float]:
-    """D_r = D_o * sqrt(C_ir / C_io) for each dropout; one that belongs to no pruned layer stays as it is.
+    """D_r = D_o * sqrt(C_ir / C_io) for each dropout; a dropout that belongs to no pruned layer keeps its rate.
 
     `keep` counts what the prunable tensors keep; the model's own rates are D_o, the dense network's.
     """
@@ -57,7 +58,9 @@ def corrected_rates(model: nn.Module, keep: Mapping[str, int]) -> dict[str, floa
 
 @contextmanager
 def use(model: nn.Module, given: Mapping[str, float]) -> Iterator[None]:
-    """Drop at these rates, by path, within the block; the model's own come back after it, so rounds do not compound."""
+    """Set these dropout rates, by path, within the block. The model's own rates come back after it: rounds do not
+    compound.
+    """
     before = rates(model)
     _set(model, given)
     try:
@@ -73,7 +76,7 @@ def _set(model: nn.Module, given: Mapping[str, float]) -> None:
 
 
 def _layers_before(node: fx.Node, graph: fx.GraphModule) -> list[nn.Module]:
-    """The linear and convolution layers nearest before a step, on every way that leads to it."""
+    """The last linear or convolution layer before a step, on every path that leads to it."""
     layers: list[nn.Module] = []
     seen, todo = set(), [*node.all_input_nodes]
     while todo:

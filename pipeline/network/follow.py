@@ -54,7 +54,7 @@ from pipeline.network.trace import Traced
 
 
 class Follower:
-    """Walks the graph once, in order; afterwards `units`, `layers`, `carriers` and `notes` tell what was found."""
+    """Walks the graph once, in order. The results are in `units`, `layers`, `carriers` and `notes`."""
 
     def __init__(self, graph: Traced) -> None:
         self.units = Units()
@@ -206,7 +206,7 @@ class Follower:
         return True
 
     def _carry(self, node: fx.Node, x: Signal, keeps: bool = True, same: bool = False) -> bool:
-        """A step that leaves each channel to itself; without `keeps` only a constant 0 stays one."""
+        """A step that does not mix channels; without `keeps`, only a constant 0 stays constant."""
         known = x.known if keeps else x.known & (x.value == 0)
         self._signals[node] = Signal(x.units, known, x.value, x.storage if same else node)
         return True
@@ -241,7 +241,7 @@ class Follower:
         return True
 
     def _join(self, node: fx.Node, x: Signal, other: fx.Node) -> bool:
-        """Two tensors, channel by channel: the units become one."""
+        """Two tensors combined channel by channel: each pair of units becomes one."""
         y, shapes = self._signals.get(other), self._graph.shapes
         first, second = shapes[node.all_input_nodes[0]], shapes.get(other, ())
         if y is None or len(first) != len(second) or first[:2] != second[:2]:
@@ -257,7 +257,7 @@ class Follower:
         return True
 
     def _leave(self, node: fx.Node) -> None:
-        """A step that cannot be followed: whatever goes in or comes out stays, and may have been changed in place."""
+        """A step that cannot be followed: its input and output units stay, and its inputs may be changed in place."""
         module: Any = self._graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
         touched = [source for source in node.all_input_nodes if source in self._signals]
         if touched:
@@ -275,7 +275,7 @@ class Follower:
         self._fresh(node, self._signals[touched[0]].storage if touched else node)
 
     def _fresh(self, node: fx.Node, storage: fx.Node) -> None:
-        """New units that stay, of which nothing is known."""
+        """New pinned units with no known constants."""
         shape = self._graph.shapes.get(node, ())
         if len(shape) >= 2:
             units, nothing = self.units.new(shape[1]), torch.zeros(shape[1], dtype=torch.float64)
@@ -287,7 +287,7 @@ class Follower:
             self.units.pin(self._signals[node].units)
 
     def _forget(self, storage: fx.Node, but: fx.Node | None = None) -> None:
-        """What lies in this memory was changed in place: later readers find no constant there."""
+        """This memory was changed in place: its signals are no longer known constants."""
         for node, signal in self._signals.items():
             if node is not but and signal.storage is storage:
                 signal.known = torch.zeros_like(signal.known)

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode in this block; afterwards each of its modules is in the mode that it was in."""
+    """The network is in evaluation mode in this block. Afterwards each module is back in its own mode."""
     modes = {part: part.training for part in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""What is known of a network's channels: units, constants, and the arithmetic that constants follow."""
+"""What is known of a network's channels: units, constants, and the arithmetic of constants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Numbers = NDArray[np.int64]
 
 
 class Units:
-    """Numbers for units; `join` makes two the same, `pin` says that one stays whatever reads it."""
+    """Numbers for units. `join` makes two units the same; a unit after `pin` always stays."""
 
     def __init__(self) -> None:
         self._sets = DisjointSet()
@@ -27,7 +27,7 @@ class Units:
         return len(self._sets)
 
     def new(self, count: int) -> Numbers:
-        """`count` units that are not joined with any."""
+        """`count` new units, not joined with any other."""
         made = np.arange(len(self), len(self) + count, dtype=np.int64)
         for unit in made.tolist():
             self._sets.add(unit)
@@ -43,20 +43,20 @@ class Units:
             self._sets.merge(a, b)
 
     def roots(self, units: Numbers) -> Numbers:
-        """The one number that stands for each unit and for all that it was joined with."""
+        """The one number (root) for each unit and all units that it was joined with."""
         return np.array([self._sets[unit] for unit in units.tolist()], dtype=np.int64)
 
     def pinned(self) -> Numbers:
-        """The roots of all that was pinned."""
+        """The roots of all pinned units."""
         return self.roots(np.array(sorted(self._pinned), dtype=np.int64))
 
 
 @dataclass
 class Signal:
-    """A tensor of the graph, position by position along axis 1: its unit, and its number where that never changes.
+    """A tensor of the graph: for each position along axis 1, its unit, and its value where that is constant.
 
     `known` is (C,) bool and `value` (C,) float64, both on the CPU; value is 0 where not known. `storage` is the step
-    that made the memory it lies in: what is done in place there is done to every signal of that memory.
+    that made its memory: an in-place change affects every signal in the same memory.
     """
 
     units: Numbers
@@ -98,7 +98,7 @@ class Carrier:
 
 
 def zero_padded(layer: Any) -> bool:
-    """Whether a layer sees zeros beyond the border, so that a constant is not constant there."""
+    """Whether a layer pads with zeros, so that a constant input is not constant at the border."""
     if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros" or layer.padding == "valid":
         return False
     if layer.padding == "same":
@@ -107,7 +107,7 @@ def zero_padded(layer: Any) -> bool:
 
 
 def constant_part(layer: Any, chosen: Tensor, value: Tensor) -> Tensor:
-    """What the `chosen` inputs add to each output, (outputs,) float64 on the CPU, where input j always is value[j]."""
+    """What the `chosen` inputs add to each output, (outputs,) float64 on the CPU; input j is the constant value[j]."""
     weight = layer.weight.detach()
     groups = getattr(layer, "groups", 1)
     outputs, inputs = len(weight) // groups, weight.shape[1]
@@ -124,7 +124,7 @@ def constant_part(layer: Any, chosen: Tensor, value: Tensor) -> Tensor:
 
 
 def max_keeps(padding: int | Sequence[int], dilation: int | Sequence[int]) -> bool:
-    """Whether max pooling keeps a constant: always, but for a dilated window that could lie in the padding alone."""
+    """Whether max pooling keeps a constant: always, except where a dilated window could lie wholly in the padding."""
     return _none(padding) or dilation == 1 or (not isinstance(dilation, int) and set(dilation) == {1})
 
 

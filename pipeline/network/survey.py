@@ -1,4 +1,4 @@
-"""Which tensors of a network can be pruned, and why each other one stays dense."""
+"""Which tensors of a network can be pruned, and why the others stay dense."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.network.layers import CONVOLUTIONS, LAYERS, NORMS
 
 @dataclass(frozen=True)
 class Prunable:
-    """A weight tensor that may be pruned: its first name, the layer that holds it, and other names of the same one."""
+    """A weight tensor that may be pruned: its first name, the layer that holds it, and its other names (`aliases`)."""
 
     name: str
     module: nn.Module
@@ -42,9 +42,9 @@ def survey(
     """Every parameter, in definition order: prunable, or left out with the reason.
 
     Prunable are the weights of linear and convolution layers (grouped ones too) whose names match a pattern of
-    `include` and none of `exclude`. A tensor that several layers share counts once, under its first name; shared with
-    anything else (an embedding) it is left out, since pruning it would prune there too. Raises UserError for a pattern
-    that matches nothing and where nothing is left to prune.
+    `include` and none of `exclude`. A tensor that several layers share counts once, under its first name. If it is also
+    shared with another kind of module (an embedding) it is left out, since that module would be pruned too. Raises
+    UserError for a pattern that matches nothing, and where nothing is left to prune.
     """
     uses: dict[int, list[tuple[str, Tensor]]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -112,7 +112,7 @@ def _reason(owner: nn.Module, attribute: str, tensor: Tensor) -> str | None:
 
 
 def _quantised(module: nn.Module) -> list[LeftOut]:
-    """The weights of quantised layers, which are no parameters: they hold packed integers."""
+    """The weights of quantised layers. These are packed integers, not parameters."""
     found = []
     for path, part in module.named_modules():
         weight = getattr(part, "weight", None) if "quantized" in type(part).__module__ else None

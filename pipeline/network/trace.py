@@ -22,8 +22,8 @@ UNTRACEABLE = (
 class Traced:
     """The graph of `module` (which shares the network's own layers), and every tensor's shape, batch first.
 
-    `flattened` names the calls of view and reshape that are now torch.flatten(x, 1); `hard_coded` of those held the
-    number of features in the code, so that only this graph, not the network's own code, takes another number.
+    `flattened` names the calls of view and reshape that are now torch.flatten(x, 1). `hard_coded` names those of them
+    whose number of features was hard-coded: only this graph, not the network's own code, takes another number.
     """
 
     module: fx.GraphModule
@@ -34,7 +34,7 @@ class Traced:
 
 
 class _Tracer(fx.Tracer):
-    """Also takes as one step the modules whose code cannot be followed."""
+    """A tracer that also takes modules whose code cannot be followed as one step."""
 
     def __init__(self, leaves: Collection[nn.Module]) -> None:
         super().__init__()
@@ -59,10 +59,10 @@ class _Shapes(fx.Interpreter):
 
 
 def graph_of(model: nn.Module) -> tuple[fx.GraphModule | None, list[str]]:
-    """The graph of a network in evaluation mode, and what of it cannot be followed.
+    """The graph of a network in evaluation mode, and notes on the parts that cannot be followed.
 
-    A part whose code looks into its tensors (a loop over a size, an `if` on a value) becomes one step; where the
-    network's own top code does, there is no graph.
+    A part whose code looks into its tensors (a loop over a size, an `if` on a value) becomes one step. Where the code
+    of the network's top module does this, there is no graph.
     """
     leaves: list[nn.Module] = []
     notes: list[str] = []
@@ -87,7 +87,7 @@ def graph_of(model: nn.Module) -> tuple[fx.GraphModule | None, list[str]]:
 def traced(model: nn.Module, example: Tensor) -> Traced | list[str]:
     """The graph of `model` and its shapes on `example`, (batch, ...); or the notes that say why there is none.
 
-    The model must be in evaluation mode. A batch of 1 is doubled, which tells the batch apart from other axes.
+    The model must be in evaluation mode. A batch of 1 is doubled, to tell the batch axis from others of size 1.
     """
     module, notes = graph_of(model)
     if module is None:
@@ -129,7 +129,7 @@ def _name_flattening(result: Traced) -> None:
 
 
 def _matters(node: fx.Node) -> bool:
-    """Whether a step may not be dropped even where nobody reads it: all but reading and multiplying sizes."""
+    """Whether a step must stay even where no step reads it: all steps but reading and multiplying sizes."""
     reads_size = node.op == "call_method" and node.target == "size"
     picks = node.op == "call_function" and node.target in (getattr, operator.getitem, operator.mul)
     return not (reads_size or picks)

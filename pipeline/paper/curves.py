@@ -1,4 +1,4 @@
-"""Figure 5 as numbers: five curves of accuracy loss against parameters away, and their order beside the paper's."""
+"""Figure 5 as numbers: five curves of accuracy loss against parameters pruned away, and their order in the paper."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.run.records import RoundMetrics
 
 @dataclass(frozen=True)
 class Line:
-    """The measurement that a curve is: which regulariser, how it was pruned, and whether it was retrained."""
+    """How a curve is measured: with which regulariser, how the network is pruned, and whether it is retrained."""
 
     regulariser: Literal["l1", "l2"]
     iterative: bool  # a chain of rounds; else the dense network pruned at once to each density
@@ -47,7 +47,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class CurvePoint(Record):
-    """One density: the share of parameters away, top1 on val, and what it is below the L2 dense network's."""
+    """One density: the share of parameters away, top1 on val, and its loss against the L2 dense network's top1."""
 
     density: float
     away: float
@@ -65,7 +65,7 @@ class Curve(Record):
 
 @dataclass(frozen=True)
 class Claim(Record):
-    """What the paper says of two curves, whether ours say so, and by how much."""
+    """The paper's claim on two curves, whether our curves agree, and by how much."""
 
     claim: str
     verdict: str
@@ -124,7 +124,7 @@ def _point(reference: float, metrics: RoundMetrics, retrained: bool) -> CurvePoi
 
 
 def order(curves: Sequence[Curve], samples: int) -> tuple[Claim, ...]:
-    """What the paper says of its curves, and what ours say."""
+    """The paper's claims on its curves, checked on ours."""
     whole = {curve.name: curve.points for curve in curves}
     high = {name: [point for point in points if point.away >= HIGH - 1e-9] for name, points in whole.items()}
     best, *others = "L2, iterative prune and retrain", "L2, retrained", "L1, retrained"
@@ -171,8 +171,8 @@ class Compared:
 def compare(better: Sequence[CurvePoint], worse: Sequence[CurvePoint], samples: int) -> Compared:
     """Two curves, point by point.
 
-    Clear is a gap of more than two standard errors of a difference of two proportions, taken as independent: on the
-    same images they are not, so this errs on the careful side.
+    A gap is clear if it is more than two standard errors of a difference of two independent proportions. On the same
+    images they are not independent, so this is conservative.
     """
     gaps, wins, losses = [], 0, 0
     for one, other in zip(better, worse, strict=True):

@@ -1,8 +1,8 @@
 """Figure 5's measurements: the dense network pruned in one shot and retrained at each density, and a chain of rounds.
 
 It is a stage of an ordinary run (shards, dense, scan, figure5): it runs on the same engines, resumes in the same way,
-and holds all points in one worker group. A point is a round of `pipeline.rounds.method`. What it measured before
-its retraining is the point of the curve without retraining, so that curve costs nothing.
+and holds all points in one worker group. A point is a round of `pipeline.rounds.method`. Its measurement before
+retraining is a point of the curve without retraining, so that curve costs nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def one_shot_folder(number: int) -> str:
 
 
 def read(run: Run, points: int, iterative: bool, seconds: float) -> Measured:
-    """What `measure` left of so many densities, with the chain of rounds or without it."""
+    """What `measure` wrote for so many densities, with or without the chain of rounds."""
     numbers = range(1, points + 1)
 
     def load(folder: str) -> RoundMetrics:

@@ -60,7 +60,7 @@ def bands(kept: NDArray[np.bool_], size: int) -> Figure:
 
 @dataclass(frozen=True)
 class Centre:
-    """How the kept weights lie over the image: the share of its middle (half its height and width), and empty pixels.
+    """How the kept weights lie over the image: the share in its middle (half its height and width), and empty pixels.
 
     `rows` are the non-zeros of each row of pixels, from the top: the bands.
     """
@@ -88,7 +88,7 @@ def centre(kept: NDArray[np.bool_], size: int) -> Centre:
 def tradeoff(curves: Sequence[Curve], title: str) -> Figure:
     """Figure 5: accuracy lost (points) against parameters away (%), close up as in the paper, and whole.
 
-    The whole has a logarithmic axis, which gives the steep end room.
+    The whole curve has a logarithmic axis, which widens its steep end.
     """
     with styled():
         figure, (close, whole) = new(10.5, 4.2, 1, 2)

@@ -1,7 +1,7 @@
 """`reproduce`: the runs behind the paper's tables 1 to 3 and figures 4 to 7, and the pages that compare them.
 
-Every seed is an ordinary run under runs/reproduce/, so it resumes and is skipped when finished; the tables and figures
-are made from what the runs' own files say.
+Every seed is an ordinary run under runs/reproduce/, so it resumes, and is skipped when finished. The tables and figures
+are made from the runs' own files.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pipeline.run.result import LayerResult, Result
 
 @dataclass(frozen=True)
 class SeedRun:
-    """A finished run of one seed; of each layer its number of outputs, and where its Act% was measured."""
+    """A finished run of one seed, with each layer's number of outputs and the place where its Act% was measured."""
 
     seed: int
     path: str
@@ -27,7 +27,9 @@ class SeedRun:
 
 @dataclass(frozen=True)
 class Against(Record):
-    """Mean and sample standard deviation over seeds, the paper's number, and the mean less that; None without one."""
+    """Mean and sample standard deviation over seeds, the paper's number, and the mean minus that number; None without
+    one.
+    """
 
     mean: float | None
     std: float | None

@@ -1,8 +1,8 @@
-"""Allocations: one budget of weights to the exact number that each tensor keeps.
+"""Allocations: how one budget of weights is shared out, as the exact number of weights that each tensor keeps.
 
 To add one, write a function from Request to counts and put it into ALLOCATIONS with its traits. Tensors are
-dictionaries by name in definition order, which also breaks ties: of equal scores the tensor named first keeps, then the
-lower flat index.
+dictionaries by name, in definition order. Of equal scores, the one in the earlier tensor is kept first; within a
+tensor, the one with the lower flat index.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Allocation:
 
     counts(request): the weights that each tensor keeps, within its bounds.
     uses_scores: the counts follow from scores, and so from trained weights.
-    needs_scan: they follow from what the scan says of each tensor.
-    needs_together: from what it says of all tensors pruned together, too.
-    spends_costs: the budget is spent on what tensors cost, so it may be of other units than weights, and need not be
-    met exactly.
+    needs_scan: the counts follow from the scan of each tensor alone.
+    needs_together: the counts also follow from the scan of all tensors pruned together.
+    spends_costs: the budget pays for the tensors' costs. It may be in other units than weights, and need not be met
+    exactly.
     fixes_densities: the densities are those of prune.densities, and the budget is not used.
     """
 
@@ -73,7 +73,7 @@ def paper(request: Request) -> dict[str, int]:
     """One threshold for |w| / (q_i * sigma_i) over all tensors, solved for the budget.
 
     A threshold of 1 gives the paper's own thresholds, quality times standard deviation (section 3). A tensor whose
-    weights are all alike (sigma 0) has threshold 0: what is not 0 in it is kept. Without qualities all q_i are 1.
+    weights are all equal (sigma 0) has threshold 0: its non-zero weights are kept. Without qualities all q_i are 1.
     """
     assert request.sigmas is not None, "allocation 'paper' needs the tensors' standard deviations"
     return _pool(request, _scales(request.scores, request.sigmas, request.qualities))
@@ -115,7 +115,9 @@ def explicit(request: Request) -> dict[str, int]:
 
 
 def budgeted(request: Request) -> dict[str, int]:
-    """The least predicted damage under the budget, which is of what `damages` counts: see pipeline.prune.budget."""
+    """The least predicted damage under the budget. The budget is in the unit of `request.unit`; see
+    pipeline.prune.budget.
+    """
     assert request.damages is not None, "allocation 'budget' needs the damage that the scan predicts"
     return request.damages.within(request.floors, request.caps)(request.budget).keep
 
@@ -136,11 +138,11 @@ def of(prune: Prune) -> Allocation:
 
 
 def allocate(name: str, request: Request, min_weights: int = 1) -> dict[str, int]:
-    """The number of weights each tensor keeps; they add up to the request's budget exactly.
+    """The number of weights each tensor keeps. The numbers add up to the request's budget exactly, with two exceptions.
 
-    But for an allocation that fixes densities, which has no budget, and for one that spends costs: its budget is not
-    exceeded. Each tensor keeps to its floor and cap; `min_weights`, which the floors came from, stands in the message.
-    Raises UserError for an unknown allocation, a budget that the bounds rule out, or a score that is NaN.
+    An allocation that fixes densities has no budget. One that spends costs may stay below its budget. Each tensor keeps
+    to its floor and cap. `min_weights` is the setting that the floors came from; error messages name it. Raises
+    UserError for an unknown allocation, a budget that the bounds rule out, or a score that is NaN.
     """
     chosen = lookup(ALLOCATIONS, name, "prune.allocation")
     scores, least, most = request.scores, request.floors, request.caps
@@ -176,7 +178,7 @@ def threshold_counts(request: Request) -> dict[str, int]:
 
 
 def threshold(scores: Tensor, keep: int, alive: Tensor) -> float:
-    """The smallest score kept when the `keep` highest of the alive ones are; no pruned one is above it.
+    """The smallest score kept when the `keep` highest alive scores are kept; no pruned weight scores above it.
 
     With keep=0, the next number above the highest score.
     """
@@ -190,9 +192,9 @@ def threshold(scores: Tensor, keep: int, alive: Tensor) -> float:
 def proportional(shares: dict[str, int], floors: dict[str, int], caps: dict[str, int], budget: int) -> dict[str, int]:
     """Whole numbers proportional to `shares`, within floors and caps, that add up to `budget`.
 
-    The real solution is clip(level * share, floor, cap) for the one level that adds up; it is rounded down and what is
-    missing goes to the largest remainders, to the earlier tensor where these are equal. Needs
-    sum(floors) <= budget <= sum(caps).
+    The real solution is clip(level * share, floor, cap) for the one level that adds up. It is rounded down. The missing
+    units go to the largest remainders; of equal remainders, to the earlier tensor. Needs sum(floors) <= budget <=
+    sum(caps).
     """
     assert sum(floors.values()) <= budget <= sum(caps.values())
     active = [name for name, share in shares.items() if share > 0]
@@ -223,10 +225,10 @@ def proportional(shares: dict[str, int], floors: dict[str, int], caps: dict[str,
 
 
 def _pool(request: Request, scales: dict[str, float]) -> dict[str, int]:
-    """The counts above one threshold for score / scale, within floors and caps.
+    """How many weights of each tensor are above one threshold for score / scale, within floors and caps.
 
-    Tensors that a threshold leaves below their floor are fixed at it, or those that it leaves above their cap: those
-    who miss by more in all, since the others may come out right when the rest is solved again without these.
+    A threshold can leave some tensors below their floors and others above their caps. The group that misses by more
+    weights in total is fixed at its bounds, and the rest is solved again. The other group may then come out right.
     """
     values = {name: _scaled(request.scores[name], request.alive[name], scales[name]) for name in request.scores}
     wide = np.result_type(*values.values())  # one dtype, so that the threshold compares exactly everywhere
@@ -261,7 +263,7 @@ def _above(values: dict[str, NDArray[np.floating]], budget: int) -> dict[str, in
 
 
 def _scaled(score: Tensor, alive: Tensor, scale: float) -> NDArray[np.floating]:
-    """The alive scores over the scale, as a new array; over a scale of 0, what is above 0 is infinite."""
+    """The alive scores divided by the scale, as a new array. With scale 0, scores above 0 become infinite."""
     values = as_array(score)[as_bool(alive)]
     if scale == 0.0:
         return np.where(values > 0, np.inf, 0.0).astype(values.dtype)

@@ -20,27 +20,29 @@ import numpy as np
 
 from pipeline.prune.damage import USUAL_POWER, Curve, total_rise
 
-Cost = Callable[[int], int]  # the cost of a tensor that keeps so many weights; it never falls as they grow
-FREE = 1e-9  # stands for no cost, where one is divided by
+Cost = Callable[[int], int]  # kept weights -> cost of the tensor; never falls as more are kept
+FREE = 1e-9  # stands for a cost of 0 in divisions
 
 
 @dataclass(frozen=True)
 class Priced:
-    """A tensor as an allocation by damage sees it: its curve, and what it costs to keep weights of it."""
+    """What an allocation by damage needs of a tensor: its damage curve, and the cost of keeping its weights."""
 
     curve: Curve
     cost: Cost
 
 
 class Held(NamedTuple):
-    """How damages make a rise of the loss: rises to `power` add up, and what comes of them was `scale` times as large
-    where it was measured."""
+    """How the tensors' damages make a rise of the loss.
+
+    Damages are rises to `power`, and they add up. The measured rise was `scale` times the rise predicted from the sum.
+    """
 
     power: float
     scale: float = 1.0
 
     def rise(self, damage: float) -> float:
-        """The rise (nats) where the tensors' damages add up to this."""
+        """The rise of the loss (nats) for a sum of the tensors' damages."""
         return self.scale * total_rise(damage, self.power)
 
 
@@ -49,7 +51,7 @@ USUAL = Held(USUAL_POWER)
 
 @dataclass(frozen=True)
 class Solution:
-    """What each tensor keeps; the cost and predicted damage in all, and the bound no allocation's damage gets below."""
+    """What each tensor keeps, the total cost, the total predicted damage, and a lower bound on the damage."""
 
     keep: dict[str, int]
     spent: int
@@ -74,9 +76,9 @@ class Solution:
 
 
 class _Piece(NamedTuple):
-    """From one corner of a tensor's hull to the next: both as (cost, kept), and the damage at the second."""
+    """A piece of a tensor's hull between two corners: both corners as (cost, kept), and the damage at the second."""
 
-    slope: float  # damage over cost, at most 0
+    slope: float  # change of damage per cost, at most 0
     order: tuple[int, int]
     name: str
     low: tuple[int, int]
@@ -96,8 +98,8 @@ class Frontier:
     def spend(self, budget: int) -> Solution:
         """The least predicted damage within the budget, which must cover the floors.
 
-        A budget of weights is met exactly, where the caps allow it; of FLOPs or bytes less than what one more weight
-        of one tensor costs is left over.
+        A budget of weights is met exactly where the caps allow it. Of a budget of FLOPs or bytes, less than the cost of
+        one more weight is left over.
         """
         keep = dict(self.floors)
         left = budget - sum(each.cost(keep[name]) for name, each in self.priced.items())
@@ -118,7 +120,7 @@ class Frontier:
 
 @dataclass(frozen=True)
 class Composed:
-    """Tensors priced with their damages as rises to several powers, and what holds at some densities of all weights.
+    """The priced tensors for several powers, and the power and scale measured at some densities of all weights.
 
     `best` has at least one density.
     """
@@ -132,11 +134,14 @@ class Composed:
         return {name: each.cost for name, each in next(iter(self.by_power.values())).items()}
 
     def at(self, density: float) -> Held:
-        """What holds at the nearest density, in the logarithm."""
+        """The power and scale at the nearest measured density, in log density."""
         return self.best[min(self.best, key=lambda known: abs(math.log(known / max(density, FREE))))]
 
     def within(self, floors: Mapping[str, int], caps: Mapping[str, int]) -> Callable[[int], Solution]:
-        """A function that solves a budget within floors and caps, by what holds at the density it leads to."""
+        """A function that solves a budget within floors and caps.
+
+        It uses the power and scale measured nearest to the density of the solution itself.
+        """
         frontiers: dict[Held, Frontier] = {}
         everything = sum(each.curve.weights for each in next(iter(self.by_power.values())).values())
 
@@ -148,7 +153,7 @@ class Composed:
                 found = frontiers[held].spend(budget)
                 tried.add(held)
                 held = self.at(sum(found.keep.values()) / everything)
-                if held in tried:  # it is what was solved by; or a budget of FLOPs or bytes leads round in a circle
+                if held in tried:  # it was solved with this one already, or (FLOPs, bytes) the search circles
                     return found
 
         return spend
@@ -184,14 +189,14 @@ def _hull(name: str, number: int, priced: Priced, floor: int, cap: int) -> list[
     for count, damage in zip(kept, priced.curve.at(np.array(kept)).tolist(), strict=True):
         cost = priced.cost(count)
         while corners and corners[-1][0] >= cost and len(corners) > 1:
-            corners.pop()  # as dear, and keeps less
+            corners.pop()  # costs the same and keeps less
         while len(corners) > 1 and _above(corners[-2], corners[-1], (cost, count, damage)):
             corners.pop()
         corners.append((cost, count, damage))
     pieces: list[_Piece] = []
     for low, high in itertools.pairwise(corners):
         slope = (high[2] - low[2]) / max(high[0] - low[0], FREE)
-        slope = max(slope, pieces[-1].slope) if pieces else slope  # rounding must not turn their order round
+        slope = max(slope, pieces[-1].slope) if pieces else slope  # rounding must not change their order
         pieces.append(_Piece(slope, (number, len(pieces)), name, low[:2], high[:2], high[2]))
     return pieces
 

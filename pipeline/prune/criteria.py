@@ -1,7 +1,7 @@
 """Criteria: a weight tensor to a score for each weight; higher keeps.
 
-To add one, write a function from Weighed to scores and put it into CRITERIA; with it the name of the statistic of each
-weight that it needs, if any (`pipeline.calibrate.statistics`). A weight that is 0 scores 0 in all but random.
+To add one, write a function from Weighed to scores and put it into CRITERIA. If it needs a statistic of each weight,
+name that too (`pipeline.calibrate.statistics`). A weight that is 0 scores 0 under every criterion but random.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Weighed:
 class Criterion:
     """A way to score weights: the function, whose result has the weights' shape, and the statistic that it needs.
 
-    `statistic` is a name in `pipeline.calibrate.statistics.STATISTICS`; None where the weights say it all.
+    `statistic` is a name in `pipeline.calibrate.statistics.STATISTICS`; None where the weights are enough.
     """
 
     score: Callable[[Weighed], Tensor]
@@ -85,9 +85,9 @@ def taylor(given: Weighed) -> Tensor:
 def obs(given: Weighed) -> Tensor:
     """Optimal brain surgeon on the layer's output (Hassibi and Stork 1993; layer by layer in Frantar et al. 2022).
 
-    w² / [H⁻¹]_jj: the squared error of the output, summed over its positions and averaged over samples, that taking the
-    weight away adds when the others of its row make up for it as well as they can. No labels. H is that of all inputs,
-    also of those that are pruned in this row.
+    The score is w² / [H⁻¹]_jj: the squared error that removing the weight adds to the output, when the other weights of
+    its row compensate as well as they can. The error is summed over output positions and averaged over samples. No
+    labels are needed. H is over all inputs of the layer, pruned weights of this row included.
     """
     return _real(given.weight).square() * given.measured
 

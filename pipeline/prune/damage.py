@@ -21,25 +21,25 @@ from scipy.optimize import isotonic_regression
 
 from pipeline.run.records import Level, Scan, TogetherRow
 
-POWERS = (0.3, 0.5, 0.7, 0.85, 1.0)  # that are tried
+POWERS = (0.3, 0.5, 0.7, 0.85, 1.0)  # the powers that are tried
 USUAL_POWER = 0.85  # where none was measured; as on LeNet-300-100, see configs/LOG.md
-TRUSTED = 0.5  # share of the rise that leads to chance, up to which a level says how much more is lost below it
+TRUSTED = 0.5  # share of the rise at chance; only levels below this share are extrapolated from
 STEEPEST, FLATTEST, USUAL = 6.0, 1.0, 2.0  # bounds of the exponent by which a rise grows below the trusted levels
 CLEAR = 3  # the last trusted levels that the exponent is fitted to
-POINTS = 400  # of a curve
+POINTS = 400  # points of a curve
 WORST = 1e6  # nats; stands for a loss that is not finite
-FINEST = 1e-4  # nats; an interval narrower than this is of a level that changes no answer
-SPREAD = 1e-5  # of damage; spreads a budget over tensors that the scan finds no damage in
+FINEST = 1e-4  # nats; a level with a narrower interval changes no answer
+SPREAD = 1e-5  # damage; spreads a budget over tensors in which the scan finds no damage
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Predicted damage of a tensor that keeps so many weights: arrays of shape (points,).
+    """The predicted damage of a tensor against its number of kept weights: two arrays of shape (points,).
 
-    `kept` rises from 0 to all weights; `damage` falls to 0, and is linear between the points. Damages are rises to
-    some power, and those of tensors add up; `total_rise` makes nats of the sum.
+    `kept` rises from 0 to all weights; `damage` falls to 0, and is linear between the points. Damages are rises to some
+    power. The tensors' damages add up, and `total_rise` turns the sum into nats.
     """
 
     kept: NDArray[np.int64]
@@ -51,7 +51,7 @@ class Curve:
         return int(self.kept[-1])
 
     def at(self, kept: Any) -> Any:
-        """The damage where so many weights are kept: a number, or an array of the same shape."""
+        """The damage for a number of kept weights, or for an array of such numbers; same shape."""
         return np.interp(kept, self.kept, self.damage)
 
 
@@ -67,9 +67,9 @@ def total_rise(damage: float, power: float) -> float:
 
 
 def best_together(rows: Iterable[TogetherRow]) -> dict[float, TogetherRow]:
-    """Of each density at which all tensors were pruned together, the row whose allocation raised the loss least.
+    """For each density at which all tensors were pruned together, the row with the smallest rise of the loss.
 
-    Equal ones go to the power nearest to USUAL_POWER.
+    Of equal rows, the one whose power is nearest to USUAL_POWER.
     """
     by_density: dict[float, list[TogetherRow]] = {}
     for row in rows:
@@ -86,7 +86,7 @@ def finite(rise: float) -> float:
 
 
 def chance_rise(scan: Scan, classes: int) -> float:
-    """The rise of the loss (nats) that leads from the dense network to guessing among so many classes."""
+    """The rise of the loss (nats) from the dense network to guessing among `classes` classes."""
     return max(FINEST, math.log(classes) - scan.dense.loss)
 
 
@@ -94,9 +94,9 @@ def curve(levels: Sequence[Level], weights: int, room: float, power: float = USU
     """A tensor's curve from its levels; `room` is the rise at which the network guesses.
 
     Rises are made monotone by isotonic regression, weighted by their intervals, and joined by a monotone cubic in log
-    density (Fritsch and Carlson 1980), from none at density 1 on. Below the last level that is further from chance than
-    from the dense network (TRUSTED), losses no longer tell densities apart: there the rise goes on by a power of the
-    density, so that what is nearly destroyed does not look free to destroy.
+    density (Fritsch and Carlson 1980), from none at density 1 on. Near chance, losses no longer tell densities apart.
+    So below the last level that is nearer to the dense network than to chance (TRUSTED), the rise is extrapolated by a
+    power of the density. Otherwise pruning the rest of a nearly destroyed tensor would look free.
     """
     known = sorted((level for level in levels if level.density < 1.0), key=lambda level: -level.density)
     logs = np.log([level.density for level in known])
@@ -106,12 +106,12 @@ def curve(levels: Sequence[Level], weights: int, room: float, power: float = USU
     trusted = max(1, int(np.searchsorted(rises, TRUSTED * room, side="right"))) if known else 0
     logs, rises, reach = logs[:trusted], rises[:trusted], reach[:trusted]
     kept = np.unique(np.concatenate([[0], np.geomspace(1, weights, POINTS).round(), (np.exp(logs) * weights).round()]))
-    density = np.log(np.maximum(kept, 0.5) / weights)  # half a weight stands for none, as a power of 0 has no value
+    density = np.log(np.maximum(kept, 0.5) / weights)  # half a weight stands for none: log(0) is not finite
     damage = SPREAD * np.expm1(-density)
     if trusted:
         joined = PchipInterpolator(np.append(0.0, -logs), np.append(0.0, rises**power))
         damage += joined(np.minimum(-density, -logs[-1]))
-        last = max(rises[-1], reach[-1])  # what the scan may have overlooked grows below its levels too
+        last = max(rises[-1], reach[-1])  # the uncertainty of the rise is extrapolated too
         beyond = np.maximum(0.0, logs[-1] - density)
         damage += last**power * np.expm1(power * exponent(logs, rises, reach) * beyond)
     return Curve(kept.astype(np.int64), np.minimum.accumulate(damage))

@@ -19,10 +19,10 @@ Masks = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Gradual:
-    """How the weights of a round go, from density `before` to `after`.
+    """How a round is pruned gradually, from density `before` to `after`.
 
-    `prune(density, alive, last)` makes the masks of a density, equal on all ranks, which call it together. `share` is
-    the part of the updates that prunes fall into, one every `every` updates.
+    `prune(density, alive, last)` makes the masks for a density. All ranks call it together and get equal masks. Prunes
+    happen in the first `share` of the updates, one every `every` updates.
     """
 
     prune: Callable[[float, Masks, bool], Masks]
@@ -36,7 +36,7 @@ class Gradual:
         return min(int(self.share * total), total - 1)
 
     def due(self, step: int, total: int) -> bool:
-        """Whether weights go before update `step`."""
+        """Whether there is a prune before update `step`."""
         return step == self.end(total) or (step < self.end(total) and step % self.every == 0)
 
     def masks(self, step: int, total: int, alive: Masks) -> Masks:

@@ -1,4 +1,4 @@
-"""Limits of single tensors, and what counts of their weights cost.
+"""Limits of single tensors, and the cost of keeping so many weights of each.
 
 Floors and ceilings are densities by a tensor's name or pattern, for every allocation.
 """
@@ -46,8 +46,8 @@ def bounds(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The fewest and the most weights that each tensor keeps: (floors, caps).
 
-    `floors` and `ceilings` are densities by name or pattern; equal ones fix a tensor. min_weights goes before a
-    ceiling, and nothing goes above what is alive. Raises UserError for a pattern that matches no tensor, and for a
+    `floors` and `ceilings` are densities by name or pattern; equal ones fix a tensor. min_weights overrides a ceiling,
+    and no bound is above the number of alive weights. Raises UserError for a pattern that matches no tensor, and for a
     floor above a ceiling.
     """
     lowest, highest = by_name(floors, weights, "prune.floors"), by_name(ceilings, weights, "prune.ceilings")
@@ -72,7 +72,7 @@ def spent(counts: Mapping[str, int], costs: Mapping[str, Cost]) -> int:
 def require_possible(
     budget: int, floor: int, cap: int, min_weights: int, tensors: int, unit: Quantity = "weights"
 ) -> None:
-    """Raise UserError where a budget is not between what the floors and what the caps of so many tensors cost."""
+    """Raise UserError where a budget is below the cost of the floors or above the cost of the caps."""
     if budget < floor:
         raise UserError(
             f"the budget of {budget:,} {unit} (target.compression or prune.list) is below the {floor:,} that "

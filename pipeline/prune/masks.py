@@ -41,8 +41,8 @@ def top_mask(scores: Tensor, alive: Tensor, keep: int) -> Tensor:
 def nested(scores: Tensor, alive: Tensor, keeps: Sequence[int]) -> Tensor:
     """How many of the masks top_mask(scores, alive, keep) for `keeps` keep each weight; uint8, shaped like `scores`.
 
-    Since ties go by index the masks lie inside each other, so with falling `keeps` mask i is `nested(...) > i`: one
-    byte a weight holds up to 255 masks. Scores must not be NaN; 1 <= keep <= alive.sum().
+    Ties are broken by index, so the masks are nested: with falling `keeps`, mask i is `nested(...) > i`. One byte a
+    weight holds up to 255 masks. Scores must not be NaN; 1 <= keep <= alive.sum().
     """
     assert list(keeps) == sorted(keeps, reverse=True)
     assert len(keeps) < 256
@@ -120,9 +120,9 @@ def digest(masks: Mapping[str, Tensor]) -> int:
 
 
 def check(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], planned: Mapping[str, int]) -> list[str]:
-    """What is wrong, a sentence a problem; empty when every pruned weight is 0 and every count as planned.
+    """The problems, a sentence each. Empty when every pruned weight is 0 and every count is as planned.
 
-    -0.0 is 0; NaN is not. A tensor that one of the three lacks is a problem too.
+    -0.0 counts as 0; NaN does not. A tensor that is missing from one of the three arguments is a problem too.
     """
     problems: list[str] = []
     tables = {"weight": weights, "mask": masks, "plan": planned}

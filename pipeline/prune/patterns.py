@@ -1,4 +1,4 @@
-"""Patterns: how the weights of a tensor that go must lie.
+"""Patterns: which sets of a tensor's weights may be pruned together.
 
 To add one, write its functions and put it into PATTERNS.
 """

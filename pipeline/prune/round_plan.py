@@ -47,7 +47,7 @@ class Scanned:
 
     @property
     def prices(self) -> dict[str, Cost]:
-        """What each tensor costs, in what target.budget counts."""
+        """What each tensor costs, in the unit target.budget."""
         return self.damages.prices
 
 
@@ -80,7 +80,7 @@ def densities(prune: Prune, target: Target, start: float = 1.0) -> list[float]:
 
 
 def budget(prune: Prune, target: Target, number: int, total: int, start: float = 1.0) -> int:
-    """What the tensors may cost after round `number` (from 1), of a `total` of what target.budget counts."""
+    """The budget after round `number` (from 1). `total` is the dense cost in the unit target.budget."""
     compression = None if schedules.of(prune).from_list else target.compression
     return schedules.budgets(densities(prune, target, start), total, compression)[number - 1]
 
@@ -96,12 +96,12 @@ def uses_scores(prune: Prune, target: Target) -> bool:
 
 
 def costs(unit: cost.Quantity, weights: Mapping[str, int], flops: Mapping[str, int]) -> dict[str, Cost]:
-    """What each tensor costs, in what target.budget counts, from its weights and its FLOPs when dense."""
+    """What each tensor costs, in the unit target.budget, from its weights and its dense FLOPs."""
     return {name: cost.price(unit, count, flops[name]) for name, count in weights.items()}
 
 
 def require_possible(prune: Prune, target: Target, weights: Mapping[str, int], flops: Mapping[str, int]) -> None:
-    """Raise UserError, before any training, if a round's budget is below a weight or limits rule the last one out."""
+    """Raise UserError, before any training, if a round would keep no weight, or limits rule out the last budget."""
     if target.no_loss:  # it stops where no more can go
         return
     prices = costs(target.budget, weights, flops)
@@ -114,7 +114,7 @@ def require_possible(prune: Prune, target: Target, weights: Mapping[str, int], f
 
 
 def scanned(unit: cost.Quantity, scan: Scan, classes: int, flops: Mapping[str, int]) -> Scanned:
-    """What plans take from a scan; `classes` tells chance, `flops` are the tensors' when dense."""
+    """What plans take from a scan. `classes` gives the loss at chance; `flops` are the dense tensors' FLOPs."""
     prices = costs(unit, {tensor.name: tensor.weights for tensor in scan.tensors}, flops)
     best = damage.best_together(scan.together or ())
     by_power = {
@@ -190,9 +190,9 @@ def sigmas(basis: Basis, standing: Standing) -> dict[str, float]:
 
 
 def spendable(basis: Basis, goal: Goal, caps: Mapping[str, int]) -> int:
-    """The budget of an attempt, or what is left to spend it on.
+    """The budget of an attempt, or the cost of all weights that it may keep where that is less.
 
-    Dead units may leave less, and on the way to the last density so may ceilings.
+    It can be less after dead units were removed, or where ceilings are tight before the last round.
     """
     prune, target, scan = basis.prune, basis.target, basis.scan
     prices = scan.prices if scan and allocation.of(prune).spends_costs else {}
@@ -212,7 +212,7 @@ def bounds(prune: Prune, alive: Mapping[str, Tensor]) -> tuple[dict[str, int], d
 def prediction(
     basis: Basis, keep: dict[str, int], within: tuple[dict[str, int], dict[str, int]], spend: int | None
 ) -> Prediction | None:
-    """What the scan lets expect of the counts before retraining; None without a scan.
+    """The scan's prediction for these counts before retraining; None without a scan.
 
     `within` are the `bounds`; `spend` is the budget, None where there was none.
     """
@@ -234,7 +234,7 @@ def prediction(
 
 
 def explicit_densities(prune: Prune, target: Target, density: float) -> dict[str, float]:
-    """The explicit densities as they stand when the whole is at `density`: all fall geometrically together."""
+    """The explicit densities at the time when the whole network is at `density`: all fall geometrically together."""
     final = densities(prune, target)[-1]
     progress = math.log(density) / math.log(final) if final < 1.0 else 1.0
     return {name: value**progress for name, value in prune.densities.items()}

@@ -38,8 +38,8 @@ class Schedule:
     """How the density falls over the rounds, and what others ask of it.
 
     densities(prune, final, start): the density after each round.
-    fixes_densities: it says itself how much goes in which round, which a run that finds its own densities cannot use.
-    from_list: the densities are those of prune.list, whose last one is the end, and not target.compression.
+    fixes_densities: it fixes how much is pruned in each round. A run that finds its own densities cannot use it.
+    from_list: the densities are those of prune.list. Its last one ends the run, not target.compression.
     """
 
     densities: Callable[[Prune, float, float], list[float]]
@@ -63,15 +63,15 @@ def of(prune: Prune) -> Schedule:
 def densities(prune: Prune, final_density: float, start: float = 1.0) -> list[float]:
     """Density (kept / prunable, 0..1) after each round, falling from `start`, at which the first round begins.
 
-    Ends at `final_density`, but for one that is from a list, which ends at its own last. Raises UserError for an
-    unknown schedule.
+    Ends at `final_density`; a schedule from a list ends at the list's last density. Raises UserError for an unknown
+    schedule.
     """
     assert 0.0 < final_density <= 1.0, final_density
     return of(prune).densities(prune, final_density, start)
 
 
 def cubic_density(before: float, after: float, share: float) -> float:
-    """Zhu and Gupta 2017, equation 1: from `before` to `after`, fast while there is much to remove, slow at the end.
+    """Zhu and Gupta 2017, equation 1: from `before` to `after`, fast at the start and slow at the end.
 
     `share` (0..1) is how much of the way is done.
     """
@@ -81,8 +81,8 @@ def cubic_density(before: float, after: float, share: float) -> float:
 def budgets(densities: list[float], total: int, compression: float | None) -> list[int]:
     """Weights kept after each round, of `total` prunable ones: exact integers that never rise.
 
-    Each is the largest integer whose density is not above the planned one; with `compression`, the last is the
-    largest one with total / kept >= compression. Raises UserError where a budget would be 0 weights.
+    Each is the largest integer whose density is not above the planned one. With `compression`, the last is the largest
+    integer with total / kept >= compression. Raises UserError where a budget would be 0 weights.
     """
     assert densities
     assert total > 0

@@ -26,7 +26,7 @@ BAR = 60  # characters of its longest bar
 
 @dataclass(frozen=True)
 class Option:
-    """One budget, solved. `flops` and `bytes` are of the prunable tensors; `seconds` are those of solving alone."""
+    """One budget, solved. `flops` and `bytes` are of the prunable tensors; `seconds` is the time of solving alone."""
 
     compression: float
     budget: int
@@ -41,8 +41,8 @@ class Option:
 class Options:
     """Budgets asked for, and a curve of others between none and the largest of them.
 
-    `weights` are each tensor's; `chance` is the rise of the loss (nats) at which the network guesses; `seconds` those
-    of making the curves and a hull of each, once for all budgets; `together` says whether the scan also pruned all
+    `weights` are each tensor's; `chance` is the rise of the loss (nats) at which the network guesses; `seconds` the
+    time of making the curves and their hulls, once for all budgets; `together` says whether the scan also pruned all
     tensors together.
     """
 
@@ -126,7 +126,7 @@ def table(options: Options) -> TextTable:
 
 
 def bars(options: Options) -> list[str]:
-    """The curve as lines of text, under a title, and what it rests on where that is less than it could."""
+    """The curve as lines of text under a title, with a note where the scan did not measure how damages compose."""
     lines = [f"predicted rise of the loss (nats) before retraining; a full bar is chance, {options.chance:.2f}"]
     for each in options.curve:
         length = round(BAR * min(1.0, each.solution.rise / options.chance))

@@ -1,4 +1,4 @@
-"""The end of a run: the files handed over, the verdict, result.json and the report."""
+"""The end of a run: its final files, the verdict, result.json and the report."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def val_scores(here: Run, folder: str) -> Scores:
 
 
 def on_test(test: TestMetrics, judged: stats.McNemar) -> OnTest:
-    """The one look at test, and the paired comparison that it allows."""
+    """The one evaluation on test, with its paired comparison."""
     return OnTest(
         samples=test.samples,
         dense=Scores.of(test.dense),

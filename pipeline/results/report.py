@@ -159,8 +159,7 @@ def unpruned(result: Result) -> bool:
 
 @dataclass(frozen=True)
 class Rise:
-    """The rise of the loss before a round's retraining (nats on val): as the scan predicted it, the least that it
-    thought possible, and as it was measured against the dense network."""
+    """The rise of the loss before a round's retraining (nats on val): predicted, the least predicted, and measured."""
 
     predicted: float
     least: float
@@ -214,7 +213,7 @@ def measured_on(activity: Iterable[LayerActivity]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Cut:
-    """What the scan says of a tensor; `within` is the smallest density tried whose drop stays within delta, if any."""
+    """The scan's results for a tensor; `within` is the smallest density tried whose drop stays within delta, if any."""
 
     name: str
     weights: int

@@ -1,4 +1,4 @@
-"""Numbers as people read them: percent, points, bytes, durations. What was not measured is said to be so."""
+"""Numbers for readers: percent, points, bytes, durations. A value that was not measured says so."""
 
 from __future__ import annotations
 

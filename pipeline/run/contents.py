@@ -1,4 +1,4 @@
-"""What a run directory holds, read once and read only; every part but `run.json` may still be missing."""
+"""The contents of a run directory, read once and never written. Every part but `run.json` may still be missing."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Contents:
 
     @property
     def finished_ms(self) -> int:
-        """When the last finished part ended, in milliseconds since 1970; the creation where none has.
+        """When the last finished part ended, in milliseconds since 1970; the run's creation if no part is finished.
 
         Taken from what the files say and never from their modification times, which a copy changes.
         """
@@ -93,7 +93,7 @@ class Contents:
 
 
 def read(run_dir: str | Path) -> Contents:
-    """Read a run directory.
+    """Parse a run directory.
 
     Raises UserError if it is not one, or if a file in it is damaged.
     """
@@ -150,7 +150,7 @@ def _is_in(path: str, folder: str, there: dict[str, Stat]) -> bool:
 
 
 def _attempts(folder: str) -> Iterator[str]:
-    """The folders of rounds and, before each, of its attempts that were undone, relative to `folder`."""
+    """The folders of rounds, relative to `folder`; before each round, the folders of its undone attempts."""
     for part in sorted((name for name in storage.list_folders(folder) if name.isdigit()), key=int):
         undone = [name for name in storage.list_folders(storage.join(folder, part)) if _ATTEMPT.fullmatch(name)]
         yield from (f"{part}/{name}" for name in sorted(undone, key=lambda name: int(name.split("-")[1])))
@@ -187,7 +187,7 @@ def _json(url: str) -> Any:
 
 
 def _text(url: str) -> str | None:
-    """A file's text, or None where there is none. A damaged one comes back with marks where it is."""
+    """A file's text, or None where there is no file. Bytes that are not UTF-8 become replacement characters."""
     try:
         return storage.read_bytes(url).decode(errors="replace")
     except FileNotFoundError:

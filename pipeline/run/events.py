@@ -1,4 +1,4 @@
-"""What a run tells while it goes on. Each event is a small record; the display matches on its type."""
+"""Events that a run reports while it goes on. Each is a small record; the display matches on its type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.run.records import Epoch, Level
 
 @dataclass(frozen=True)
 class Warned:
-    """Something that the user should know, and may want to mend."""
+    """Something that the user should know, and may want to fix."""
 
     text: str
 
@@ -117,4 +117,4 @@ Progress = Callable[[Event], None]
 
 
 def unheard(event: Event) -> None:
-    """The progress of what nobody watches."""
+    """A progress function that drops every event."""

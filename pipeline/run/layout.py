@@ -39,7 +39,7 @@ def trail(run: Run) -> list[RoundMetrics]:
         if not run.has(round_folder(number), "metrics.json"):
             return found
         metrics = run.load(RoundMetrics, round_folder(number), "metrics.json")
-        if metrics.accepted or metrics.attempt == attempt:  # else its record is there, and it is not cleared yet
+        if metrics.accepted or metrics.attempt == attempt:  # else it was undone, and its folder is not cleared yet
             found.append(metrics)
         if not metrics.accepted:
             return found
@@ -47,7 +47,7 @@ def trail(run: Run) -> list[RoundMetrics]:
 
 
 def accepted(run: Run) -> int:
-    """Rounds that were accepted so far: those are numbered 1 to this."""
+    """How many rounds were accepted so far. They are numbered from 1."""
     return sum(metrics.accepted for metrics in trail(run))
 
 

@@ -1,8 +1,8 @@
 """One writer at a time: a run's lease, with a fencing number that rises with every writer.
 
 On a file system the kernel holds a lock for the writer, and frees it when the process dies. S3 has no locks: there the
-lease is taken by a conditional PUT, and a heartbeat renews it; a writer that has gone silent for as long as the lease
-lasts can be taken over.
+lease is taken by a conditional PUT, and a heartbeat renews it. A writer whose last heartbeat is longer ago than the
+lease lasts can be taken over.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _TELL_S = 10.0  # between two lines about waiting
 def hold(root: str, seconds: float, before: Callable[[], None], tell: Callable[[str], None]) -> Any:
     """Hold the lease of a run while the block lasts; gives the fencing number.
 
-    `before` is called when it is clear that nobody else writes, and before anything is written. On S3 the lease lasts
-    `seconds` beyond its last renewal: one that may be a dead writer's is waited for, and `tell` says so. Raises
-    UserError that names the process that holds it.
+    `before` is called when it is clear that no other process writes, and before anything is written. On S3 the lease
+    lasts `seconds` beyond its last renewal. If its writer may be dead, this waits for the lease to end, and `tell` says
+    so. Raises UserError that names the process that holds the lease.
     """
     if storage.is_local(root):
         return _hold_local(storage.local_path(root), before)
@@ -75,7 +75,7 @@ def _hold_remote(
 
 
 def _when_over(url: str, root: str, tell: Callable[[str], None]) -> storage.Versioned | None:
-    """The lease as it stands when it has ended. A live writer renews it meanwhile, and is refused by that."""
+    """Wait until the lease has ended, and return it. Raises UserError where a live writer renews it meanwhile."""
     there, told = storage.read_versioned(url), -math.inf
     while there is not None:
         lease = json.loads(there.data)
@@ -126,13 +126,13 @@ def _over(lease: dict[str, Any], age_s: float) -> bool:
 
 
 def _machine() -> str:
-    """Tells machines, and containers on one, apart: where process numbers mean the same processes."""
+    """An identity of this machine, or of this container: process numbers are comparable only within it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 class _Heart:
-    """A thread that renews a lease until it is stopped, or another writer has taken it: the fence then tells."""
+    """A thread that renews a lease until it is stopped, or another writer has taken the lease."""
 
     def __init__(self, url: str, facts: dict[str, Any], version: str) -> None:
         self._url, self._facts, self._version = url, facts, version
@@ -142,7 +142,7 @@ class _Heart:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and give the lease back where the store answers; else it ends by itself in time."""
+        """End the thread, and give the lease back. If the store does not answer, the lease ends by itself in time."""
         self._stopping.set()
         self._thread.join(timeout=self._facts["seconds"] / _BEATS)
         if self._sound and not self._thread.is_alive():

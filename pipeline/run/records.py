@@ -1,8 +1,8 @@
-"""The documents of a run's folder, each a record: who writes one and who reads it share its type.
+"""The documents of a run's folder as records: writers and readers of a document share its type.
 
 Numbers of top1, top5, drops and densities are fractions in 0..1; losses are in nats; `..._ms` are milliseconds since
-1970. What only one module writes and reads (checkpoints' manifests, the lease) has its type there; result.json
-has its own in `result`.
+1970. A document that only one module writes and reads (checkpoints' manifests, the lease) has its type in that module.
+result.json's type is in `result`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DenseMetrics(Record):
 
 @dataclass(frozen=True)
 class Prediction(Record):
-    """What the scan lets expect of a plan's counts before retraining: the rise of the loss (nats).
+    """The scan's prediction for a plan's counts before retraining: the rise of the loss (nats).
 
     `least` is the least that any allocation within the same limits could have for the same cost; `budget` and `spent`
     count in `unit`; `power` and `scale` say how the damages of single tensors were composed, which older plans lack.
@@ -98,9 +98,9 @@ class Prediction(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlan(Record):
-    """What one tensor is to keep, and the score under which its weights go.
+    """What one tensor is to keep, and the score below which its weights are pruned.
 
-    `dead` counts what was taken off since it led to or from a dead unit; `keep` is what is left after it.
+    `dead` counts the weights that were removed because their unit is dead; `keep` is what is left after that.
     """
 
     name: str
@@ -114,8 +114,8 @@ class TensorPlan(Record):
 class RoundPlan(Record):
     """rounds/NN/plan.json: the exact counts of an attempt at a round (from 1), fixed before anything is trained.
 
-    `budget` is the weights that all tensors keep together. `predicted` is None without a scan. Older plans lack what
-    has a default.
+    `budget` is the weights that all tensors keep together. `predicted` is None without a scan. Older plans lack the
+    fields with defaults.
     """
 
     round: int
@@ -132,11 +132,11 @@ class RoundPlan(Record):
 
     @property
     def dead(self) -> int:
-        """Weights of all tensors that were taken off since they led to or from dead units."""
+        """How many weights of all tensors were removed because their units are dead."""
         return sum(tensor.dead for tensor in self.tensors)
 
     def without_dead(self, left: Mapping[str, int]) -> RoundPlan:
-        """The plan after dead units were looked for, and so many weights of each tensor are left."""
+        """The plan after dead units were removed; the argument has the weights that each tensor has left."""
         tensors = tuple(
             replace(tensor, keep=left[tensor.name], dead=tensor.keep - left[tensor.name]) for tensor in self.tensors
         )
@@ -153,7 +153,7 @@ class BeforeRetraining(Record):
 
 @dataclass(frozen=True)
 class LayerCount(Record):
-    """What is left of one tensor, counted from its mask."""
+    """The kept weights of one tensor, counted from its mask."""
 
     name: str
     weights: int
@@ -174,7 +174,7 @@ class Judgement(Record):
 
 @dataclass(frozen=True)
 class Fit(Record):
-    """A tensor's squared error of its layer's outputs, over that of giving 0, with the masked and the new weights."""
+    """The squared error of a layer's outputs relative to the error of output 0, with the masked and the new weights."""
 
     name: str
     masked: float
@@ -185,7 +185,7 @@ class Fit(Record):
 class RoundMetrics(Record):
     """rounds/NN/metrics.json: what an attempt at a round measured. Counts come from the masks, not from the plan.
 
-    Older metrics lack what has a default.
+    Older metrics lack the fields with defaults.
     """
 
     round: int
@@ -212,7 +212,7 @@ class RoundMetrics(Record):
 
 @dataclass(frozen=True)
 class Ancestor(Record):
-    """A run that a branch descends from, and the round that was left it at."""
+    """A run that a branch descends from, and the round at which the branch left it."""
 
     run: str
     uid: str
@@ -239,7 +239,7 @@ class StartFacts(Record):
 
 @dataclass(frozen=True)
 class TestMetrics(Record):
-    """final/test.json: the one look at test."""
+    """final/test.json: the results of the one evaluation on test."""
 
     samples: int
     dense: Evaluation
@@ -276,7 +276,7 @@ class Histograms(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(Record):
-    """Answers against those of the dense network to the same samples.
+    """A network's answers compared with the dense network's answers to the same samples.
 
     `drop` is top1 of the dense network minus this one's, `rise` the loss of this one minus the dense network's, each
     with its paired 95% interval (None from one sample alone). `top1` and `loss` are the dense network's on all

@@ -1,4 +1,4 @@
-"""The run directory: what is finished, from what it was made, and who may write."""
+"""The run directory: which stages are finished, what they were made from, and who may write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.run import lease
 from pipeline.run.records import RunFacts, StageMarker
 from pipeline.settings.config import Config, differences, dump_config, load_config
 
-# Settings that change how a run is carried out, but not what it computes: they may differ when it resumes.
+# Settings that change how a run is carried out, but not its results. They may differ when it resumes.
 OPERATIONAL = (
     "runs_dir", "cluster", "tracking", "data.decode_threads", "data.cache_bytes", "data.cache_dir",
     "data.cache_disk_bytes",
@@ -78,7 +78,7 @@ class Run:
         return self.load(StageMarker, stage, MARKER) if self.has(stage, MARKER) else None
 
     def finished(self, stage: str, made_from: str) -> bool:
-        """Whether the stage is finished, and was made from the same things."""
+        """Whether the stage is finished, and its fingerprint is the same."""
         marker = self.marker(stage)
         return marker is not None and marker.made_from == made_from
 

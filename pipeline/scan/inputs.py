@@ -26,12 +26,12 @@ from pipeline.train.session import Session
 
 @dataclass(frozen=True, eq=False)
 class ScanInputs:
-    """What every level of a scan is measured with; between two levels `model`, on `device`, is as it was.
+    """What every level of a scan is measured with. `model` is on `device`, and restored after each level.
 
-    `batches` are those of val (uint8) that levels are measured on. With racing they must be in an order by chance, and
-    end at the looks (`shuffled`). `alive` are the masks that stay applied, by tensor; one without a mask is alive as a
-    whole. If there are `calibration` batches (of train), each level has batch norm's statistics of these. `statistics`
-    are what the criterion needs of each weight, by tensor.
+    `batches` are the val batches (uint8) that levels are measured on. With racing, their order must be random and they
+    must end at the looks (`shuffled`). `alive` are the masks that stay applied, by tensor; a tensor without a mask is
+    wholly alive. If there are `calibration` batches (of train), batch norm's statistics are estimated on them at each
+    level. `statistics` are the criterion's statistics of each weight, by tensor.
     """
 
     scan: Scan
@@ -51,7 +51,7 @@ class ScanInputs:
 
     @torch.no_grad()
     def answers(self) -> Answers:
-        """The answers of the network as it now is, in eval mode, to all batches."""
+        """The answers of the network in its present state, in eval mode, to all batches."""
         self.model.eval()
         rows = []
         for batch in self.batches:
@@ -69,7 +69,7 @@ class ScanInputs:
         return criteria.scores(self.prune.criterion, weights, self.feed.seed, self.statistics)
 
     def calibrate(self) -> None:
-        """Estimate batch norm's statistics of the network as it now is, if there are calibration batches."""
+        """Estimate batch norm's statistics for the network in its present state, if there are calibration batches."""
         if self.calibration:
             batch_norm.recalibrate(self.model, self.calibration, self.feed, self.device)
 
@@ -102,9 +102,9 @@ def scan_inputs(opened: Session, source: str) -> ScanInputs:
 
 
 def shuffled(batches: Iterable[Batch], samples: int, batch_size: int, seed: int) -> list[Batch]:
-    """All samples in an order by chance, the same for a seed, in batches of at most batch_size that end at the looks.
+    """All samples in a random order given by the seed, in batches of at most batch_size that end at the looks.
 
-    Classes lie together in some data: without this the first samples would not stand for all.
+    Some data are sorted by class. Without shuffling, the first samples would not represent all of them.
     """
     order = generator(seed, "scan", "order").permutation(samples)
     place = torch.empty(samples, dtype=torch.int64)

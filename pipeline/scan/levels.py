@@ -29,9 +29,9 @@ PROBE = 2  # samples on which a cut is tried
 
 
 def scan_tensor(given: ScanInputs, dense: Answers, name: str, known: Sequence[Level] = ()) -> Generator[Level]:
-    """Yield the levels of one tensor that are missing from those known; in between the network is as it was.
+    """Yield the levels of one tensor that are not `known` yet. The network is restored before each yield.
 
-    `dense` are the network's answers to the same batches.
+    `dense` are the answers of the network as given, to the same batches.
     """
     given.model.eval()
     tensor = OneTensor(given, name)
@@ -47,7 +47,10 @@ def scan_tensor(given: ScanInputs, dense: Answers, name: str, known: Sequence[Le
 
 
 class _Prefixes:
-    """What the levels share of each batch, in chunks of CHUNK_BYTES; the first of them kept for levels added later."""
+    """The part of each batch's forward pass that all levels share, in chunks of CHUNK_BYTES.
+
+    In mode adaptive, the first CHUNK_BYTES are kept for levels that are added later.
+    """
 
     def __init__(self, given: ScanInputs, tensor: OneTensor) -> None:
         self.given, self.tensor = given, tensor
@@ -107,9 +110,10 @@ def _measure(prefixes: _Prefixes, dense: Answers) -> list[Level]:
 
 
 def against(given: Answers, dense: Answers, z: float) -> Difference:
-    """Answers to the first samples against the dense network's to all; z is the normal quantile of the confidence.
+    """Compare answers to the first samples with the dense network's answers; z is the normal quantile of the
+    confidence.
 
-    Of the samples given one must be readable; one alone has no interval of the rise.
+    At least one of the samples must be readable. With only one, the rise has no interval.
     """
     first = dense.first(len(given.right))
     before, after = first.right[given.valid], given.right[given.valid]
@@ -135,7 +139,11 @@ def against(given: Answers, dense: Answers, z: float) -> Difference:
 
 
 def _on_all(given: Answers, dense: Answers, z: float) -> tuple[float, float, float, float]:
-    """top1, low, high and loss: as measured on all samples, or put on the dense network's figures on all samples."""
+    """top1, low, high and loss, for all samples.
+
+    Where only the first samples were measured, the difference to the dense network on these is added to the dense
+    network's figures on all samples.
+    """
     part = given.figures()
     if len(given.right) == len(dense.right):
         return part.top1, *given.interval(z), part.loss

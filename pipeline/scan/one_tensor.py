@@ -1,4 +1,4 @@
-"""One tensor of a network, pruned to one density after the other and put back: what a level of the scan changes."""
+"""What a level of the scan changes: one tensor of a network, pruned to one density after another and then restored."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.scan.inputs import ScanInputs
 
 
 class OneTensor:
-    """A tensor, which can be pruned to some densities, one after the other, and put back.
+    """A tensor that can be pruned to several densities, one after another, and restored.
 
-    With `calibration` batches a level also has batch norm statistics of its own. Those of norms that come before the
-    tensor are the same at every level, but not the dense network's: `shared` sets them.
+    With `calibration` batches, a level also has its own batch norm statistics. For norms before the tensor, these are
+    the same at every level, but differ from the dense network's: `shared` sets them.
     """
 
     def __init__(self, given: ScanInputs, name: str) -> None:
@@ -34,7 +34,7 @@ class OneTensor:
 
     @torch.no_grad()
     def plan(self, densities: Sequence[float]) -> None:
-        """Make the masks of some densities, falling, and the statistics: their places in the list are their numbers."""
+        """Make the masks and statistics for `densities`, which fall. A level's number is its place in this list."""
         self.densities = densities
         self.keeps = [racing.kept(density, self.count) for density in densities]
         ranking = self._given.scores({self._name: self.dense})[self._name]
@@ -49,7 +49,7 @@ class OneTensor:
 
     @contextmanager
     def pruned(self, numbers: Iterable[int]) -> Iterator[Iterator[int]]:
-        """An iterator that prunes to each level in turn; afterwards the network is put back, also after an error."""
+        """An iterator that prunes to each level in turn. The network is restored at the end, also after an error."""
 
         def each() -> Iterator[int]:
             for number in numbers:
@@ -70,19 +70,19 @@ class OneTensor:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """The whole tensor, and of every norm that comes before it the statistics that all levels have."""
+        """In this block the tensor is whole, and every norm before it has the statistics that all levels share."""
         with self._put_back():
             if self._statistics:
                 batch_norm.put_back(self._given.model, self._statistics[0])
             yield
 
     def quality(self, number: int) -> float:
-        """threshold / std: the smallest weight that a level keeps, in standard deviations of those alive."""
+        """threshold / std: the smallest weight that a level keeps, in standard deviations of the alive weights."""
         smallest = float(torch.where(self.steps > number, self.dense.abs(), math.inf).min())
         return smallest / self.std if self.std > 0 else 0.0
 
     def level(self, number: int, seen: Difference, method: str) -> Level:
-        """The record of a level from how the network answered at it; `method` is that of the suffix."""
+        """The record of a level whose measured difference is `seen`; `method` is the suffix's."""
         return Level(
             density=self.densities[number],
             kept=self.keeps[number],

@@ -1,10 +1,10 @@
 """Which levels the scan tries next, and when one needs no more samples. Pure numbers: no network, no data.
 
-Racing looks at a level after fixed numbers of samples and stops it at the first look that decides it. Stopping at a
-moment that the data chose would spoil ordinary 95% intervals, so every look has an interval of 1 - 0.05/looks
-(Bonferroni over the looks): with 95% certainty the intervals of all looks hold at once, so the one at which the level
-was stopped does too. These are repeated confidence intervals (Jennison and Turnbull 1989, J. R. Stat. Soc. B 51:305)
-with the simplest, slightly wide, boundary.
+Racing looks at a level after fixed numbers of samples and stops it at the first look that decides it. Ordinary 95%
+intervals would not hold at a look that the data chose. So every look has an interval of confidence 1 - 0.05/looks
+(Bonferroni over the looks). With 95% certainty the intervals of all looks hold at once, and so does the one at which
+the level stopped. These are repeated confidence intervals (Jennison and Turnbull 1989, J. R. Stat. Soc. B 51:305) with
+the simplest, slightly wide, boundary.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pipeline.base.stats import Z95
 from pipeline.run.records import Level
 from pipeline.settings.pruning import Scan
 
-LOOKS = 5  # at most; each more makes every interval a little wider
+LOOKS = 5  # at most; one more look makes every interval a little wider
 FIRST = 50  # samples at the first look
 CLOSEST = 1.05  # neighbouring levels whose densities differ by less than this factor are not told apart
 ERROR = 0.05  # chance that a level's interval misses
 
 
 def looks(samples: int, racing: bool) -> list[int]:
-    """The numbers of samples after which levels are looked at, rising to all of them: one look without racing.
+    """The numbers of samples after which levels are looked at, rising to all samples. Without racing there is one look.
 
-    With racing they grow by one factor from FIRST on: 50, 100, 200, 400, 800.
+    With racing they grow by a constant factor from FIRST on, as in 50, 100, 200, 400, 800.
     """
     if not racing or samples <= FIRST:
         return [samples]
@@ -42,14 +42,16 @@ def critical(count: int) -> float:
 
 
 def decided(low: float, high: float, dense_top1: float, scan: Scan) -> bool:
-    """Whether the interval (low, high) of a drop needs no more samples: narrow enough, or beyond what matters."""
+    """Whether a level needs no more samples: the interval (low, high) of its drop is narrow enough, or beyond what
+    matters.
+    """
     if scan.interval is None:
         return False
     return (high - low) / 2 <= scan.interval or low > scan.hopeless * dense_top1
 
 
 def next_levels(known: Sequence[Level], scan: Scan, weights: int) -> list[float]:
-    """The densities to measure now, falling, of a tensor with so many weights; nothing when its curve is done.
+    """The densities to measure next, falling, of a tensor with so many `weights`; none when its curve is done.
 
     grid: those of scan.levels that are missing. adaptive: first the largest, the middle and the smallest of
     scan.levels; then, until scan.max_levels, between neighbours (the dense network being the first) whose drops differ
@@ -74,5 +76,5 @@ def next_levels(known: Sequence[Level], scan: Scan, weights: int) -> list[float]
 
 
 def kept(density: float, weights: int) -> int:
-    """The weights that a level keeps, of so many: at least one."""
+    """How many of a tensor's `weights` a level keeps: at least one."""
     return max(1, round(density * weights))

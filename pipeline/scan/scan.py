@@ -1,4 +1,4 @@
-"""The sensitivity scan as its driver sees it: what is known, what an engine still measures, what follows from it."""
+"""The driver's part of the sensitivity scan: which levels are known, which an engine must measure, and the results."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def measure(
 ) -> Scan:
     """Measure every level that is not known yet and write scan/scan.json, or scan/after-N.json; returns what it holds.
 
-    Known are the levels of a scan that was stopped, and those in the files `merged`, which must be of the same
-    weights, data and settings. `after` scans the model of that finished round, whose masks stay applied. Raises
+    Levels of a scan that was stopped are known, and so are the levels in the files `merged`. These files must be of the
+    same weights, data and settings. `after` scans the model of that finished round, whose masks stay applied. Raises
     UserError for a file that does not fit.
     """
     source = DENSE if after is None else f"{round_folder(after)}/checkpoint"
@@ -110,9 +110,10 @@ def together_at(scan: ScanSettings, prune: Prune) -> list[float]:
 def measure_together(
     scan: Scan, config: Config, engine: Engine, here: Run, progress: Progress
 ) -> tuple[TogetherRow, ...]:
-    """An allocation a row, from the largest density until the network guesses.
+    """The rows of all tensors pruned together, one an allocation, from the largest density down until the network
+    guesses.
 
-    Kept as they come in scan/together.json, so that a scan that was stopped goes on.
+    Each row is written to scan/together.json as it comes, so that a stopped scan can go on.
     """
     classes = shards.load_manifest(data_root(config, here)).num_classes
     wanted = together.allocations(scan, classes, together_at(config.scan, config.prune))
@@ -140,7 +141,7 @@ def measure_together(
 
 
 def origin(source: str, config: Config, here: Run) -> ScanOrigin:
-    """What a scan's numbers come from; two scans of one origin join."""
+    """What a scan's numbers depend on. Two scans with the same origin can be joined."""
     weights, masks = (checkpoint.digest(here, source, name) for name in ("weights.safetensors", "masks.bin"))
     manifest = shards.load_manifest(data_root(config, here))
     split = "train" if manifest.holdout is not None else "val"
@@ -175,7 +176,7 @@ def require_round(number: int, here: Run) -> None:
 
 
 def _stopped(here: Run, trials: str, made_of: ScanOrigin) -> tuple[Levels, Figures | None]:
-    """The levels, and the dense network's figures, of a scan of the same origin that was stopped, or finished."""
+    """The levels and the dense network's figures of an earlier scan of the same origin, stopped or finished."""
     if here.has("scan", trials):
         saved = here.load(Trials, "scan", trials)
         if saved.made_of == made_of:
@@ -238,10 +239,10 @@ def quality(levels: Sequence[Level], dense_top1: float, delta: float) -> float:
 def tensor_scan(
     tensor: Prunable, measured: Sequence[Level], saved: Checkpoint, dense_top1: float, delta: float
 ) -> TensorScan:
-    """A tensor's curve from its levels; masks in `saved` are those that stayed applied.
+    """A tensor's curve from its levels; `saved` has the masks that stayed applied.
 
-    A quality can come out 0 where the very first level already loses more than delta; the lowest positive
-    level is then halved instead, since |w| / (q * std) needs q > 0.
+    The quality is 0 where the very first level already loses more than delta. |w| / (q * std) needs q > 0, so half the
+    lowest positive level is used instead.
     """
     levels = sorted(measured, key=lambda level: -level.density)
     found = quality(levels, dense_top1, delta)

@@ -1,7 +1,7 @@
-"""Runs only what a change of one weight tensor can change: the rest of the network is computed once for a batch.
+"""Runs again only the part of the network that one weight tensor influences; the rest is computed once a batch.
 
-The answers are those of the whole forward pass to the bit: the same operations on the same tensors in the same order.
-Each way of cutting is tried on some samples, with the tensor pruned, before it is used.
+The answers are the whole forward pass's to the bit: the same operations on the same tensors in the same order. Each way
+of cutting the network is tested on some samples, with the tensor pruned, before it is used.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pipeline.network.trace import State, graph_of
 
 
 class Suffix:
-    """The whole network, and what the ways of cutting it have in common.
+    """No cut: runs the whole network. The base of the other ways of cutting.
 
-    `prepare` computes what does not depend on the tensor; `finish` the rest, any number of times, with the tensor as
-    it then is. The network is in evaluation mode and gradients are off.
+    `prepare` computes what does not depend on the tensor. `finish` computes the rest with the tensor's present values,
+    any number of times. The network is in evaluation mode and gradients are off.
     """
 
     method = "whole"
@@ -44,7 +44,9 @@ class Suffix:
 
 
 class Graph(Suffix):
-    """Cut in the torch.fx graph: all that is not reached from the tensor's layers is shared, branches beside too."""
+    """Cut in the torch.fx graph: every step that the tensor's layers do not reach is shared, parallel branches
+    included.
+    """
 
     method = "fx"
 
@@ -69,7 +71,7 @@ class Graph(Suffix):
         return logits
 
     def _changes(self, state: State) -> set[int]:
-        """The values whose version counters move: views share their base's, so a change through one is seen too."""
+        """The values whose version counters move. A change through a view moves the counter of its base too."""
         copies = [tree_map(_copy, value) for value in state]
         before = [_versions(value) for value in copies]
         self.rest(copies)
@@ -79,8 +81,8 @@ class Graph(Suffix):
 class Borders(Suffix):
     """Cut between the network's top-level modules, where its own code cannot be followed.
 
-    What these returned before the tensor was first used cannot depend on it. It is kept and given again while the
-    network's code runs anew, so that any code between them sees what it would have seen.
+    What modules returned before the first use of the tensor cannot depend on it. These outputs are kept, and returned
+    again when the network's own code is run again. Code between the modules thus sees the same values.
     """
 
     method = "borders"
@@ -123,7 +125,7 @@ def choose(
 ) -> Suffix:
     """The finest cut that gives the whole network's answers on `example`, (n, ...), to the bit.
 
-    In the `pruned()` block the weight is as at some level. Gradients must be off.
+    In the `pruned()` block the weight is pruned to some level. Gradients must be off.
     """
     graph, _ = graph_of(model)
     ways: list[Callable[[], Suffix]] = [lambda: Borders(model, weight)]
@@ -183,7 +185,7 @@ def _after(graph: fx.Graph, after: set[fx.Node], border: list[fx.Node]) -> fx.Gr
 
 @contextmanager
 def _replayed(children: list[nn.Module], returned: Iterator[tuple[int, Any]]) -> Iterator[None]:
-    """Let the modules return what they returned before, in turn; when that is used up they compute again."""
+    """Let the modules return their kept outputs, in turn; when none are left they compute again."""
     originals = [child.forward for child in children]
 
     def replay(number: int) -> Callable[..., Any]:

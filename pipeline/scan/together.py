@@ -25,9 +25,9 @@ FILE = "together.json"  # in a run's scan folder: what was measured so far
 
 
 def allocations(scan: Scan, classes: int, densities: Sequence[float]) -> dict[float, dict[float, Keep]]:
-    """By density of all weights and by power, the allocation of least predicted damage; each tensor keeps a weight.
+    """The allocation of least predicted damage, by density of all weights and by power. Each tensor keeps a weight.
 
-    Densities that leave some tensor without one are left out.
+    Densities too low for one weight in each tensor are left out.
     """
     found: dict[float, dict[float, Keep]] = {density: {} for density in densities}
     for power in damage.POWERS:
@@ -43,10 +43,10 @@ def allocations(scan: Scan, classes: int, densities: Sequence[float]) -> dict[fl
 
 @torch.no_grad()
 def measure(given: ScanInputs, dense: Answers, keeps: Sequence[Keep]) -> Iterator[Difference]:
-    """Yield how the network answers all batches at each allocation, against its `dense` answers to them.
+    """Yield, for each allocation, how the network's answers to all batches differ from its `dense` answers.
 
-    As a level of the scan, so with batch norm's statistics of the calibration batches, if there are any; but masks that
-    stay applied are not looked at. In between the network is as it was.
+    As for a level of the scan, batch norm's statistics are estimated on the calibration batches, if there are any.
+    Masks in `given.alive` are ignored. The network is restored before each yield.
     """
     parameters = dict(given.model.named_parameters())
     for keep in keeps:

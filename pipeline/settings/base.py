@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-LARGEST = 10**9  # of a count: what is larger is a slip, and would only end in memory or time that nobody has
+LARGEST = 10**9  # of a count: a larger one is a typing mistake, and would exhaust memory or time
 
 
 def printable(text: str) -> str:

@@ -62,7 +62,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_secrets(cls, values: Any) -> Any:
-        """Settings are kept in config.yaml, the report and MLflow, so none may hold what opens a door."""
+        """Settings are kept in config.yaml, the report and MLflow, so none may hold a secret."""
         for name, value in leaves(values).items():
             if storage.hide(str(value)) != str(value):
                 raise ValueError(f"{name} is a URL with a password or a signature in it: {_INSTEAD}")
@@ -125,7 +125,7 @@ def dump_config(config: Config) -> str:
     """The resolved config as YAML text, every setting present."""
 
     def literal(value: Any) -> Any:
-        """A value whose texts OmegaConf will not take for interpolations: what was one has been resolved."""
+        """A value whose texts OmegaConf will not take for interpolations. Real interpolations are resolved before."""
         if isinstance(value, dict):
             return {key: literal(inner) for key, inner in value.items()}
         if isinstance(value, list):
@@ -148,7 +148,7 @@ def differences(ours: Config, theirs: Config, ignore: tuple[str, ...] = ()) -> l
 def hashed(config: Config) -> dict[str, Any]:
     """Every setting as fingerprints take it. One that was ADDED and is at its default is left out.
 
-    So a run that was made before the setting was there has the fingerprints that it has always had.
+    So a run that is older than the setting keeps its fingerprints.
     """
     tree = config.model_dump(mode="json")
     for setting in ADDED:

@@ -1,4 +1,4 @@
-"""From a YAML file and `a.b=c` overrides to a plain tree, within bounds whatever stands in them."""
+"""From a YAML file and `a.b=c` overrides to a plain tree, with bounds on size and depth."""
 
 from __future__ import annotations
 

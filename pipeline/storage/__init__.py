@@ -30,7 +30,7 @@ _LIST_FROM = 8  # files from which one listing of their folder is quicker than a
 
 
 class _Store(Protocol):
-    """What each kind of place can do; paths have been told from URLs before."""
+    """What each kind of store can do. Whether a path is a URL is settled before."""
 
     def stat(self, url: str, /) -> Stat | None: ...
     def stats(self, folder: str, /) -> dict[str, Stat]: ...
@@ -103,7 +103,7 @@ def stats(folder: str | Path) -> dict[str, Stat]:
 
 
 def stats_of(folder: str, names: list[str]) -> dict[str, Stat]:
-    """Those of the named files that are in a folder: by one listing of it where that saves requests."""
+    """The named files that exist in a folder. Lists the folder once where that saves requests."""
     if is_s3(folder) and len(names) >= _LIST_FROM:
         found = stats(folder)
         return {name: found[name] for name in names if name in found}
@@ -188,7 +188,7 @@ def local_copy(url: str | Path) -> Iterator[Path]:
 
 
 def copy(source: str, target: str, sha256: str | None = None, version: str | None = None) -> None:
-    """Copy a file. Raises UserError, and leaves no copy, where it has not the `sha256` that it should have."""
+    """Copy a file. Raises UserError, and leaves no copy, where its SHA-256 is not `sha256`."""
     digest = hashlib.sha256()
     with open_range(source, version=version) as stream, create(target, sha256) as out:
         while piece := stream.read(_PIECE):
@@ -209,7 +209,7 @@ def read_versioned(url: str) -> Versioned | None:
 
 
 def put_if(url: str, data: bytes, version: str | None) -> str | None:
-    """Write a file on S3 if it still has that version (None: if there is none); the new version, or None if not.
+    """Write a file on S3 if it still has that version (None: if it does not exist). Returns the new version, or None.
 
     `data` must differ from what anybody else writes there.
     """
@@ -251,7 +251,7 @@ def sha256(url: str | Path) -> str:
 def open_range(url: str | Path, start: int = 0, stop: int | None = None, version: str | None = None) -> BinaryIO:
     """A stream of the bytes from `start` up to `stop` (None: the end). Raises FileNotFoundError.
 
-    A remote file must keep the `version` given, or that of the first answer, or UserError is raised.
+    Raises UserError where a remote file changes: its version must stay `version`, or by default the first answer's.
     """
     assert start >= 0, start
     assert stop is None or stop >= start, (start, stop)
@@ -259,5 +259,5 @@ def open_range(url: str | Path, start: int = 0, stop: int | None = None, version
 
 
 def retries() -> Counter[str]:
-    """How often this process has tried again, by the name of the error."""
+    """How many retries this process has made, by the name of the error."""
     return Counter(retry.counts)

@@ -1,4 +1,4 @@
-"""What of a URL is no secret: passwords and signatures never reach a message, a log or a file."""
+"""URLs without their secrets: passwords and signatures never reach a message, a log or a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files on this machine, or on a file system that looks so."""
+"""Files on this machine, or on a mounted file system."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk, so that a rename survives a power cut."""
+    """Flush a file, or a folder's list of names, to the disk, so that a rename survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What an error of S3 that does not pass means to the user: one message with the remedy."""
+"""What a permanent S3 error means to the user: one message with the remedy."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pipeline.storage.retry import Attempts, Judge
 
 RANGE = 16 * 2**20  # bytes of one request
-_PIECE = 2**17  # bytes taken from a response at a time; so many at most are asked for twice
+_PIECE = 2**17  # bytes read from a response at a time; a retry repeats at most so many
 
 
 class Body(NamedTuple):

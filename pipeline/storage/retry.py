@@ -1,4 +1,4 @@
-"""Trying again after an error that passes: which, how often, how long between."""
+"""Retries after transient errors: for which errors, how many, and how long to wait."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def first_wait_s() -> float:
 
 
 class Passing(NamedTuple):
-    """An error that may pass by itself: its name, and how many of them in a row are borne."""
+    """A transient error: its name, and after how many in a row to give up."""
 
     reason: str
     tries: int
 
 
-# Says of an error that it may pass, or raises what it means (UserError, FileNotFoundError).
+# Judges an error: returns Passing if it is transient, else raises what it means (UserError, FileNotFoundError).
 Judge = Callable[[str, Exception], Passing]
 
 
@@ -52,7 +52,7 @@ class Attempts:
         self.url, self.judge, self.failures = url, judge, 0
 
     def failed(self, error: Exception) -> None:
-        """Wait, where trying again makes sense. Raises UserError where it was tried often enough, or never will do."""
+        """Wait before a retry. Raises UserError after too many failures, or where a retry cannot help."""
         passing = self.judge(self.url, error)
         self.failures += 1
         if self.failures > passing.tries:
@@ -69,12 +69,12 @@ class Attempts:
                 f"{passing.tries} times",
                 stacklevel=2,
             )
-        # Full jitter: many workers that were turned away together do not come back together.
+        # Full jitter: workers that failed together do not retry together.
         time.sleep(random.uniform(0, min(LONGEST_WAIT_S, first_wait_s() * 2 ** (self.failures - 1))))
 
 
 def call(url: str, judge: Judge, errors: tuple[type[Exception], ...], function: Callable[[], R]) -> R:
-    """function(), tried again while it raises one of `errors` that passes."""
+    """function(), retried while it raises one of `errors` that is transient."""
     attempts = Attempts(url, judge)
     while True:
         try:

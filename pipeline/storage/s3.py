@@ -1,6 +1,6 @@
-"""Objects on S3 and what speaks like it, through boto3. Where, who and which region: the usual AWS chain.
+"""Objects on S3 and compatible stores, through boto3. Endpoint, credentials and region come from the usual AWS chain.
 
-boto3's own retries are off: ours name the errors they are for, and are counted.
+boto3's own retries are off. Our own retries are for named errors, and are counted.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def place(url: str) -> tuple[str, str]:
 
 
 def judge(url: str, error: Exception) -> Passing:
-    """Whether an error passes by itself; raises what it means where it does not."""
+    """Whether an error is transient. For a permanent one, raises what it means."""
     global _reached
     if isinstance(error, boto.ClientError):
         _reached = True
@@ -138,7 +138,7 @@ def put(url: str, data: bytes, **options: Any) -> str:
 def put_if(url: str, data: bytes, version: str | None) -> str | None:
     """Write an object if it still has that version (None: if there is none); its new version, or None if it has not.
 
-    `data` must differ from what anybody else writes: a request whose answer was lost is known again by it.
+    `data` must differ from all other writers' data: after a lost answer, it shows whether the write succeeded.
     """
     condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
     try:

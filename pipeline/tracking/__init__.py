@@ -1,1 +1,1 @@
-"""MLflow, and nothing else that knows it."""
+"""All that uses MLflow; no other package does."""

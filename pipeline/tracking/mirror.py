@@ -1,4 +1,4 @@
-"""A thread of the driver that keeps MLflow up to date while a run goes on, and never stands in its way."""
+"""A thread of the driver that keeps MLflow up to date while a run goes on, and never blocks or fails the run."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def patience_s() -> float:
 class Mirror:
     """Calls `tracking.sync` when a file of the run has changed.
 
-    A problem is told once, through `on_problem`, until it has passed; it is tried again at growing intervals, and
-    nothing is raised into the run. `on_problem` is called from this thread, or from the caller of `close`.
+    A problem is reported once, through `on_problem`, until a sync works again. Syncs are retried at growing intervals,
+    and nothing is raised into the run. `on_problem` is called from this thread, or from the caller of `close`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What MLflow should hold for a run, worked out from the run directory alone. Nothing here talks to a server."""
+"""What MLflow should hold for a run, derived from the run directory alone. Nothing here talks to a server."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _of_the_run(name: str) -> bool:
 
 
 def _began(run: Contents, each: Round) -> int:
-    """The end of what came before a round: the same while it runs and later, as MLflow keeps the first it is told."""
+    """The end of the part before a round. It must not change later, since MLflow keeps the first value that it gets."""
     before = [m for m in run.finished_rounds if (m.round, m.attempt) < (each.number, each.attempt)]
     parts = [part for part in (run.dense, *before) if part is not None]
     return max([run.run.created_ms, *(part.finished_ms for part in parts)])
@@ -269,9 +269,9 @@ def _generated(path: str, basis: bytes, make: Callable[[], bytes]) -> Artifact:
 
 @lru_cache(maxsize=256)
 def _file_digest(url: str, version: str) -> str:
-    """SHA-256 of a local file; the version is only the cache's key: a large model is not read again each time.
+    """SHA-256 of a local file. The version is the cache's key, so that a large model is not read again each time.
 
-    On S3 that of the version, which says what it holds without a download.
+    On S3, the SHA-256 of the version, which identifies the content without a download.
     """
     return storage.sha256(url) if storage.is_local(url) else hashlib.sha256(version.encode()).hexdigest()
 

@@ -73,7 +73,7 @@ def tracking_uri(config: Config) -> str:
 
 
 def sync(run_dir: str | Path, config: Config) -> Synced:
-    """Make MLflow hold all that the run directory holds; done twice it is as done once.
+    """Make MLflow hold all that the run directory holds; idempotent.
 
     Raises UserError if the directory is not a run, or the server is away or refuses.
     """
@@ -140,7 +140,7 @@ def _experiment(client: Any, config: Config) -> str:
 
 
 def _known(client: Any, experiment: str, uid: str) -> list[Any]:
-    """This run's MLflow runs, parent and rounds, those that already hold something first."""
+    """This run's MLflow runs, parent and rounds. Runs that already hold something come first."""
     if not re.fullmatch(r"[0-9A-Za-z_-]+", uid):
         raise UserError(f"run.json: uid={uid!r} is not made of letters and digits; restore the file from a copy")
     found = client.search_runs([experiment], filter_string=f"tags.`{UID}` = '{uid}'", max_results=1000)
@@ -148,7 +148,7 @@ def _known(client: Any, experiment: str, uid: str) -> list[Any]:
 
 
 def _parent_run(client: Any, experiment: str, start: StartFacts | None) -> dict[str, str]:
-    """The tag that leads to the run branched off from, where that was in MLflow only after the branch had begun."""
+    """The tag with the parent run's MLflow id, for a parent that came into MLflow only after the branch had begun."""
     if start is None or start.mlflow_run_id:
         return {}
     found = [run for run in _known(client, experiment, start.uid) if run.data.tags.get(KIND) == "run"]
@@ -173,7 +173,9 @@ def _store(client: Any, experiment: str, record: MlflowRun, known: Sequence[Any]
 
 
 def _delete_twins(client: Any, known: Sequence[Any]) -> None:
-    """Of each part keep the first: the others are of a request that was sent again after its answer got lost."""
+    """Keep the first MLflow run of each part. The others come from a request that was repeated after its answer was
+    lost.
+    """
     kept = set()
     for run in known:
         identity = tuple(run.data.tags.get(tag) for tag in (KIND, ROUND, ATTEMPT))
@@ -196,7 +198,7 @@ def _set_params(client: Any, run: Any, record: MlflowRun) -> None:
 
 
 def _add_points(client: Any, run: Any, points: Sequence[Point], new: bool) -> None:
-    """Log the points that are not there. sqlite ignores a second identical point; other stores may keep both."""
+    """Log the points that MLflow lacks. sqlite ignores a second identical point; other stores may keep both."""
     from mlflow.entities import Metric
 
     digest = hashlib.sha256(repr(points).encode()).hexdigest()[:16]
@@ -214,7 +216,7 @@ def _add_points(client: Any, run: Any, points: Sequence[Point], new: bool) -> No
 
 
 def _upload(client: Any, run: Any, artifacts: Sequence[Artifact]) -> None:
-    """Upload what the ledger does not have, or what has gone from the store since.
+    """Upload the files that are not in the ledger, or are no longer in the store.
 
     The ledger is {path: [digest, bytes]}, in tags of the MLflow run itself, so that it is right on any machine. It is
     written after each large file and at the end: an interrupted sync repeats little, and repeating replaces.
@@ -237,7 +239,7 @@ def _upload(client: Any, run: Any, artifacts: Sequence[Artifact]) -> None:
 
 
 def _listing(client: Any, run_id: str, folders: set[str]) -> dict[str, int]:
-    """Bytes of each artifact in the folders, as the store has it."""
+    """The size in bytes of each artifact that the store has in these folders."""
     found = {}
     for folder in sorted(folders):
         for info in client.list_artifacts(run_id, None if folder == "." else folder):
@@ -247,7 +249,7 @@ def _listing(client: Any, run_id: str, folders: set[str]) -> dict[str, int]:
 
 
 def _read_ledger(tags: dict[str, str]) -> dict[str, list[Any]]:
-    """The ledger; empty, so that all is uploaded again, if its parts do not fit together (a crash between two)."""
+    """The ledger. It is empty, so that all files are uploaded again, if its parts do not fit together after a crash."""
     parts = [tags.get(_LEDGER, "")]
     while (following := tags.get(f"{_LEDGER}.{len(parts) + 1}")) is not None:
         parts.append(following)
