@@ -18,6 +18,7 @@ from tracking_server import everything, named
 from pipeline import stages, storage
 from pipeline.cli import commands
 from pipeline.local import LocalEngine
+from pipeline.run.events import unheard
 from pipeline.run.state import open_run
 from pipeline.settings.config import Config
 from pipeline.tracking import tracking
@@ -73,8 +74,7 @@ def test_in_the_scan_under_ray(tmp_path: Path) -> None:
     path, config = written(tmp_path, **{"dense.epochs": 1, "scan.levels": levels})
     configure_process(config.threads)
     with open_run(config) as here:
-        made_from = stages.shards_stage(config, here, lambda event: None)
-        stages.dense_stage(made_from, config, LocalEngine(ALONE), here, lambda event: None)
+        stages.carry_out([stages.SHARDS, stages.DENSE], stages.Driver(config, LocalEngine(ALONE), here, unheard))
     command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(path)]
     run, folder = Started(tmp_path / "log.txt", command), tmp_path / "runs/tiny"
     try:
