@@ -29,6 +29,7 @@ from pipeline.rounds.subject import Subject, prunable_weights
 from pipeline.run.events import unheard
 from pipeline.run.state import Run
 from pipeline.settings.config import Config, parse_config
+from pipeline.task.feed import Feed
 from pipeline.train.session import Session, open_session
 from pipeline.train.world import World, configure_process
 
@@ -155,7 +156,7 @@ def test_every_kind_of_network_comes_nearer_to_the_one_before(
     dense = all_kinds()
     pruned, kept = masked(dense, 0.5)
     before = difference(pruned, dense)
-    fits, notes = reconstruct.reconstruct(pruned.train(), dense, kept, images(300), config, ALONE)
+    fits, notes = reconstruct.reconstruct(pruned.train(), dense, kept, images(300), Feed.of(config), ALONE)
     assert pruned.training
     assert pruned[2].training
     assert notes == []
@@ -173,7 +174,7 @@ def test_held_activations_change_no_bit(config: Config, monkeypatch: pytest.Monk
     for held in (2**30, 10**6, 0):
         monkeypatch.setattr(reconstruct, "HELD_BYTES", held)
         pruned, kept = masked(dense, 0.3)
-        reconstruct.reconstruct(pruned, dense, kept, images(60, 20), config, ALONE)
+        reconstruct.reconstruct(pruned, dense, kept, images(60, 20), Feed.of(config), ALONE)
         found.append(pruned.state_dict())
     assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
 
@@ -182,7 +183,7 @@ def test_at_density_1_nothing_changes_beyond_rounding(config: Config) -> None:
     torch.manual_seed(0)
     dense = all_kinds()
     pruned, kept = masked(dense, 1.0)
-    reconstruct.reconstruct(pruned, dense, kept, images(100), config, ALONE)
+    reconstruct.reconstruct(pruned, dense, kept, images(100), Feed.of(config), ALONE)
     for name, tensor in pruned.state_dict().items():
         assert torch.allclose(tensor.float(), dense.state_dict()[name].float(), atol=1e-6), name
 
@@ -192,7 +193,7 @@ def test_the_first_layer_is_the_least_squares_solution(config: Config) -> None:
     dense = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     pruned, kept = masked(dense, 0.2)
     batches = images(200)
-    reconstruct.reconstruct(pruned, dense, kept, batches, config, ALONE)
+    reconstruct.reconstruct(pruned, dense, kept, batches, Feed.of(config), ALONE)
     inputs = (torch.cat([batch.images for batch in batches]).flatten(1).double() / 255 - 0.3) / 0.38
     with torch.no_grad():
         wanted = dense.double()(inputs).numpy()
@@ -210,7 +211,7 @@ def test_layers_that_cannot_be_reconstructed_are_named_and_stay_masked(config: C
     dense = Twice()
     pruned, kept = masked(dense, 0.5)
     before = copy.deepcopy(pruned.state_dict())
-    fits, notes = reconstruct.reconstruct(pruned, dense, kept, images(20), config, ALONE)
+    fits, notes = reconstruct.reconstruct(pruned, dense, kept, images(20), Feed.of(config), ALONE)
     assert fits == []
     assert [note.split()[0] for note in notes] == ["again.weight", "never.weight"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())

@@ -14,6 +14,7 @@ from pipeline.data.loader import Batch
 from pipeline.prune.criteria import CRITERIA
 from pipeline.settings.config import Config
 from pipeline.settings.pruning import Prune
+from pipeline.task.feed import Feed
 from pipeline.train.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -33,7 +34,8 @@ def batch(pixels: list[list[int]], labels: list[int], bad: int = 0) -> Batch:
 
 
 def measure(kind: str, model: nn.Module, names: list[str], batches: list[Batch], config: Config) -> dict[str, Tensor]:
-    return statistics.measure(kind, model, names, lambda: batches, config, ALONE)
+    criterion = {"gradient": "taylor", "curvature": "obs"}[kind]
+    return statistics.measure(criterion, model, names, lambda: batches, Feed.of(config), ALONE)
 
 
 def test_gradients_are_of_small_groups_and_their_size_is_averaged(config: Config) -> None:
