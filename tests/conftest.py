@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from head import Head
+from head import Head, answering_head
 from small import SMALL
 from support import S3_ENVIRONMENT, free_port, start_moto
 from tiny_run import TINY, merged
@@ -157,11 +156,5 @@ def secateur(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 @pytest.fixture
 def head() -> Iterator[Head]:
     """A Ray head that answers, in a network of its own."""
-    # Ray's sockets lie in its folder, and their paths may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        started = Head(Path(folder))
-        try:
-            started.wait_until_it_answers()
-            yield started
-        finally:
-            started.close()
+    with answering_head() as started:
+        yield started

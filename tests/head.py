@@ -6,7 +6,10 @@ import os
 import secrets
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +56,16 @@ class Head:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(20)
+
+
+@contextmanager
+def answering_head() -> Iterator[Head]:
+    """A Ray head that answers, in a network of its own, until the block ends."""
+    # Ray's sockets lie in its folder, and their paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        started = Head(Path(folder))
+        try:
+            started.wait_until_it_answers()
+            yield started
+        finally:
+            started.close()

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import yaml
 from faults.moments import MOMENTS, OVER, begun
 from faults.runs import Line, Started, check_stopped, same_weights
-from head import DASHBOARD, Head
+from head import DASHBOARD, Head, answering_head
 from support import ROOT, alone_on_the_network, program
 from tiny_run import TINY, merged
 from tracking_server import everything, named
@@ -59,13 +58,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Head]:
     """A Ray head for all jobs."""
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        started = Head(Path(folder))
-        try:
-            started.wait_until_it_answers()
-            yield started
-        finally:
-            started.close()
+    with answering_head() as started:
+        yield started
 
 
 @pytest.mark.parametrize("stage", MOMENTS)
