@@ -71,7 +71,7 @@ def exact(session: Session) -> dict[str, Any]:
     training = Recorded(session, model, settings, phase, "order", [name], everything, gradual, teacher)
     training.losses, training.total = [], STEPS
     position = training.fit()
-    orders = [epoch["order"] for epoch in position.history]
+    orders = [epoch.order for epoch in position.history]
     return {"losses": training.losses, "order": [*orders, position.order]}
 
 
@@ -79,7 +79,7 @@ def noisy(session: Session) -> dict[str, Any]:
     """A training with dropout and batch norm: its accuracy on val, and each epoch's order."""
     phase = f"noisy-{session.world.size}-{session.config.seed}"
     position = Training(session, session.new_model(), session.config.dense, phase, "order", []).fit()
-    return {"top1": position.history[-1]["val_top1"], "order": [epoch["order"] for epoch in position.history]}
+    return {"top1": position.history[-1].val_top1, "order": [epoch.order for epoch in position.history]}
 
 
 def process(rank: int, folder: str, configs: list[Config], root: str, fence: int, what: str) -> None:
