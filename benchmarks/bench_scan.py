@@ -157,7 +157,7 @@ def scan_of(config: Config, device: torch.device, model: nn.Module, batches: lis
 
 def straightforward(given: ScanInputs, name: str) -> dict[float, Answers]:
     found = {}
-    for density in given.settings.levels:
+    for density in given.scan.levels:
         copied = copy.deepcopy(given.model)
         weight = dict(copied.named_parameters())[name]
         keep = racing.kept(density, weight.numel())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,14 +14,13 @@ from faults.runs import Line, same_weights
 from pipeline import stages
 from pipeline.data import shards
 from pipeline.local import LocalEngine
-from pipeline.run.events import EpochEnded, Event, Resumed, unheard
+from pipeline.run.events import EpochEnded, Event, Progress, Resumed, unheard
 from pipeline.settings.config import Config
 from pipeline.train.world import World
 
 pytestmark = pytest.mark.faults
 
 Tiny = Callable[..., Config]
-Progress = Callable[[dict[str, Any]], None]
 QUICK = {"prune.allocation": "uniform", "dense.checkpoint_steps": 10}
 
 
