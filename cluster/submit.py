@@ -81,7 +81,8 @@ def check(config: Config) -> None:
     code = config.model.factory.replace(":", ".").partition(".")[0]
     if code != config.model.factory and importlib.util.find_spec(code) is None:
         missing.append(f"model.factory={config.model.factory}")
-    if config.start.source is not None and not storage.exists(storage.join(branch.source_root(config), "run.json")):
+    source = None if config.start.source is None else branch.source_root(config.start, config.runs_dir)
+    if source is not None and not storage.exists(storage.join(source, "run.json")):
         missing.append(f"start.from={config.start.source}")
     if missing:
         print(f"not on this machine: {', '.join(missing)}; the network is checked by the job", flush=True)

@@ -77,7 +77,7 @@ class TrackingServer:
 def client_of(config: Config) -> Any:
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(tracking_uri=tracking.tracking_uri(config))
+    return MlflowClient(tracking_uri=tracking.Server(config.tracking, config.runs_dir).uri)
 
 
 def everything(config: Config) -> dict[str, Any]:

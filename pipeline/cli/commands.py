@@ -22,7 +22,7 @@ from pipeline.rounds import outlook, preflight
 from pipeline.run import lease
 from pipeline.run.result import Result
 from pipeline.run.state import Run, config_of, run_root
-from pipeline.settings.config import Config, load_config, parse_config
+from pipeline.settings.config import Config, dump_config, load_config, parse_config
 from pipeline.tracking import mirror, tracking
 from pipeline.tracking.tracking import Synced
 from pipeline.train.world import configure_process
@@ -116,7 +116,7 @@ def show(config: Config, compressions: str | None = None, figure: str | None = N
     if figure is not None:
         raise UserError(f"--figure {figure} draws the curve of several budgets: give --budgets 2,4,8 too")
     made = outlook.make(config)
-    show_plan(made, config)
+    show_plan(made, dump_config(config))
 
 
 def show_options(config: Config, compressions: str, figure: str | None) -> None:

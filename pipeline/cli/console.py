@@ -35,7 +35,6 @@ from pipeline.run.events import (
 )
 from pipeline.run.records import Scan
 from pipeline.run.result import Result
-from pipeline.settings.config import Config, dump_config
 
 LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
 STEPS_EVERY_S = 30.0  # and one of a training's steps, between the lines of its epochs
@@ -173,10 +172,10 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def show_plan(plan: RunPlan, config: Config, console: Console | None = None) -> None:
-    """Print a plan: the resolved config, every tensor, every round."""
+def show_plan(plan: RunPlan, resolved: str, console: Console | None = None) -> None:
+    """Print a plan: the resolved config (YAML text), every tensor, every round."""
     console = console or make_console()
-    console.print(dump_config(config).rstrip(), markup=False)
+    console.print(resolved.rstrip(), markup=False)
     counts = plan.counts
     console.print(
         f"\ndata: {counts.train:,} train, {counts.val:,} val, {counts.test:,} test samples, {counts.classes} classes"

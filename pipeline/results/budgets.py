@@ -74,7 +74,7 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     run = state.Run(state.run_root(config), 0)
     if not run.has("scan", "scan.json"):
         raise UserError(f"--budgets needs a scan, and '{run.root}' has none yet: `secateur scan CONFIG` makes it")
-    scan, classes = run.load(Scan, "scan", "scan.json"), preflight.count_samples(config).classes
+    scan, classes = run.load(Scan, "scan", "scan.json"), preflight.count_samples(config.data, config.seed).classes
     model = build_network(config.model, classes, config.seed)
     flops = cost.flops(model, Feed.of(config).shape)
     weights = {tensor.name: tensor.weights for tensor in scan.tensors}

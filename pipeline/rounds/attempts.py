@@ -73,7 +73,9 @@ def beginning(subject: Subject) -> Origin:
 def outlook(subject: Subject) -> list[Goal]:
     """All rounds of the run if each of them is accepted."""
     config = subject.session.config
-    return campaign.outlook(config, beginning(subject), floor(config.prune.min_weights, subject.prunable))
+    return campaign.outlook(
+        config.prune, config.target, beginning(subject), floor(config.prune.min_weights, subject.prunable)
+    )
 
 
 def floor(min_weights: int, prunable: Sequence[Prunable]) -> int:
@@ -87,7 +89,8 @@ def following(subject: Subject) -> Goal | None:
     if session.world.first:
         run, config = session.run, session.config
         tried = [Tried(metrics.planned_density, metrics.kept, metrics.accepted) for metrics in trail(run)]
-        goal = campaign.following(config, beginning(subject), floor(config.prune.min_weights, subject.prunable), tried)
+        fewest = floor(config.prune.min_weights, subject.prunable)
+        goal = campaign.following(config.prune, config.target, beginning(subject), fewest, tried)
         text = json.dumps(None if goal is None else asdict(goal)).encode()
         if goal is None and not any(each.accepted for each in tried):
             session.progress(Noted("no round was accepted: the network stays as it was before the first one"))

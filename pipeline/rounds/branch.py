@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.names import few
 from pipeline.data import shards
+from pipeline.data.manifest import Manifest
 from pipeline.network.survey import Prunable
 from pipeline.rounds import attempts
 from pipeline.rounds.campaign import Origin
@@ -26,6 +27,7 @@ from pipeline.run.result import Result
 from pipeline.run.state import Run
 from pipeline.scan import together
 from pipeline.settings.config import Config, differences, load_config
+from pipeline.settings.pruning import Start
 from pipeline.settings.training import Retrain
 from pipeline.train import checkpoint, session
 
@@ -39,8 +41,9 @@ OWN = (
 
 @dataclass(frozen=True)
 class Source:
-    """The run that `start.from` names, looked at and found to fit."""
+    """The run that `start.from` names, as it was given, looked at and found to fit."""
 
+    given: str
     run: Run
     config: Config
     round: int
@@ -57,9 +60,9 @@ class Source:
         return Origin(self.facts.kept, self.facts.weights, self.facts.generation)
 
 
-def source_root(config: Config) -> str:
+def source_root(start: Start, runs_dir: str) -> str:
     """The folder of the run that `start.from` names: a name under runs_dir, a path or a URL."""
-    return config.start.run if "/" in config.start.run else storage.join(config.runs_dir, config.start.run)
+    return start.run if "/" in start.run else storage.join(runs_dir, start.run)
 
 
 def find(config: Config, prunable: Sequence[Prunable]) -> Source:
@@ -68,7 +71,7 @@ def find(config: Config, prunable: Sequence[Prunable]) -> Source:
     Raises UserError where there is no such run, its round is undone or unfinished, or the two do not fit together.
     """
     given = f"start.from={config.start.source}"
-    root = source_root(config)
+    root = source_root(config.start, config.runs_dir)
     run, number = Run(root, 0), config.start.round
     if root == state.run_root(config):
         raise UserError(f"{given} is this run itself: give the branch another name=...")
@@ -82,13 +85,13 @@ def find(config: Config, prunable: Sequence[Prunable]) -> Source:
             f"differ: {'; '.join(changed)}; give them as they are in {run.path('config.yaml')}"
         )
     _require_accepted(given, run, number)
-    return Source(run, theirs, number, _facts(given, run, theirs, number, prunable))
+    return Source(str(config.start.source), run, theirs, number, _facts(given, run, theirs.retrain, number, prunable))
 
 
 def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
     """Copy what the branch needs from its source: dense network, control, scan, and the round that it begins with."""
     source = find(config, prunable)
-    _require_same_data(config, here, source)
+    _require_same_data(shards.load_manifest(session.data_root(config, here)), source)
     parts = {f"{DENSE}/checkpoint": f"{DENSE}/checkpoint"}
     for generation in range(1, source.facts.generation + 1):
         folder = f"{control_folder(generation)}/checkpoint"
@@ -157,7 +160,7 @@ def _require_accepted(given: str, run: Run, number: int) -> None:
     raise UserError(f"{given}: round {number} of '{run.root}' {why}; {known} started from")
 
 
-def _facts(given: str, run: Run, config: Config, number: int, prunable: Sequence[Prunable]) -> StartFacts:
+def _facts(given: str, run: Run, recipe: Retrain, number: int, prunable: Sequence[Prunable]) -> StartFacts:
     """start.json: where the branch begins, whom it descends from, and how each round before it was retrained."""
     before = begun(run)
     folder = round_folder(number) if number else _root_of(run)
@@ -172,11 +175,12 @@ def _facts(given: str, run: Run, config: Config, number: int, prunable: Sequence
                 f"{given}: a branch from a pruned round prunes the same tensors, but prune.include and prune.exclude "
                 f"choose {few(sorted(theirs ^ ours))} in only one of the two: give them as there"
             )
+    facts = run.load(RunFacts, "run.json")
     result = run.load(Result, "result.json") if run.has("result.json") else None
     return StartFacts(
-        run=config.name,
+        run=facts.name,
         path=run.root,
-        uid=run.load(RunFacts, "run.json").uid,
+        uid=facts.uid,
         round=number,
         generation=(before.generation if before else 0) + number,
         weights=weights,
@@ -185,17 +189,16 @@ def _facts(given: str, run: Run, config: Config, number: int, prunable: Sequence
         compression=weights / kept,
         mlflow_run_id=result.mlflow.run_id if result and result.mlflow else None,
         ancestors=(*before.ancestors, Ancestor(before.run, before.uid, before.round)) if before else (),
-        retrain=(*(before.retrain if before else ()), *[config.retrain.model_dump(mode="json")] * number),
+        retrain=(*(before.retrain if before else ()), *[recipe.model_dump(mode="json")] * number),
     )
 
 
-def _require_same_data(config: Config, here: Run, source: Source) -> None:
-    ours = shards.load_manifest(session.data_root(config, here))
+def _require_same_data(ours: Manifest, source: Source) -> None:
     theirs = shards.load_manifest(session.data_root(source.config, source.run))
     for split in ours.splits.keys() | theirs.splits.keys():
         pair = [[shard.sha256 for shard in manifest.splits.get(split, ())] for manifest in (ours, theirs)]
         if pair[0] != pair[1] or ours.holdout != theirs.holdout:
             raise UserError(
-                f"start.from={config.start.source}: the {split} images are others than those of '{source.run.root}', "
+                f"start.from={source.given}: the {split} images are others than those of '{source.run.root}', "
                 "or other ones are held out as val: give the same data.root"
             )

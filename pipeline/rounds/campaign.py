@@ -20,8 +20,7 @@ from pipeline.base.errors import UserError
 from pipeline.prune import round_plan, schedules
 from pipeline.prune.round_plan import Goal
 from pipeline.run.records import Judgement
-from pipeline.settings.config import Config
-from pipeline.settings.pruning import Target
+from pipeline.settings.pruning import Prune, Target
 
 
 @dataclass(frozen=True)
@@ -47,42 +46,42 @@ class Tried:
     accepted: bool
 
 
-def following(config: Config, origin: Origin, floor: int, tried: Sequence[Tried]) -> Goal | None:
+def following(prune: Prune, target: Target, origin: Origin, floor: int, tried: Sequence[Tried]) -> Goal | None:
     """What comes after all that was tried, in order; None where the run is done.
 
     `floor` is the fewest weights that prune.min_weights allows. Raises UserError for a budget that cannot be met.
     """
-    if config.target.no_loss:
-        return _no_loss(config.target, origin, floor, tried)
-    planned = round_plan.densities(config.prune, config.target, origin.density)
+    if target.no_loss:
+        return _no_loss(target, origin, floor, tried)
+    planned = round_plan.densities(prune, target, origin.density)
     number = len(tried) + 1
     if number > len(planned):
         return None
-    budget = round_plan.budget(config.prune, config.target, number, origin.total, origin.density)
+    budget = round_plan.budget(prune, target, number, origin.total, origin.density)
     return Goal(number, 1, planned[number - 1], budget, origin.generation + number)
 
 
-def outlook(config: Config, origin: Origin, floor: int) -> list[Goal]:
+def outlook(prune: Prune, target: Target, origin: Origin, floor: int) -> list[Goal]:
     """All rounds of a run if each of them is accepted. Raises UserError for a budget that cannot be met."""
     goals: list[Goal] = []
     tried: list[Tried] = []
-    while (goal := following(config, origin, floor, tried)) is not None:
+    while (goal := following(prune, target, origin, floor, tried)) is not None:
         goals.append(goal)
         tried.append(Tried(goal.density, goal.budget, accepted=True))
     return goals
 
 
-def require_room(config: Config, origin: Origin, floor: int) -> None:
-    """Raise UserError where a run that begins at a pruned network asks for no fewer weights than that has."""
-    goals = outlook(config, origin, floor)
-    if origin.kept == origin.total or config.target.by_thresholds:
+def require_room(prune: Prune, target: Target, origin: Origin, floor: int, source: str | None) -> None:
+    """Raise UserError where a run that begins at `source`, a pruned network, asks for no fewer weights."""
+    goals = outlook(prune, target, origin, floor)
+    if origin.kept == origin.total or target.by_thresholds:
         return
     if not goals or goals[0].budget >= origin.kept:
-        asked = f"prune.list={[*config.prune.list]}"
-        if not schedules.of(config.prune).from_list:
-            asked = f"target.compression={config.target.compression or origin.total:g}"
+        asked = f"prune.list={[*prune.list]}"
+        if not schedules.of(prune).from_list:
+            asked = f"target.compression={target.compression or origin.total:g}"
         raise UserError(
-            f"{asked} removes nothing: start.from={config.start.source} has {origin.kept:,} of {origin.total:,} "
+            f"{asked} removes nothing: start.from={source} has {origin.kept:,} of {origin.total:,} "
             f"weights left already (density {origin.density:.4g}, compression {origin.total / origin.kept:.4g}), and "
             "densities count from the dense network; ask for fewer weights, or start from an earlier round"
         )

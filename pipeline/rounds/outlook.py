@@ -60,7 +60,7 @@ def make(config: Config) -> RunPlan:
     Raises UserError as the run itself would.
     """
     preflight.check_names(config, planned=True)
-    counts = preflight.count_samples(config)
+    counts = preflight.count_samples(config.data, config.seed)
     require_samples(counts)
     run = state.Run(state.run_root(config), 0)
     checked = preflight.check_network(config, counts, run)
@@ -76,9 +76,10 @@ def make(config: Config) -> RunPlan:
         for name, part in (("dense", config.dense), ("retrain", config.retrain))
     }
     rows, keep, last = [], {}, None
-    for goal in campaign.outlook(config, checked.begin, checked.fewest):
+    basis = Basis(config.prune, config.target, config.seed, known.dense, known.scan)
+    for goal in campaign.outlook(config.prune, config.target, checked.begin, checked.fewest):
         share = goal.budget / checked.begin.total
-        last = plan_at(config, goal, known)
+        last = plan_at(basis, goal, known)
         keep = last.keep if last else {}
         spent = keep or {name: round(share * size) for name, size in sizes.items()}
         rows.append(
@@ -159,15 +160,14 @@ def look_up(
     return Known(fresh, fresh, everything, scan, not config.dense.epochs, [])
 
 
-def plan_at(config: Config, goal: Goal, known: Known) -> RoundPlan | None:
+def plan_at(basis: Basis, goal: Goal, known: Known) -> RoundPlan | None:
     """The plan of a round, or None where it follows from weights, statistics or a scan that do not exist yet."""
-    prune, target = config.prune, config.target
+    prune, target = basis.prune, basis.target
     if round_plan.uses_scores(prune, target) and (not known.trained or criteria.of(prune).statistic):
         return None
-    if round_plan.needs_scan(prune, target) and known.scan is None:
+    if round_plan.needs_scan(prune, target) and basis.scan is None:
         return None
     anything = {name: torch.ones_like(weight) for name, weight in known.weights.items()}  # counts follow from no score
-    basis = Basis(prune, target, config.seed, known.dense, known.scan)
     return round_plan.make(basis, goal, Standing(known.weights, known.alive, anything))
 
 

@@ -19,6 +19,7 @@ from pipeline.rounds.campaign import Origin
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run, run_root
 from pipeline.settings.config import Config
+from pipeline.settings.data import Data
 from pipeline.settings.pruning import Target
 from pipeline.task.feed import Feed, task_of
 from pipeline.train import first_step, phases
@@ -61,7 +62,7 @@ def check(config: Config, run: Run | None = None) -> None:
     run = run or Run(run_root(config), 0)
     if run.has("rounds", "finished.json"):
         return
-    counts = known_counts(config, run)
+    counts = known_counts(config.data, config.seed, run)
     check_network(config, counts, run)
     require_enough(config.target, counts)
     if not run.has("dense", "finished.json"):
@@ -71,7 +72,7 @@ def check(config: Config, run: Run | None = None) -> None:
 def check_again(config: Config, run: Run) -> None:
     """Once there are shards: check the network against what they hold. Raises UserError as `check` does."""
     if not run.has("rounds", "finished.json"):
-        counts = known_counts(config, run)
+        counts = known_counts(config.data, config.seed, run)
         check_network(config, counts, run)
         require_enough(config.target, counts)
 
@@ -100,7 +101,7 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     begin = branch.origin(config, run, prunable)
     begin = attempts.priced(config.target.budget, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
     fewest = attempts.floor(config.prune.min_weights, prunable)
-    campaign.require_room(config, begin, fewest)
+    campaign.require_room(config.prune, config.target, begin, fewest, config.start.source)
     phases.require_layers(model, config.retrain.phases)
     before_retraining.check(model, config.prune, [tensor.name for tensor in prunable])
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
@@ -121,29 +122,29 @@ def require_enough(target: Target, counts: Counts) -> None:
         campaign.require_enough(counts.val, target)
 
 
-def known_counts(config: Config, run: Run) -> Counts:
+def known_counts(data: Data, seed: int, run: Run) -> Counts:
     """The samples of a run's shards, where it has them, else of its source."""
     if run.has("data.json"):
         facts = run.load(DataFacts, "data.json")
         return Counts(facts.train, facts.val, facts.test, facts.classes)
-    return count_samples(config)
+    return count_samples(data, seed)
 
 
-def count_samples(config: Config) -> Counts:
+def count_samples(data: Data, seed: int) -> Counts:
     """Samples of each split, from the manifest where there is one, else from the source's labels.
 
     The numbers of some sources are known without their files.
     """
-    kind = sources.of(config.data)
+    kind = sources.of(data)
     if kind.in_place:
-        manifest = shards.load_manifest(str(config.data.root))
+        manifest = shards.load_manifest(str(data.root))
         sizes = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
         held = len(manifest.holdout or ())
         return Counts(sizes["train"] - held, sizes.get("val", 0) + held, sizes["test"], manifest.num_classes)
-    if config.data.root is None and kind.sizes is not None:
-        held = round(config.data.val_fraction * kind.sizes.train)
-        return Counts(kind.sizes.train - held, held, kind.sizes.test, config.data.classes or kind.sizes.classes)
-    source = sources.open_source(config.data, config.seed)
-    val = len(shards.draw_val(source.train.labels, config.data.val_fraction, config.seed))
+    if data.root is None and kind.sizes is not None:
+        held = round(data.val_fraction * kind.sizes.train)
+        return Counts(kind.sizes.train - held, held, kind.sizes.test, data.classes or kind.sizes.classes)
+    source = sources.open_source(data, seed)
+    val = len(shards.draw_val(source.train.labels, data.val_fraction, seed))
     train = len(source.train.labels) - val
     return Counts(train, val, len(source.test.labels), source.num_classes)

@@ -23,6 +23,7 @@ from pipeline.base.errors import UserError
 from pipeline.run.contents import read
 from pipeline.run.records import StartFacts
 from pipeline.run.result import MlflowPlace
+from pipeline.settings.cluster import Tracking
 from pipeline.settings.config import Config
 from pipeline.tracking import records
 from pipeline.tracking.records import ATTEMPT, KIND, PARENT, ROUND, UID, Artifact, MlflowRun, Point
@@ -62,14 +63,63 @@ class Synced:
         return MlflowPlace(tracking_uri=self.tracking_uri, run_id=self.run_id)
 
 
-def tracking_uri(config: Config) -> str:
-    """The tracking server of the config, or the sqlite file that stands in for it."""
-    if config.tracking.uri is None and not storage.is_local(config.runs_dir):
-        raise UserError(
-            f"tracking.uri is not set, and its default, a sqlite file, cannot be in runs_dir={config.runs_dir}: "
-            "give the URL of a tracking server"
-        )
-    return config.tracking.uri or f"sqlite:///{_home(config) / 'mlflow.db'}"
+@dataclass(frozen=True)
+class Server:
+    """The tracking server of the settings, or the sqlite file under `runs_dir` that stands in for it."""
+
+    settings: Tracking
+    runs_dir: str
+
+    @property
+    def uri(self) -> str:
+        """The server's address. Raises UserError where there is none, and `runs_dir` cannot hold the file."""
+        if self.settings.uri is None and not storage.is_local(self.runs_dir):
+            raise UserError(
+                f"tracking.uri is not set, and its default, a sqlite file, cannot be in runs_dir={self.runs_dir}: "
+                "give the URL of a tracking server"
+            )
+        return self.settings.uri or f"sqlite:///{self._home / 'mlflow.db'}"
+
+    @property
+    def _home(self) -> Path:
+        return storage.local_path(self.runs_dir).absolute()
+
+    def client(self) -> Any:
+        """An MlflowClient of this server."""
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        uri = self.uri
+        if self.settings.uri is None:
+            self._home.mkdir(parents=True, exist_ok=True)
+        from mlflow.tracking import MlflowClient
+
+        for name in ("alembic", "mlflow.store.db.utils"):  # "Creating initial MLflow database tables...", and 60 more
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return MlflowClient(tracking_uri=uri)
+
+    def experiment(self, client: Any) -> str:
+        """The experiment's id; made if it is not there, its files beside the sqlite file where that is the store.
+
+        Raises UserError where it is deleted.
+        """
+        from mlflow.exceptions import MlflowException
+
+        name = self.settings.experiment
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            place = (self._home / "mlartifacts").as_uri() if self.settings.uri is None else None
+            try:
+                return str(client.create_experiment(name, artifact_location=place))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = client.get_experiment_by_name(name)  # another run was faster
+        if found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"tracking.experiment='{name}' is deleted in MLflow: restore it there, or give another "
+                "tracking.experiment"
+            )
+        return str(found.experiment_id)
 
 
 def sync(run_dir: str | Path, config: Config) -> Synced:
@@ -78,13 +128,13 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
     Raises UserError if the directory is not a run, or the server is away or refuses.
     """
     contents = read(run_dir)
-    uri = tracking_uri(config)
-    client = _client(config)
+    server = Server(config.tracking, config.runs_dir)
+    uri, client = server.uri, server.client()
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        experiment = _experiment(client, config)
+        experiment = server.experiment(client)
         known = _known(client, experiment, contents.run.uid)
         whole = records.parent(contents, config)
         run_id = _store(client, experiment, whole, known, _parent_run(client, experiment, contents.start))
@@ -100,43 +150,6 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
         remedy = f" ({_REFUSED})" if refused else ""
         raise UserError(f"tracking.uri='{storage.hide(uri)}' did not take the run: {reason}{remedy}") from error
     return Synced(storage.hide(uri), run_id, experiment)
-
-
-def _home(config: Config) -> Path:
-    return storage.local_path(config.runs_dir).absolute()
-
-
-def _client(config: Config) -> Any:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if config.tracking.uri is None:
-        _home(config).mkdir(parents=True, exist_ok=True)
-    from mlflow.tracking import MlflowClient
-
-    for name in ("alembic", "mlflow.store.db.utils"):  # "Creating initial MLflow database tables...", and 60 more
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=tracking_uri(config))
-
-
-def _experiment(client: Any, config: Config) -> str:
-    """The experiment's id; made if it is not there, its files beside the sqlite file where that is the store."""
-    from mlflow.exceptions import MlflowException
-
-    name = config.tracking.experiment
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        place = (_home(config) / "mlartifacts").as_uri() if config.tracking.uri is None else None
-        try:
-            return str(client.create_experiment(name, artifact_location=place))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(name)  # another run was faster
-    if found.lifecycle_stage == "deleted":
-        raise UserError(
-            f"tracking.experiment='{name}' is deleted in MLflow: restore it there, or give another tracking.experiment"
-        )
-    return str(found.experiment_id)
 
 
 def _known(client: Any, experiment: str, uid: str) -> list[Any]:

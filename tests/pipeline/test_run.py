@@ -65,7 +65,7 @@ def test_each_rounds_thresholds_rest_on_the_dense_networks_deviations(tiny: Call
             {name: dense.weights[name] for name in first.masks},
             round_plan.scanned("weights", scan, 10, dict.fromkeys(first.masks, 0)),
         ),
-        campaign.outlook(config, campaign.Origin(total, total), 1)[1],
+        campaign.outlook(config.prune, config.target, campaign.Origin(total, total), 1)[1],
         round_plan.Standing({name: first.weights[name] for name in first.masks}, first.masks),
     )
     assert {row["name"]: row["keep"] for row in plan["tensors"]} == expected.keep

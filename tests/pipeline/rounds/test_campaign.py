@@ -27,7 +27,7 @@ def carry_out(config: Config, origin: Origin, verdicts: Sequence[bool], floor: i
     """(round, attempt, weights to keep) of each attempt, where the verdicts fall in this order and then all are no."""
     tried: list[Tried] = []
     made = []
-    while (goal := campaign.following(config, origin, floor, tried)) is not None:
+    while (goal := campaign.following(config.prune, config.target, origin, floor, tried)) is not None:
         made.append((goal.round, goal.attempt, goal.budget))
         accepted = verdicts[len(tried)] if len(tried) < len(verdicts) else False
         tried.append(Tried(goal.density, goal.budget, accepted))
@@ -75,7 +75,7 @@ def test_densities_fall_and_a_campaign_ends(
 ) -> None:
     config = no_loss(step=step, smallest_step=0.95 + more, compression=compression)
     origin, tried, stands = Origin(total, total), [], total
-    while (goal := campaign.following(config, origin, 1, tried)) is not None:
+    while (goal := campaign.following(config.prune, config.target, origin, 1, tried)) is not None:
         assert 1 <= goal.budget < stands
         assert goal.round == goal.generation == 1 + sum(each.accepted for each in tried)
         refused = [each for each in tried[len(tried) - goal.attempt + 1 :] if not each.accepted]
@@ -89,7 +89,7 @@ def test_densities_fall_and_a_campaign_ends(
 
 def test_rounds_that_are_fixed_beforehand_come_one_after_the_other() -> None:
     config = parse_config(merged(TINY, {"target.compression": 4}))
-    goals = campaign.outlook(config, Origin(1000, 1000), 1)
+    goals = campaign.outlook(config.prune, config.target, Origin(1000, 1000), 1)
     assert [(goal.round, goal.attempt, goal.budget, goal.generation) for goal in goals] == [
         (1, 1, 500, 1),
         (2, 1, 250, 2),
@@ -102,7 +102,8 @@ def test_rounds_that_are_fixed_beforehand_come_one_after_the_other() -> None:
 def test_a_branchs_schedule_falls_from_where_it_begins(schedule: str, kept: list[int]) -> None:
     """From 400 of 1,000 weights after 3 rounds to 100: by sqrt(1/4) each; cubic has 7/8 of the 300 gone halfway."""
     wanted = {"target.compression": 10, "prune.schedule": schedule, "prune.list": [0.3, 0.09]}
-    goals = campaign.outlook(parse_config(merged(TINY, wanted)), Origin(400, 1000, 3), 1)
+    config = parse_config(merged(TINY, wanted))
+    goals = campaign.outlook(config.prune, config.target, Origin(400, 1000, 3), 1)
     assert [goal.budget for goal in goals] == pytest.approx(kept, abs=1)
     assert [goal.generation for goal in goals] == [4, 5][: len(kept)]
 
@@ -118,7 +119,7 @@ def test_a_branchs_schedule_falls_from_where_it_begins(schedule: str, kept: list
 def test_a_branch_that_would_remove_nothing_is_refused(changes: dict[str, Any], words: str) -> None:
     config = parse_config(merged(TINY, {"start.from": "other:3", **changes}))
     with pytest.raises(UserError, match=rf"{words}.*other:3 has 400 of 1,000 .*compression 2.5"):
-        campaign.require_room(config, Origin(400, 1000, 3), 1)
+        campaign.require_room(config.prune, config.target, Origin(400, 1000, 3), 1, config.start.source)
 
 
 def answers(lost: int, won: int, samples: int) -> tuple[Any, Any]:

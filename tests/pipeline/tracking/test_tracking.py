@@ -55,7 +55,9 @@ def test_a_whole_run_reads_back(tmp_path: Path) -> None:
 
 def test_tables_are_as_mlflow_itself_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.tracking_uri(settings))  # load_table asks the global one
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", tracking.Server(settings.tracking, settings.runs_dir).uri
+    )  # load_table asks the global one
     synced = tracking.sync(whole(settings), settings)
     table = client_of(settings).load_table(synced.experiment_id, "layers.json", run_ids=[synced.run_id])
     assert table["name"].tolist() == ["fc1.weight", "fc2.weight", "fc3.weight"]
