@@ -88,10 +88,10 @@ class Run:
 
     def check_fence(self) -> None:
         """Raise RunStopped if another driver has taken the run over."""
-        holder = self.read(lease.NAME)
-        if holder["fence"] != self.fence:
+        holder = self.load(lease.Lease, lease.NAME)
+        if holder.fence != self.fence:
             raise RunStopped(
-                f"run '{self.root}' was taken over by process {holder['pid']} on {holder['host']}; this one stops"
+                f"run '{self.root}' was taken over by process {holder.pid} on {holder.host}; this one stops"
             )
 
 
