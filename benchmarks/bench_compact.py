@@ -22,10 +22,10 @@ from rich.table import Table
 from torch import nn
 
 from pipeline.export import export, latency
-from pipeline.network.build import load_weights
 from pipeline.network.compact import compact
 from pipeline.network.layers import LAYERS
 from pipeline.network.paper_networks import lenet_5
+from pipeline.network.weights import load_weights
 
 THREADS = 1
 

@@ -18,8 +18,9 @@ from pipeline.data.images import normalize
 from pipeline.data.split import Split
 from pipeline.export import export, latency
 from pipeline.export.latency import Latency
-from pipeline.network.build import build_network, load_weights
+from pipeline.network.build import build_network
 from pipeline.network.compact import Compacted, compact
+from pipeline.network.weights import load_weights
 from pipeline.run.result import LatencySummary
 from pipeline.run.state import Run, config_of
 from pipeline.settings.data import Data

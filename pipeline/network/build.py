@@ -7,18 +7,16 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.base.names import few, hint
+from pipeline.base.names import hint
 from pipeline.base.seeding import derive
 from pipeline.network.paper_networks import BUILTIN
+from pipeline.network.weights import load_weights
 from pipeline.settings.model import Model
 
 # What other people's networks raise when they are given arguments or images that do not fit.
@@ -33,6 +31,9 @@ def build_network(model: Model, num_classes: int | None = None, seed: int = 0) -
     `num_classes` is passed to a factory that takes an argument `num_classes` or `classes`, or any keyword (as
     torchvision's do), unless model.kwargs sets one of the two. Raises UserError for a factory that cannot be imported,
     does not take its arguments, or makes no nn.Module, and for a checkpoint that does not fit.
+
+    A network that gives several outputs, as torchvision's with auxiliary heads do in training, gives its first one, and
+    one that gives Hugging Face's outputs its `logits`.
     """
     factory = _factory(model.factory)
     kwargs = {**_class_argument(factory, model.kwargs, num_classes), **model.kwargs}
@@ -52,43 +53,18 @@ def build_network(model: Model, num_classes: int | None = None, seed: int = 0) -
             "or class that returns the network"
         )
     if model.checkpoint is not None:
-        load_weights(network, model.checkpoint)
+        load_weights(network, model.checkpoint, model.checkpoint_key)
+    network.register_forward_hook(_logits)
     return network
 
 
-def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Load a state dict, bare or under "state_dict", from .safetensors or .pth/.pt; nothing is unpickled but tensors.
-
-    A "module." before every name (DataParallel's) is taken off. Raises UserError for a file that cannot be read as
-    tensors, and for missing or unexpected tensors or shapes.
-    """
-    given = _read_tensors(path)
-    if given and all(name.startswith("module.") for name in given):
-        given = {name.removeprefix("module."): tensor for name, tensor in given.items()}
-    wanted = module.state_dict(keep_vars=True)
-    by_identity = {id(wanted[name]): tensor for name, tensor in given.items() if name in wanted}
-    for name, tensor in wanted.items():
-        if name not in given and id(tensor) in by_identity:
-            given[name] = by_identity[id(tensor)]  # tied tensors, of which safetensors keeps one
-        elif name not in given and name.endswith("num_batches_tracked"):
-            given[name] = tensor.detach()  # older files have no such counter, which only averaging would read
-    shapes = [
-        f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in given and isinstance(tensor, Tensor) and given[name].shape != tensor.shape
-    ]
-    problems = {
-        "missing": [name for name in wanted if name not in given],
-        "unexpected": [name for name in given if name not in wanted],
-        "shapes that differ": shapes,
-    }
-    if any(problems.values()):
-        text = "; ".join(f"{what}: {few(names)}" for what, names in problems.items() if names)
-        raise UserError(
-            f"model.checkpoint '{path}' does not fit the network: {text}; set model.factory and model.kwargs to the "
-            "network that was saved"
-        )
-    module.load_state_dict(given)
+def _logits(_module: nn.Module, _inputs: object, output: Any) -> Any:
+    """A forward hook: the logits among a network's outputs; what has none stays as it is, and is refused later."""
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    return output
 
 
 def _factory(path: str) -> Callable[..., Any]:
@@ -138,33 +114,3 @@ def _class_argument(factory: Callable[..., Any], given: Mapping[str, Any], class
             return {name: classes}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {"num_classes": classes} if takes_any else {}
-
-
-def _read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Every named tensor in a file."""
-    if not storage.exists(path):
-        raise UserError(f"model.checkpoint '{path}' does not exist; give the path of a .safetensors, .pth or .pt file")
-    suffix = PurePosixPath(str(path)).suffix
-    if suffix not in (".safetensors", ".pth", ".pt"):
-        raise UserError(f"model.checkpoint '{path}' must end in .safetensors, .pth or .pt, not '{suffix}'")
-    try:
-        with storage.local_copy(path) as file:
-            if suffix == ".safetensors":
-                content: Any = load_file(file)
-            else:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file fails in any way; none of them is worth a traceback
-        raise UserError(
-            f"model.checkpoint '{path}' cannot be read as tensors alone (weights_only): it is damaged, or holds "
-            f"other objects; save model.state_dict() by itself. {' '.join(str(error).split())[:200]}"
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise UserError(f"model.checkpoint '{path}' holds a {type(content).__name__}, not a state dict of tensors")
-    wrong = [str(name) for name, item in content.items() if not (isinstance(name, str) and isinstance(item, Tensor))]
-    if wrong:
-        raise UserError(f"model.checkpoint '{path}' holds entries that are not named tensors: {few(wrong)}")
-    return dict(content)

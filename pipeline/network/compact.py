@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
-from pipeline.network.build import load_weights
 from pipeline.network.follow import Follower
 from pipeline.network.layers import CONVOLUTIONS, LAYERS
 from pipeline.network.operations import BATCH_NORMS
 from pipeline.network.signals import Layer, Units, constant_part
 from pipeline.network.trace import Traced, flatten_calls, graph_of, traced
+from pipeline.network.weights import load_weights
 
 FORMAT = "secateur compact 1"
 Alive = NDArray[np.bool_]

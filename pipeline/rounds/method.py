@@ -12,7 +12,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.errors import Agreed, UserError
+from pipeline.base.errors import Agreed
 from pipeline.calibrate.statistics import statistics_for
 from pipeline.data.loader import EvalLoader
 from pipeline.network import dropout
@@ -54,8 +54,6 @@ def dense(session: Session) -> None:
     if config.dense.epochs:
         training = Training(session, model, config.dense, "dense", "dense", [t.name for t in prunable])
         history = training.fit().history
-    elif config.model.checkpoint is None:
-        raise UserError("dense.epochs=0 and no model.checkpoint: there is nothing trained to prune; set one of them")
     val = session.evaluate(model, "val").metrics()
     if not session.world.first:
         return

@@ -83,6 +83,12 @@ def check_names(config: Config, *, planned: bool = False) -> None:
     What is only `planned` can do without the files of a source whose numbers are known.
     """
     task_of(config.task)
+    model = config.model
+    if not config.dense.epochs and model.checkpoint is None and not model.trained and config.start.source is None:
+        raise UserError(
+            "dense.epochs=0 and no model.checkpoint: there is nothing trained to prune; set one of them, or "
+            "model.trained=true where the factory brings trained weights"
+        )
     axes.require_fitting(config.prune, config.target)
     sources.require_root(config.data, planned=planned)
 

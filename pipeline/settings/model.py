@@ -21,5 +21,13 @@ class Model(Section):
         default_factory=dict, description="Keyword arguments of the factory."
     )
     checkpoint: Text | None = Field(
-        None, description="Weights to start from: .safetensors, or .pth/.pt loaded with weights_only."
+        None, description="Weights to start from: a .safetensors file, or one of torch.save loaded with weights_only."
+    )
+    checkpoint_key: Text | None = Field(
+        None,
+        description="Where the state dict lies in the file, such as ema or model.state; by default the only one that "
+        "fits the network.",
+    )
+    trained: bool = Field(
+        False, description="The factory brings trained weights, as timm's pretrained=True does: dense.epochs may be 0."
     )

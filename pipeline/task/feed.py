@@ -49,9 +49,13 @@ class Feed:
         return torch.zeros(samples, *self.shape, device=device)
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model on `device`, in the memory format of the run."""
+        """The model on `device`, in the memory format of the run, which only tensors of four dimensions have."""
         model = model.to(device)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+        if self.channels_last:
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.ndim == 4:
+                    tensor.data = tensor.data.to(memory_format=torch.channels_last)
+        return model
 
     def inputs(self, images: Tensor) -> Tensor:
         """What the network takes, float32, for uint8 images (n, channels, size, size), on their device."""

@@ -16,7 +16,8 @@ from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.names import few
 from pipeline.data.loader import Batch
-from pipeline.network.build import FOREIGN, build_network, load_weights
+from pipeline.network.build import FOREIGN, build_network
+from pipeline.network.weights import load_weights
 from pipeline.prune import masks as masking
 from pipeline.settings.config import Config
 from pipeline.settings.data import Data

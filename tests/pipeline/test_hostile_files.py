@@ -24,7 +24,8 @@ from safetensors.torch import save
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.data import loader, shards
-from pipeline.network.build import build_network, load_weights
+from pipeline.network.build import build_network
+from pipeline.network.weights import load_weights
 from pipeline.run.state import Run
 from pipeline.settings.config import load_config, parse_config
 from pipeline.settings.data import Data

@@ -15,8 +15,9 @@ from pipeline.base.errors import UserError
 from pipeline.export import bench, export, latency
 from pipeline.export.latency import Latency, Passes
 from pipeline.local import LocalEngine
-from pipeline.network.build import build_network, load_weights
+from pipeline.network.build import build_network
 from pipeline.network.compact import rebuild
+from pipeline.network.weights import load_weights
 from pipeline.run.events import unheard
 from pipeline.run.result import Result
 from pipeline.run.state import run_root

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from pipeline.base.errors import UserError
 from pipeline.network.activity import ActivationMeter
-from pipeline.network.build import build_network, load_weights
+from pipeline.network.build import build_network
 from pipeline.network.cost import flops
 from pipeline.network.paper_networks import lenet_5, lenet_300_100
 from pipeline.network.survey import survey
@@ -129,95 +128,6 @@ def test_mistakes_in_the_factory(settings: dict[str, Any], message: str) -> None
         network(**settings)
 
 
-# load_weights --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_weights_come_back(tmp_path: Path, suffix: str, prefix: str) -> None:
-    source, target, path = lenet_5(), lenet_5(), tmp_path / f"w{suffix}"
-    state = {prefix + name: tensor for name, tensor in source.state_dict().items()}
-    if suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save({"state_dict": state, "epoch": 3}, path)
-    load_weights(target, path)
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
-
-
-def test_every_mismatch_is_listed(tmp_path: Path) -> None:
-    state = lenet_5().state_dict()
-    state["fc9.weight"] = state.pop("fc2.weight")
-    state["fc1.bias"] = torch.zeros(3)
-    torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(UserError) as caught:
-        load_weights(lenet_5(), tmp_path / "w.pth")
-    text = str(caught.value)
-    assert "missing: fc2.weight;" in text
-    assert "unexpected: fc9.weight;" in text
-    assert "shapes that differ: fc1.bias (3,) for (500,)" in text
-
-
-def test_long_lists_are_cut(tmp_path: Path) -> None:
-    torch.save({f"x{i}": torch.zeros(1) for i in range(20)}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"unexpected: x0, x1, x2, x3, x4, x5, x6, x7 and 12 more"):
-        load_weights(lenet_5(), tmp_path / "w.pth")
-
-
-def test_a_failed_load_changes_nothing(tmp_path: Path) -> None:
-    model = lenet_5()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = lenet_5().state_dict() | {"fc2.bias": torch.zeros(3)}
-    torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(UserError):
-        load_weights(model, tmp_path / "w.pth")
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(Path(os.environ["BOMB"])),))
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BOMB", str(tmp_path / "ran"))
-    torch.save({"w": Bomb()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="weights_only"):
-        load_weights(lenet_5(), tmp_path / "w.pth")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not tensors", b"PK\x03\x04" + bytes(40), b"\x80\x02}q"])
-def test_a_damaged_file(tmp_path: Path, suffix: str, content: bytes) -> None:
-    path = tmp_path / f"w{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read"):
-        load_weights(lenet_5(), path)
-
-
-def test_other_things_in_a_file(tmp_path: Path) -> None:
-    torch.save([torch.ones(2)], tmp_path / "list.pth")
-    torch.save({"conv1.weight": 3}, tmp_path / "number.pth")
-    (tmp_path / "w.npz").write_bytes(b"")
-    for name, message in (
-        ("list.pth", "holds a list"),
-        ("number.pth", "not named tensors: conv1"),
-        ("w.npz", "end in"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_weights(lenet_5(), tmp_path / name)
-    with pytest.raises(UserError, match="does not exist"):
-        load_weights(lenet_5(), tmp_path / "none.pth")
-
-
-def test_batch_norm_of_older_files(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    state = {name: tensor for name, tensor in model.state_dict().items() if "num_batches" not in name}
-    torch.save(state, tmp_path / "w.pth")
-    load_weights(model, tmp_path / "w.pth")
-
-
 # survey --------------------------------------------------------------------------------------------------------------
 
 
@@ -241,15 +151,6 @@ def test_tied_tensors_count_once() -> None:
         "shared by table.weight, head.weight: embedding (a table that is looked up, not multiplied)"
     )
     assert "head.weight" not in reasons
-
-
-def test_tied_tensors_load_from_safetensors(tmp_path: Path) -> None:
-    source, target = Tied(), Tied()
-    unique = dict(source.named_parameters())
-    save_file({name: tensor.detach() for name, tensor in unique.items()}, tmp_path / "w.safetensors")
-    load_weights(target, tmp_path / "w.safetensors")
-    assert torch.equal(target.head.weight, source.head.weight)
-    assert torch.equal(target.two.weight, source.one.weight)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from networks import Fire, Residual, damage, random_network
 from torch import Tensor, nn
 
-from pipeline.network.build import load_weights
 from pipeline.network.compact import Compacted, compact
 from pipeline.network.paper_networks import lenet_5
+from pipeline.network.weights import load_weights
 
 
 def parameters(model: nn.Module) -> int:

@@ -34,6 +34,33 @@ class TwoOutputs(nn.Module):
         return (logits, logits) if self.training else logits
 
 
+class Answer(dict[str, Any]):
+    """Outputs by name, as Hugging Face's."""
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The one that is wanted."""
+        return self["logits"]
+
+
+class NamedOutput(TwoOutputs):
+    """Its outputs are named."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return Answer(loss=None, logits=self.fc(x.flatten(1)))
+
+
+class Volume(nn.Module):
+    """A convolution over three dimensions, for which the format channels_last does not exist."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv3d(1, 2, 3, padding=1), nn.Linear(128, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(x.unsqueeze(1)).flatten(1))
+
+
 class Cut(nn.Module):
     """No gradient reaches its parameters."""
 
@@ -114,7 +141,6 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("factory", "more", "words"),
     [
-        ("TwoOutputs", {}, "the first step of dense fails: it gives a tuple, not one tensor of logits"),
         ("Cut", {}, "no gradient reaches its parameters"),
         ("ComplexFilter", {}, r"parameter filter is complex \(torch.complex64\)"),
         ("Unused", {"cluster.workers": 2}, r"spare.weight, spare.bias gets no gradient.*cluster.workers=1"),
@@ -130,6 +156,21 @@ def test_a_network_that_cannot_be_trained_is_refused_before_anything_is_spent(
     with pytest.raises(UserError, match=rf"model.factory=test_preflight:{factory}.*{words}"):
         stages.run(config, LocalEngine(ALONE), events.append)
     assert not any(isinstance(event, StageBegun) for event in events)
+
+
+def test_the_logits_among_several_outputs_are_taken(tiny: Callable[..., Config]) -> None:
+    for factory in ("TwoOutputs", "NamedOutput"):
+        preflight.check(tiny(**of(factory)))
+
+
+def test_dense_epochs_may_be_0_only_where_something_is_trained(tiny: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match=r"dense.epochs=0 and no model.checkpoint.*model.trained=true"):
+        preflight.check(tiny(**{"dense.epochs": 0}))
+    preflight.check(tiny(**{"dense.epochs": 0, "model.trained": True}))
+
+
+def test_parts_that_are_not_images_keep_their_memory_format(tiny: Callable[..., Config]) -> None:
+    preflight.check(tiny(**of("Volume"), **{"dense.channels_last": True}))
 
 
 def test_one_worker_trains_a_network_with_a_layer_that_is_not_used(tiny: Callable[..., Config]) -> None:
