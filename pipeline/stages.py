@@ -109,6 +109,7 @@ SCAN_SETTINGS = {"criterion", "statistics_samples", "include", "exclude", "patte
 # The settings that decide which bytes `shards build` writes.
 BUILD_SETTINGS = {
     "source", "root", "classes", "class_index", "val_fraction", "test_fraction", "shard_samples", "shrink", "quality",
+    "follow_links",
 }  # fmt: skip
 
 
@@ -116,7 +117,8 @@ def _shards_settings(driver: Driver) -> list[Any]:
     config = driver.config
     if sources.of(config.data).in_place:
         return [shards.load_manifest(session.data_root(config, driver.run)).made_from]
-    return [config.seed, config.data.model_dump(mode="json", include=BUILD_SETTINGS)]
+    settings = hashed(config)["data"]
+    return [config.seed, {name: settings[name] for name in BUILD_SETTINGS if name in settings}]
 
 
 def _shards(driver: Driver) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from head import Head, answering_head
+from hypothesis import settings
 from small import SMALL
 from support import S3_ENVIRONMENT, free_port, start_moto
 from tiny_run import TINY, merged
@@ -29,6 +30,9 @@ from pipeline.storage import s3 as boto
 from pipeline.train.loop import Training
 from pipeline.train.session import Session, open_session
 from pipeline.train.world import World
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of an example
+settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -72,6 +72,14 @@ def tango(lost: int, won: int, samples: int, z: float = Z95) -> tuple[float, flo
     return lower, upper
 
 
+def guessing(right: int, samples: int, largest: float) -> bool:
+    """Whether so many right answers are no better than always naming the largest class, a share of the samples.
+
+    That is so where the lower end of Wilson's 95% interval does not lie above that share.
+    """
+    return wilson(right, samples)[0] <= largest
+
+
 def verdict(low: float, high: float, margin: float) -> Literal["no loss", "loss", "undecided"]:
     """What the 95% interval (low, high) of the drop says, all as fractions.
 

@@ -189,7 +189,7 @@ def show_plan(plan: RunPlan, resolved: str, console: Console | None = None) -> N
     total = sum(tensor.weights for tensor in plan.prunable)
     table = Table(title=f"rounds (dense training before them: {plan.dense_steps:,} steps)")
     predicted = any(row.rise is not None for row in plan.rounds)
-    for title in ("round", "density", "weights kept", "compression", "FLOPs", "bytes", "steps"):
+    for title in ("round", "density", "weights kept", "compression", "FLOPs, by weights", "bytes", "steps"):
         table.add_column(title, justify="right")
     if predicted:
         table.add_column("predicted rise of the loss", justify="right")

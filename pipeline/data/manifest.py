@@ -16,16 +16,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.data.parts import check_tar_end
+from pipeline.data.parts import SPLITS, check_tar_end
 from pipeline.data.tar import SampleFiles
 
 NAME = "manifest.json"
 VERSION = 1
-SPLITS = ("train", "val", "test")
 IMAGES = ("jpg", "jpeg", "png")
 _INTEGER = re.compile(rb"\s*[+-]?[0-9]{1,18}\s*")
 _LARGEST = 2**53  # of any number in a manifest; a larger one is damage
-_MOST_CLASSES = 10**6
+MOST_CLASSES = 10**6
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f.][^/\\\x00-\x1f\x7f]*")  # a file beside the manifest, not a hidden one
 
 
@@ -51,7 +50,8 @@ class Manifest:
 
     `num_classes` is the size of the label space. `label` is where a sample keeps its label (cls, or a
     field of its json). `holdout` is set only where no val shards exist: the (shard, sample) numbers of
-    train that are val. `made_from` is a hash of what the shards were made from.
+    train that are val. `made_from` is a hash of what the shards were made from. `own_val` is false where the val shards
+    were drawn from the source's train part when they were built; older manifests do not say.
     """
 
     version: int
@@ -61,6 +61,12 @@ class Manifest:
     splits: dict[str, tuple[Shard, ...]]
     holdout: tuple[tuple[int, int], ...] | None
     made_from: str
+    own_val: bool = True
+
+    @property
+    def val_is_cut_from_train(self) -> bool:
+        """Whether val was drawn from what the source calls train."""
+        return self.holdout is not None or not self.own_val
 
     def save(self, root: str) -> None:
         """Write manifest.json into `root`, one line a shard."""
@@ -103,7 +109,7 @@ def load_manifest(root: str) -> Manifest:
 def _inconsistency(manifest: Manifest) -> str | None:
     if not {"train", "test"} <= manifest.splits.keys() <= set(SPLITS):
         return f"splits are {sorted(manifest.splits)}"
-    if not len(manifest.classes) <= manifest.num_classes <= _MOST_CLASSES or manifest.num_classes < 1:
+    if not len(manifest.classes) <= manifest.num_classes <= MOST_CLASSES or manifest.num_classes < 1:
         return f"there are {len(manifest.classes)} names for {manifest.num_classes} classes"
     names: set[str] = set()
     for shard in (shard for shards in manifest.splits.values() for shard in shards):

@@ -15,6 +15,7 @@ from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.data import tar
 
+SPLITS = ("train", "val", "test")
 IMAGE_ENDINGS = (".jpeg", ".jpg", ".png")
 _PACKED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
 
@@ -30,13 +31,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """What shards are built from. `fingerprint` changes when the images or labels do."""
+    """What shards are built from. `fingerprint` changes when the images or labels do.
+
+    Without a `val` part of its own, val is drawn from train.
+    """
 
     classes: tuple[str, ...]
     num_classes: int
     train: Part
     test: Part
     fingerprint: str
+    val: Part | None = None
 
 
 class Sizes(NamedTuple):

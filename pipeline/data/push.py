@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.data.manifest import NAME, SPLITS, Shard, load_manifest
+from pipeline.data.manifest import NAME, Shard, load_manifest
+from pipeline.data.parts import SPLITS
 from pipeline.data.shards import Progress
 from pipeline.data.stream import ordered_map
 

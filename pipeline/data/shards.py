@@ -22,8 +22,8 @@ from pipeline.base.errors import UserError
 from pipeline.base.seeding import generator
 from pipeline.data import images, placement
 from pipeline.data import sources as sources_module
-from pipeline.data.manifest import IMAGES, NAME, SPLITS, VERSION, Manifest, Shard, load_manifest, scan_shard
-from pipeline.data.parts import Part, Source
+from pipeline.data.manifest import IMAGES, MOST_CLASSES, NAME, VERSION, Manifest, Shard, load_manifest, scan_shard
+from pipeline.data.parts import SPLITS, Part, Source
 from pipeline.data.stream import read_members
 from pipeline.settings.data import Data
 
@@ -38,7 +38,7 @@ _SORTED_LEAST = 20  # fewer samples say little about their order
 def build(config: Data, seed: int, root: str, progress: Progress | None = None) -> Manifest:
     """Write the shards of a source into `root` and return their manifest.
 
-    val is drawn from train by seed, each class in proportion; every split is shuffled over all its
+    val is the source's own, or drawn from train by seed, each class in proportion; every split is shuffled over all its
     shards. Finished shards are kept when a killed build is run again, and the bytes come out the same.
     Raises UserError where the source is wrong or `root` holds shards of something else.
     """
@@ -70,8 +70,9 @@ def build(config: Data, seed: int, root: str, progress: Progress | None = None) 
             if progress:
                 progress(f"shard {name}", written, total)
     manifest = Manifest(
-        VERSION, source.classes, source.num_classes, "cls", {k: tuple(v) for k, v in splits.items()}, None, made_from
-    )
+        VERSION, source.classes, source.num_classes, "cls", {k: tuple(v) for k, v in splits.items()}, None, made_from,
+        own_val=source.val is not None,
+    )  # fmt: skip
     manifest.save(root)
     storage.remove(storage.join(root, _PARTIAL))
     return manifest
@@ -89,6 +90,8 @@ def _made_from(config: Data, seed: int, source: Source) -> str:
         "seed": seed,
         "version": VERSION,
     }
+    if source.val is not None:
+        facts["val"] = hashlib.sha256(source.val.labels.tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -112,14 +115,13 @@ def _load_partial(root: str, made_from: str) -> dict[str, str]:
 
 def _split(config: Data, seed: int, source: Source) -> dict[str, tuple[Part, NDArray[np.int64]]]:
     """For each split, the part it is taken from and the sample numbers in that part."""
-    labels = source.train.labels
+    labels, test = source.train.labels, (source.test, np.arange(len(source.test.labels)))
+    if source.val is not None:
+        parts = {"train": source.train, "val": source.val}
+        return {**{split: (part, np.arange(len(part.labels))) for split, part in parts.items()}, "test": test}
     val = draw_val(labels, config.val_fraction, seed)
     train = np.setdiff1d(np.arange(len(labels)), val)
-    return {
-        "train": (source.train, train),
-        "val": (source.train, val),
-        "test": (source.test, np.arange(len(source.test.labels))),
-    }
+    return {"train": (source.train, train), "val": (source.train, val), "test": test}
 
 
 def draw_val(labels: NDArray[np.int64], val_fraction: float, seed: int) -> NDArray[np.int64]:
@@ -217,6 +219,11 @@ def index(
                 progress(f"shard {name}", done, total)
         splits[split] = tuple(shards)
     classes = num_classes or 1 + max(max(s.labels) for shards in splits.values() for s in shards)
+    if classes > MOST_CLASSES:
+        raise UserError(
+            f"'{root}' has the label {classes - 1}, and labels count classes from 0 (at most {MOST_CLASSES - 1}): "
+            "write class numbers into the shards in place of ids such as WordNet's"
+        )
     holdout = None if "val" in splits else _holdout(splits["train"], val_fraction, seed)
     facts = [label, classes, holdout, [[s.name, s.sha256] for shards in splits.values() for s in shards]]
     made_from = hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -27,7 +27,7 @@ from pipeline.base.names import lookup
 from pipeline.base.seeding import generator
 from pipeline.data import imagenet, placement
 from pipeline.data.images import shrink
-from pipeline.data.parts import IMAGE_ENDINGS, Entry, Part, Sizes, Source, read_class_index, tar_files
+from pipeline.data.parts import IMAGE_ENDINGS, SPLITS, Entry, Part, Sizes, Source, read_class_index, tar_files
 from pipeline.settings.data import Data
 
 
@@ -76,6 +76,10 @@ def open_source(config: Data, seed: int) -> Source:
             "choose another source"
         )
     source = kind.open(config, seed)
+    if source.val is not None and changed(config, "val_fraction"):
+        warnings.warn(
+            f"data.val_fraction={config.val_fraction} is ignored: data.root has a val part of its own", stacklevel=2
+        )
     if config.shrink is not None:
         source = _shrunk(source, config.shrink, config.quality)
     if config.classes is None:
@@ -88,6 +92,11 @@ def open_source(config: Data, seed: int) -> Source:
     return replace(source, num_classes=config.classes)
 
 
+def changed(config: Data, name: str) -> bool:
+    """Whether a setting is not at its default."""
+    return bool(getattr(config, name) != Data.model_fields[name].default)
+
+
 def _shrunk(source: Source, short: int, quality: int) -> Source:
     """The source with every image's short side brought down to `short` pixels as it is read."""
 
@@ -95,7 +104,8 @@ def _shrunk(source: Source, short: int, quality: int) -> Source:
         return replace(part, read=lambda number: shrink(part.read(number), short, quality))
 
     fingerprint = f"{source.fingerprint} shrink={short} quality={quality}"
-    return replace(source, train=smaller(source.train), test=smaller(source.test), fingerprint=fingerprint)
+    val = None if source.val is None else smaller(source.val)
+    return replace(source, train=smaller(source.train), test=smaller(source.test), val=val, fingerprint=fingerprint)
 
 
 def extension(data: bytes, name: str) -> str:
@@ -131,9 +141,7 @@ def _digits(config: Data, seed: int) -> Source:
     bunch = load_digits()
     images = np.round(bunch.images * 255 / 16).astype(np.uint8)
     labels = bunch.target.astype(np.int64)
-    # Rounded up, as scikit-learn's own split does: 360 of 1,797 for 0.2.
-    total = math.ceil(config.test_fraction * len(labels))
-    test = placement.stratified(labels, total, generator(seed, "test"))
+    test = _test_numbers(labels, config.test_fraction, seed)
     train = np.setdiff1d(np.arange(len(labels)), test)
     return Source(
         tuple(str(name) for name in bunch.target_names),
@@ -196,7 +204,7 @@ def _folder(config: Data, seed: int) -> Source:
     assert config.root is not None
     path = storage.local_path(config.root)
     if path.is_dir():
-        entries = _list_folder(path)
+        entries = _list_folder(path, config.follow_links)
     elif path.is_file():
         entries = list(tar_files(config.root, _wanted, title=f"data.root='{config.root}'"))
     else:
@@ -204,22 +212,39 @@ def _folder(config: Data, seed: int) -> Source:
     parts: dict[str, list[Entry]] = {}
     for entry in sorted(entries, key=lambda entry: entry.name):
         parts.setdefault(entry.name.split("/", 1)[0], []).append(entry)
-    held_out = "test" if "test" in parts else "val"  # ILSVRC calls what is looked at once `val`
-    for part in ("train", held_out):
-        if part not in parts:
-            found = ", ".join(sorted(parts)) or "no images at all"
-            wanted = "train/<class>/*" if part == "train" else "test/<class>/* or val/<class>/*"
-            raise UserError(f"data.root='{config.root}' has no {wanted} (.jpeg, .jpg, .png); found: {found}")
+    if "train" not in parts:
+        found = ", ".join(sorted(parts)) or "no images at all"
+        raise UserError(f"data.root='{config.root}' has no train/<class>/* (.jpeg, .jpg, .png); found: {found}")
+    if "test" not in parts and "val" in parts:
+        parts["test"] = parts.pop("val")  # ILSVRC calls what is looked at once `val`
     classes, numbers = _class_numbers(config, parts["train"])
-    return Source(
-        classes,
-        len(classes),
-        _entry_part(config.root, parts["train"], numbers, config.class_index),
-        _entry_part(config.root, parts[held_out], numbers, config.class_index),
-        hashlib.sha256(
-            "\n".join(f"{e.name} {e.size}" for part in ("train", held_out) for e in parts[part]).encode()
-        ).hexdigest(),
+    made = {part: _entry_part(config.root, entries, numbers, config.class_index) for part, entries in parts.items()}
+    fingerprint = hashlib.sha256(
+        "\n".join(f"{e.name} {e.size}" for part in SPLITS if part in parts for e in parts[part]).encode()
+    ).hexdigest()
+    if "test" in parts:
+        return Source(classes, len(classes), made["train"], made["test"], fingerprint, made.get("val"))
+    warnings.warn(
+        f"data.root='{config.root}' has neither test/ nor val/: {config.test_fraction:.0%} of train "
+        "(data.test_fraction), drawn by seed, are held out as test",
+        stacklevel=2,
     )
+    labels = made["train"].labels
+    test = _test_numbers(labels, config.test_fraction, seed)
+    train = np.setdiff1d(np.arange(len(labels)), test)
+    fingerprint += f" test={config.test_fraction}"
+    return Source(classes, len(classes), _chosen(made["train"], train), _chosen(made["train"], test), fingerprint)
+
+
+def _test_numbers(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
+    """Which samples are test, drawn by seed. Rounded up, as scikit-learn's own split does: 360 of 1,797 for 0.2."""
+    return placement.stratified(labels, math.ceil(fraction * len(labels)), generator(seed, "test"))
+
+
+def _chosen(part: Part, numbers: NDArray[np.int64]) -> Part:
+    """The samples of a part with these numbers."""
+    names = tuple(part.names[number] for number in numbers)
+    return Part(part.labels[numbers], names, lambda i: part.read(int(numbers[i])))
 
 
 def _entry_part(root: str, entries: list[Entry], numbers: dict[str, int], index: str | None) -> Part:
@@ -255,25 +280,30 @@ def _wanted(name: str) -> bool:
     return True
 
 
-def _list_folder(root: Path) -> list[Entry]:
+def _list_folder(root: Path, follow_links: bool) -> list[Entry]:
+    """The images under a folder. Without `follow_links`, links to folders and those that lead out are left out."""
     entries, escaped = [], []
     inside = root.resolve()
-    for folder, folders, files in os.walk(root):
-        # Links to folders are not followed: they may run in circles or lead out.
-        escaped += [f"{folder}/{name}" for name in folders if os.path.islink(os.path.join(folder, name))]
+    walked: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=follow_links):
+        if follow_links:  # links may run in circles
+            walked.add(os.path.realpath(folder))
+            folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in walked]
+        else:
+            escaped += [f"{folder}/{name}" for name in folders if os.path.islink(os.path.join(folder, name))]
         for file in files:
             path = Path(folder, file)
             name = path.relative_to(root).as_posix()
             if not _wanted(name):
                 continue
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            if path.is_symlink() and not follow_links and not path.resolve().is_relative_to(inside):
                 escaped.append(name)
                 continue
             entries.append(Entry(name, path.stat().st_size, str(path), 0))
     if escaped:
         warnings.warn(
             f"'{root}': {len(escaped)} link(s) to folders or out of data.root were left out, the first is "
-            f"'{escaped[0]}': copy the files in, or set data.root to where they are",
+            f"'{escaped[0]}': set data.follow_links=true, copy the files in, or set data.root to where they are",
             stacklevel=2,
         )
     return entries

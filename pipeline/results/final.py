@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from typing import Literal
 
 import numpy as np
 from safetensors.torch import save as save_safetensors
@@ -97,7 +98,7 @@ def assemble(config: Config, here: Run, layers: Sequence[LayerResult], stored: S
     """The content of result.json; what is not built or not measured is None."""
     test = here.load(TestMetrics, "final", "test.json")
     folder = standing(here)
-    judged = mcnemar(here, "dense" if test.dense_control is None else "dense_control")
+    on_test = of_test(here, test)
     flops = sum(layer.flops or 0 for layer in layers)
     left_flops = sum((layer.flops or 0) * (layer.flops_density or 0.0) for layer in layers)
     total, left = sum(layer.weights for layer in layers), sum(layer.kept for layer in layers)
@@ -106,16 +107,16 @@ def assemble(config: Config, here: Run, layers: Sequence[LayerResult], stored: S
         name=config.name,
         network=config.model.factory,
         seed=config.seed,
-        # A network that is the dense one to the bit has lost nothing, however few images there are to show it.
-        verdict="no loss" if folder == DENSE else stats.verdict(*judged.drop_ci95, config.target.margin),
+        verdict=judgement(on_test, folder == DENSE, config.target.margin),
         test_looks=len(storage.read_bytes(here.path("test_looks.jsonl")).splitlines()),
         weights_total=total,
         weights_kept=left,
         compression=total / left,
         density=left / total,
         flops_density=left_flops / flops if flops else None,
+        flops_density_weights=sum((layer.flops or 0) * layer.density for layer in layers) / flops if flops else None,
         val=OnVal(dense=val_scores(here, DENSE), pruned=val_scores(here, folder)),
-        test=on_test(test, judged),
+        test=on_test,
         layers=tuple(layers),
         bytes=stored,
         latency_ms=None,
@@ -140,19 +141,28 @@ def val_scores(here: Run, folder: str) -> Scores:
     return Scores.of(here.load(RoundMetrics, folder, "metrics.json").val)
 
 
-def on_test(test: TestMetrics, judged: stats.McNemar) -> OnTest:
-    """The one evaluation on test, with its paired comparison."""
+def judgement(test: OnTest, unpruned: bool, margin: float) -> Literal["no loss", "undecided", "loss"]:
+    """The verdict. Where the dense network guesses there is no accuracy to lose, so nothing was shown.
+
+    A network that is the dense one to the bit has lost nothing, however few images there are to show it.
+    """
+    if unpruned and not test.guessing:
+        return "no loss"
+    found = stats.verdict(*test.mcnemar.drop_ci95, margin)
+    return "undecided" if test.guessing and found == "no loss" else found
+
+
+def of_test(here: Run, test: TestMetrics) -> OnTest:
+    """The one evaluation on test, with its paired comparisons."""
+    trained_on = test.dense_control is not None
     return OnTest(
         samples=test.samples,
         dense=Scores.of(test.dense),
         dense_control=None if test.dense_control is None else Scores.of(test.dense_control),
         pruned=Scores.of(test.pruned),
-        mcnemar=Paired(
-            only_dense_right=judged.only_reference_right,
-            only_pruned_right=judged.only_pruned_right,
-            p_value=judged.p_value,
-            drop_ci95=judged.drop_ci95,
-        ),
+        mcnemar=paired(here, "dense_control" if trained_on else "dense"),
+        against_dense=paired(here, "dense") if trained_on else None,
+        largest_class=test.largest_class,
     )
 
 
@@ -192,11 +202,17 @@ def layer_rows(
     ]
 
 
-def mcnemar(here: Run, reference: str) -> stats.McNemar:
+def paired(here: Run, reference: str) -> Paired:
     """The paired comparison of pruned against the reference on the readable test samples."""
     saved = storage.read_bytes(here.path("final", "test_answers.npz"))
     before, after = Marks.load(saved, reference), Marks.load(saved, "pruned")
-    return stats.mcnemar(before.right[after.valid], after.right[after.valid])
+    judged = stats.mcnemar(before.right[after.valid], after.right[after.valid])
+    return Paired(
+        only_dense_right=judged.only_reference_right,
+        only_pruned_right=judged.only_pruned_right,
+        p_value=judged.p_value,
+        drop_ci95=judged.drop_ci95,
+    )
 
 
 def histograms(prunable: list[Prunable], dense: dict[str, Tensor], kept: checkpoint.Checkpoint) -> Histograms:

@@ -27,7 +27,7 @@ from pipeline.results.words import (
 )
 from pipeline.run.contents import Contents, read
 from pipeline.run.records import LayerActivity, Scan
-from pipeline.run.result import LatencySummary, Result, Scores
+from pipeline.run.result import LatencySummary, OnTest, Result, Scores
 
 
 def write(run_dir: str | Path) -> str:
@@ -96,17 +96,27 @@ def summary_rows(result: Result) -> list[tuple[str, str]]:
         ("verdict", result.verdict),
         ("compression", f"{number(result.compression)}×"),
         ("weights kept", f"{count(result.weights_kept)} of {count(result.weights_total)}"),
-        ("FLOPs left", percent(result.flops_density, 1)),
+        ("FLOPs left, by weights", percent(result.flops_density_weights, 1)),
+        ("FLOPs left, zero inputs skipped too", percent(result.flops_density, 1)),
         ("test error, dense", error(test.dense)),
         ("test error, dense control", error(test.dense_control) if test.dense_control else NOT_MEASURED),
         ("test error, pruned", error(test.pruned)),
         (f"drop against {reference_name(result)}", f"{points(drop(result))} (95%: {span(low, high)})"),
+        *_against_given(test),
         ("size, dense fp32", size(stored.dense_fp32)),
         ("size, pruned and gzipped", _smaller(stored.dense_gzip, stored.dense_fp32)),
         ("size, packed", _smaller(stored.packed, stored.dense_fp32)),
         ("latency", _latency(result.latency_ms)),
         ("looks at test", str(result.test_looks)),
     ]
+
+
+def _against_given(test: OnTest) -> list[tuple[str, str]]:
+    """The drop against the dense network as it was given, where the verdict rests on the dense control."""
+    if test.against_dense is None:
+        return []
+    lost, (low, high) = test.dense.top1 - test.pruned.top1, test.against_dense.drop_ci95
+    return [("drop against the dense network as given", f"{points(lost)} (95%: {span(low, high)})")]
 
 
 def drop(result: Result) -> float:
@@ -131,6 +141,14 @@ def verdict(result: Result, margin: float) -> Verdict:
     """The verdict in plain words; `margin` is the drop that the run was asked to stay within, a fraction."""
     low, high = result.test.mcnemar.drop_ci95
     limit, interval = f"the margin of {points(margin, sign='')}", span(low, high)
+    if result.test.guessing:
+        share = percent(result.test.largest_class, 1)
+        return Verdict(
+            "The dense network guesses",
+            f"It is right on {percent(result.test.dense.top1, 1)} of test, and always naming the largest class is "
+            f"right on {share}: its 95% interval does not lie above that. So there was no accuracy that pruning could "
+            "lose. Check model.checkpoint, data.mean and data.std, the order of the classes, or train for longer.",
+        )
     if unpruned(result):
         return Verdict(
             "Nothing was pruned",

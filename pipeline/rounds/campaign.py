@@ -8,6 +8,7 @@ undone, and half the step (in the logarithm of the density) is tried from the ro
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -132,7 +133,11 @@ def accepts(found: Judgement, target: Target) -> bool:
 
 
 def require_enough(samples: int, target: Target) -> None:
-    """Raise UserError where val is so small that not even a network with the dense one's answers would be accepted."""
+    """Raise UserError where val is so small that not even a network with the dense one's answers would be accepted.
+
+    Warns where it is so small that a network which is as good as the dense one would hardly be: one that loses and
+    wins as many samples as the tolerance allows to be lost.
+    """
     same = np.ones(samples, dtype=np.bool_)
     best = judge(same, same, target)
     if not accepts(best, target):
@@ -142,3 +147,16 @@ def require_enough(samples: int, target: Target) -> None:
             f"{100 * target.allowed:.2g} of target.tolerance (by default target.margin): raise target.tolerance or "
             "data.val_fraction, or lower target.confidence (0.5 takes the measured drop as it is)"
         )
+    changed = round(target.allowed * samples)
+    if target.confidence > 0.5 and changed:
+        dense, pruned = same.copy(), same.copy()
+        dense[:changed], pruned[changed : 2 * changed] = False, False
+        high = judge(dense, pruned, target).drop_high
+        if high > target.allowed:
+            warnings.warn(
+                f"target.mode=no-loss: val has {samples:,} images. A network as good as the dense one that answers "
+                f"{changed} of them better and {changed} worse may by them have lost {100 * high:.2g} points, more "
+                f"than the {100 * target.allowed:.2g} of target.tolerance, so the campaign may end early: more val "
+                "images (data.val_fraction) or a larger target.tolerance let it go on",
+                stacklevel=2,
+            )

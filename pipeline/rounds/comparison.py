@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import time
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline import storage
 from pipeline.network.survey import survey
 from pipeline.rounds import before_retraining, branch
@@ -76,8 +79,15 @@ def look_at_test(session: Session) -> None:
         record_look(session, "final evaluation")
         metrics = {name: each.metrics() for name, each in answers.items()}
         run.commit_bytes(save_marks(answers), "final", "test_answers.npz")
-        run.commit(TestMetrics(int(answers["pruned"].valid.sum()), **metrics), "final", "test.json")
+        valid = answers["pruned"].valid
+        largest = largest_class(session.split("test").labels[valid])
+        run.commit(TestMetrics(int(valid.sum()), **metrics, largest_class=largest), "final", "test.json")
     session.world.barrier()
+
+
+def largest_class(labels: NDArray[np.int64]) -> float:
+    """The share of the largest class among labels, shape (samples,): what always naming one class gets right."""
+    return int(np.bincount(labels).max()) / len(labels)
 
 
 def record_look(session: Session, reason: str) -> None:

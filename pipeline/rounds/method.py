@@ -12,6 +12,7 @@ import time
 import torch
 from torch import Tensor, nn
 
+from pipeline.base import stats
 from pipeline.base.errors import Agreed
 from pipeline.calibrate.statistics import statistics_for
 from pipeline.data.loader import EvalLoader
@@ -24,7 +25,7 @@ from pipeline.prune.round_plan import Goal, Standing
 from pipeline.rounds import attempts, before_retraining, campaign, comparison
 from pipeline.rounds.before_retraining import Pruned
 from pipeline.rounds.subject import Subject, open_subject
-from pipeline.run.events import RoundBegun
+from pipeline.run.events import Noted, RoundBegun
 from pipeline.run.layout import DENSE, round_folder, standing
 from pipeline.run.records import (
     BeforeRetraining,
@@ -57,10 +58,31 @@ def dense(session: Session) -> None:
     val = session.evaluate(model, "val").metrics()
     if not session.world.first:
         return
+    for note in about_dense(session, val.top1):
+        session.progress(Noted(note))
     checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(model.state_dict())))
     seconds = time.monotonic() - clock
     session.run.commit(DenseMetrics(val, tuple(history), round(seconds, 3), now_ms()), "dense", "metrics.json")
     checkpoint.keep_last(session.run, "dense", 0)
+
+
+def about_dense(session: Session, top1: float) -> list[str]:
+    """What is to be known of the dense network before anything rests on it; `top1` is its accuracy on val."""
+    config, labels = session.config, session.split("val").labels
+    notes = [] if config.dense.epochs else [f"the dense network as it was given: val {top1:.2%}"]
+    if stats.guessing(round(top1 * len(labels)), len(labels), share := comparison.largest_class(labels)):
+        notes.append(
+            f"the dense network is no better than guessing: it is right on {top1:.1%} of val, and always naming the "
+            f"largest class is right on {share:.1%}. Nothing can be learnt from pruning it, and the verdict will not "
+            "be `no loss`: check model.checkpoint, data.mean, data.std and the order of the classes, or train longer"
+        )
+    given = config.model.checkpoint is not None or config.model.trained
+    if given and session.manifest.val_is_cut_from_train:
+        notes.append(
+            "val is cut from train, and the network that was given may have been trained on it: then it looks better "
+            "on val than it is, and so do the scan and target.mode=no-loss. Give the data a val part of its own"
+        )
+    return notes
 
 
 def prune(session: Session) -> None:

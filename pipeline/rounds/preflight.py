@@ -151,6 +151,9 @@ def count_samples(data: Data, seed: int) -> Counts:
         held = round(data.val_fraction * kind.sizes.train)
         return Counts(kind.sizes.train - held, held, kind.sizes.test, data.classes or kind.sizes.classes)
     source = sources.open_source(data, seed)
+    train = len(source.train.labels)
+    if source.val is not None:
+        return Counts(train, len(source.val.labels), len(source.test.labels), source.num_classes)
     val = len(shards.draw_val(source.train.labels, data.val_fraction, seed))
-    train = len(source.train.labels) - val
+    train -= val
     return Counts(train, val, len(source.test.labels), source.num_classes)

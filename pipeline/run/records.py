@@ -245,6 +245,7 @@ class TestMetrics(Record):
     dense: Evaluation
     pruned: Evaluation
     dense_control: Evaluation | None = optional()
+    largest_class: float | None = optional()  # its share of the samples: what always naming one class gets right
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.base import stats
 from pipeline.base.errors import UserError
 from pipeline.base.record import Record
 from pipeline.run.records import Evaluation, RoundMetrics, StartFacts
@@ -54,10 +55,11 @@ class OnVal(Part):
 
 
 class Paired(Part):
-    """The pruned network against dense_control, or against dense where that is null, image by image on test."""
+    """The pruned network against a reference, image by image on test."""
 
     only_dense_right: Count = Field(
-        description="Samples that only the reference gets right: dense_control, or dense where that is null."
+        description="Samples that only the reference gets right. That of mcnemar is dense_control, or dense where "
+        "that is null; that of against_dense is dense."
     )
     only_pruned_right: Count
     p_value: Share
@@ -72,6 +74,19 @@ class OnTest(Part):
     dense_control: Scores | None
     pruned: Scores
     mcnemar: Paired
+    against_dense: Paired | None = Field(
+        None, description="The pruned network against the dense one as it was given, where mcnemar has dense_control."
+    )
+    largest_class: Share | None = Field(
+        None, description="Share of the largest class: what always naming one class would get right."
+    )
+
+    @property
+    def guessing(self) -> bool:
+        """Whether the dense network is no better than naming always the largest class, by its 95% interval."""
+        if self.largest_class is None:
+            return False
+        return stats.guessing(round(self.dense.top1 * self.samples), self.samples, self.largest_class)
 
     @property
     def reference(self) -> Scores:
@@ -207,13 +222,18 @@ class Result(Part, Record):
     name: Text
     network: Text
     seed: Count
-    verdict: Literal["no loss", "undecided", "loss"] = Field(description="On test, pruned against mcnemar's reference.")
+    verdict: Literal["no loss", "undecided", "loss"] = Field(
+        description="On test, pruned against mcnemar's reference. Never `no loss` where the dense network guesses."
+    )
     test_looks: Count = Field(description="How often test has been looked at in this run.")
     weights_total: Count = Field(description="Prunable weights: matrices and kernels, no biases or norms.")
     weights_kept: Count
     compression: Times = Field(description="weights_total / weights_kept")
     density: Share
-    flops_density: Share | None
+    flops_density: Share | None = Field(description="FLOPs left where zero weights and zero inputs are skipped.")
+    flops_density_weights: Share | None = Field(
+        None, description="FLOPs left where zero weights are skipped; older results lack it."
+    )
     val: OnVal
     test: OnTest
     layers: tuple[LayerResult, ...]

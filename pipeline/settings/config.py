@@ -28,7 +28,7 @@ _INSTEAD = (
 
 
 # Settings that came after runs had been made: see `hashed`.
-ADDED = ("prune.pattern", "task", "model.checkpoint_key", "model.trained")
+ADDED = ("prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links")
 
 
 class Config(Section):

@@ -41,11 +41,14 @@ class Data(Section):
     )
     shift: Count = Field(2, description="Largest move of the `shift` augmentation, in pixels.")
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.1, description="Share of train held out as val, drawn by seed and stratified by class."
+        0.1,
+        description="Share of train held out as val, drawn by seed and stratified by class, where the data has no val "
+        "part of its own (in a folder: val/ beside test/).",
     )
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.2, description="digits only, which comes without a test part: the share held out as test."
+        0.2, description="Share held out as test where there is no test part: digits, a folder with train/ alone."
     )
+    follow_links: bool = Field(False, description="folder: follow links to folders, and to files outside of data.root.")
     shard_samples: Positive = Field(5000, description="Samples in a shard that `shards build` writes.")
     shrink: Positive | None = Field(
         None, description="Short side, in pixels, that `shards build` brings larger images down to, as JPEG."

@@ -183,6 +183,7 @@ def _outcome(run: Contents) -> Iterator[Point]:
         "compression": result.compression,
         "density": result.density,
         "flops_density": result.flops_density,
+        "flops_density_weights": result.flops_density_weights,
         "weights_total": result.weights_total,
         "weights_kept": result.weights_kept,
         **{f"test.{key}": value for key, value in test.pruned},

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.base.stats import mcnemar, tango, verdict, wilson
+from pipeline.base.stats import guessing, mcnemar, tango, verdict, wilson
 
 
 def answers(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,3 +108,19 @@ def test_wilson_ends_are_exact() -> None:
 )
 def test_verdicts(low: float, high: float, wanted: str) -> None:
     assert verdict(low, high, 0.003) == wanted
+
+
+@pytest.mark.parametrize(
+    ("right", "samples", "largest", "guesses"),
+    [
+        (10, 100, 0.1, True),  # 5.5% to 17.4%
+        (17, 100, 0.1, False),  # 10.9% to 25.5%
+        (16, 100, 0.1, False),  # 10.1% to 24.4%
+        (15, 100, 0.1, True),  # 9.3% to 23.3%
+        (60, 100, 0.55, True),  # 50.2% to 69.1%, of two classes
+    ],
+)
+def test_a_network_guesses_unless_its_interval_lies_above_the_largest_class(
+    right: int, samples: int, largest: float, guesses: bool
+) -> None:
+    assert guessing(right, samples, largest) == guesses

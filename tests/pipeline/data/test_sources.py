@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import struct
 import tarfile
 
+import few_samples
 import numpy as np
 import pytest
 
 from pipeline.base.errors import UserError
-from pipeline.data import images, sources
+from pipeline.data import images, shards, sources
 from pipeline.data.parts import Part, Source
 from pipeline.settings.data import Data
 
@@ -150,9 +152,10 @@ def test_folder_mistakes(class_folder, tmp_path):
     (class_folder / "val" / "n99" / "a.jpg").write_bytes(b"x")
     with pytest.raises(UserError, match=r"n99"):
         open_(class_folder)
-    (class_folder / "val").rename(class_folder / "other")
-    with pytest.raises(UserError, match=r"val/<class>"):
+    (class_folder / "train").rename(class_folder / "other")
+    with pytest.raises(UserError, match=r"has no train/<class>/\*.*found: val"):
         open_(class_folder)
+    (class_folder / "other").rename(class_folder / "train")
     (class_folder / "train" / "loose.jpg").write_bytes(b"x")
     with pytest.raises(UserError, match=r"outside a class folder"):
         open_(class_folder)
@@ -183,3 +186,65 @@ def test_links_out_of_the_folder_are_left_out_with_a_warning(class_folder, tmp_p
     with pytest.warns(UserWarning, match=r"link\.jpg"):
         source = sources.open_source(Data(source="folder", root=str(class_folder)), 0)
     assert len(source.train.labels) == 30
+
+
+def three_parts(class_folder):
+    """The folder with a val/ beside a test/."""
+    shutil.copytree(class_folder / "val", class_folder / "test")
+    return Data(source="folder", root=str(class_folder))
+
+
+def test_a_val_part_beside_test_is_val(class_folder, tmp_path):
+    config = three_parts(class_folder)
+    source = sources.open_source(config, 0)
+    assert (len(source.train.labels), len(source.val.labels), len(source.test.labels)) == (30, 6, 6)
+    assert {name.split("/")[0] for name in source.val.names} == {"val"}
+    manifest = shards.build(config, 0, str(tmp_path / "shards"))
+    sizes = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
+    assert sizes == {"train": 30, "val": 6, "test": 6}
+    assert not manifest.val_is_cut_from_train
+    with pytest.warns(UserWarning, match=r"data.val_fraction=0.3 is ignored: data.root has a val part of its own"):
+        sources.open_source(config.model_copy(update={"val_fraction": 0.3}), 0)
+
+
+def test_a_val_that_is_drawn_is_known_as_that(class_folder, tmp_path):
+    config = Data(source="folder", root=str(class_folder))
+    shards.build(config, 0, str(tmp_path / "shards"))
+    assert shards.load_manifest(str(tmp_path / "shards")).val_is_cut_from_train
+
+
+def test_of_train_alone_a_part_is_test(class_folder):
+    shutil.rmtree(class_folder / "val")
+    config = Data(source="folder", root=str(class_folder), test_fraction=0.2)
+    with pytest.warns(UserWarning, match=r"neither test/ nor val/: 20% of train \(data.test_fraction\)"):
+        source = sources.open_source(config, 0)
+    assert (len(source.train.labels), len(source.test.labels)) == (24, 6)
+    assert not set(source.train.names) & set(source.test.names)
+    assert np.bincount(source.test.labels).tolist() == [3, 3]
+    for part in (source.train, source.test):
+        assert part.read(3) == (class_folder / part.names[3]).read_bytes()
+
+
+def test_links_are_followed_where_that_is_set(class_folder, tmp_path):
+    """A class folder and an image that are links out of the root, and one that leads back into itself."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.rmtree(class_folder / "val/n01")
+    shutil.move(class_folder / "train/n01", elsewhere)
+    (class_folder / "train/n01").symlink_to(elsewhere)
+    (class_folder / "train/n02/circle").symlink_to(class_folder / "train")
+    outside = tmp_path / "outside.jpg"
+    shutil.move(class_folder / "train/n02/pic.1.jpg", outside)
+    (class_folder / "train/n02/pic.1.jpg").symlink_to(outside)
+    followed = sources.open_source(Data(source="folder", root=str(class_folder), follow_links=True), 0)
+    assert len(followed.train.labels) == 30
+    with pytest.warns(UserWarning, match=r"3 link\(s\).*set data.follow_links=true"):
+        left = sources.open_source(Data(source="folder", root=str(class_folder)), 0)
+    assert len(left.train.labels) == 14
+
+
+def test_labels_that_are_ids_are_refused(tmp_path):
+    for label in (2_119_789, 4_000_000_000):
+        for part in ("train", "test"):
+            few_samples.write_shard(tmp_path / f"{part}-0.tar", [([[1]], label), ([[2]], 0)])
+        with pytest.raises(UserError, match=rf"has the label {label}, and labels count classes from 0.*WordNet"):
+            shards.index(str(tmp_path), val_fraction=0.5)
