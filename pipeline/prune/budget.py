@@ -13,12 +13,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.prune.damage import USUAL_POWER, Curve, total_rise
+from pipeline.prune.forecast import ASSUMED, Course, Forecast, Measured, forecast
 
 Cost = Callable[[int], int]  # kept weights -> cost of the tensor; never falls as more are kept
 FREE = 1e-9  # stands for a cost of 0 in divisions
@@ -40,6 +41,7 @@ class Held(NamedTuple):
 
     power: float
     scale: float = 1.0
+    error: float = ASSUMED  # standard error of the logarithm of a rise
 
     def rise(self, damage: float) -> float:
         """The rise of the loss (nats) for a sum of the tensors' damages."""
@@ -51,23 +53,39 @@ USUAL = Held(USUAL_POWER)
 
 @dataclass(frozen=True)
 class Solution:
-    """What each tensor keeps, the total cost, the total predicted damage, and a lower bound on the damage."""
+    """What each tensor keeps, the total cost, the total predicted damage, and a lower bound on the damage.
+
+    `forecast` is the rise (nats) that is predicted for the budget, with the ends of its 95% interval. Where it is None,
+    the rise follows from the damage alone.
+    """
 
     keep: dict[str, int]
     spent: int
     damage: float
     bound: float
     held: Held
+    forecast: tuple[float, float, float] | None = None
 
     @property
     def rise(self) -> float:
         """The predicted rise of the loss, in nats."""
-        return self.held.rise(self.damage)
+        return self.forecast[0] if self.forecast else self.held.rise(self.damage)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of the 95% interval of `rise`."""
+        return self.forecast[1:] if self.forecast else (self.rise, self.rise)
+
+    def rise_of(self, damage: float) -> float:
+        """The rise of another allocation of the same cost, by its damage."""
+        if self.damage <= 0:
+            return self.held.rise(damage)
+        return self.rise * total_rise(damage / self.damage, self.held.power)
 
     @property
     def least(self) -> float:
         """The rise that no allocation is predicted to get below."""
-        return self.held.rise(self.bound)
+        return self.rise_of(self.bound)
 
     @property
     def gap(self) -> float:
@@ -94,6 +112,19 @@ class Frontier:
     floors: Mapping[str, int]
     pieces: list[_Piece]
     held: Held
+
+    def course(self) -> Course:
+        """What the allocations from the floors on cost, keep and are predicted to lose."""
+        damages = {name: float(each.curve.at(self.floors[name])) for name, each in self.priced.items()}
+        cost = [float(sum(each.cost(self.floors[name]) for name, each in self.priced.items()))]
+        kept, damage = [float(sum(self.floors.values()))], [math.fsum(damages.values())]
+        for piece in self.pieces:
+            cost.append(cost[-1] + piece.high[0] - piece.low[0])
+            kept.append(kept[-1] + piece.high[1] - piece.low[1])
+            damage.append(damage[-1] + piece.damage - damages[piece.name])
+            damages[piece.name] = piece.damage
+        rises = [self.held.rise(max(0.0, each)) for each in damage]
+        return Course(*(np.array(each, np.float64) for each in (cost, kept, rises)))
 
     def spend(self, budget: int) -> Solution:
         """The least predicted damage within the budget, which must cover the floors.
@@ -140,21 +171,29 @@ class Composed:
     def within(self, floors: Mapping[str, int], caps: Mapping[str, int]) -> Callable[[int], Solution]:
         """A function that solves a budget within floors and caps.
 
-        It uses the power and scale measured nearest to the density of the solution itself.
+        It uses the power and scale measured nearest to the density of the solution itself. The predicted rise goes over
+        from one measurement to the next: see `pipeline.prune.forecast`.
         """
         frontiers: dict[Held, Frontier] = {}
+        expected: list[Forecast] = []
         everything = sum(each.curve.weights for each in next(iter(self.by_power.values())).values())
 
+        def bought(held: Held) -> Frontier:
+            if held not in frontiers:
+                frontiers[held] = frontier(self.by_power[held.power], floors, caps, held)
+            return frontiers[held]
+
         def spend(budget: int) -> Solution:
+            if not expected:
+                known = [Measured(at, held.error, bought(held).course()) for at, held in self.best.items()]
+                expected.append(forecast(known, everything))
             held, tried = self.at(1.0), set[Held]()
             while True:
-                if held not in frontiers:
-                    frontiers[held] = frontier(self.by_power[held.power], floors, caps, held)
-                found = frontiers[held].spend(budget)
+                found = bought(held).spend(budget)
                 tried.add(held)
                 held = self.at(sum(found.keep.values()) / everything)
                 if held in tried:  # it was solved with this one already, or (FLOPs, bytes) the search circles
-                    return found
+                    return replace(found, forecast=expected[0].at(budget))
 
         return spend
 

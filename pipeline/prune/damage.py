@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
-from pipeline.run.records import Level, Scan, TogetherRow
+from pipeline.base.stats import Z95
+from pipeline.run.records import Difference, Level, Scan, TogetherRow
 
 POWERS = (0.3, 0.5, 0.7, 0.85, 1.0)  # the powers that are tried
 USUAL_POWER = 0.85  # where none was measured; as on LeNet-300-100, see configs/LOG.md
@@ -80,6 +81,19 @@ def best_together(rows: Iterable[TogetherRow]) -> dict[float, TogetherRow]:
     }
 
 
+def rising(rows: Iterable[TogetherRow]) -> list[tuple[TogetherRow, float, float]]:
+    """The rows with a finite rise, each with its rise made monotone, and the standard error of that one's logarithm.
+
+    Less density never means less rise: where a row says so, it is by chance, and isotonic regression evens it out.
+    """
+    known = sorted((row for row in rows if math.isfinite(row.rise)), key=lambda row: -row.density)
+    if not known:
+        return []
+    rises, reach = measured(known)
+    above = np.log1p(reach / np.maximum(rises, FINEST)) / Z95
+    return [(row, float(rise), float(error)) for row, rise, error in zip(known, rises, above, strict=True)]
+
+
 def finite(rise: float) -> float:
     """A rise (nats), or WORST where it is not a number or infinite."""
     return rise if math.isfinite(rise) else WORST
@@ -117,7 +131,7 @@ def curve(levels: Sequence[Level], weights: int, room: float, power: float = USU
     return Curve(kept.astype(np.int64), np.minimum.accumulate(damage))
 
 
-def measured(levels: Sequence[Level]) -> tuple[Floats, Floats]:
+def measured(levels: Sequence[Difference]) -> tuple[Floats, Floats]:
     """The rises of levels of falling density, made monotone and at least 0, and the half-widths of their intervals."""
     rises = np.array([finite(level.rise) for level in levels])
     ends = [(level.rise_low, level.rise_high) for level in levels]

@@ -122,11 +122,11 @@ def scanned(unit: cost.Quantity, scan: Scan, classes: int, flops: Mapping[str, i
         for power in {row.power for row in best.values()} or {damage.USUAL_POWER}
     }
 
-    def held(row: TogetherRow) -> Held:
+    def held(row: TogetherRow, rise: float, error: float) -> Held:
         unscaled = damage.total_rise(budgeting.predicted(by_power[row.power], row.keep), row.power)
-        return Held(row.power, max(row.rise, damage.FINEST) / max(unscaled, damage.FINEST))
+        return Held(row.power, max(rise, damage.FINEST) / max(unscaled, damage.FINEST), error)
 
-    at = {density: held(row) for density, row in best.items() if math.isfinite(row.rise)}
+    at = {row.density: held(row, rise, error) for row, rise, error in damage.rising(best.values())}
     qualities = {tensor.name: tensor.quality for tensor in scan.tensors}
     return Scanned(qualities, Composed(by_power, at or {1.0: budgeting.USUAL}))
 
@@ -226,7 +226,7 @@ def prediction(
         unit=basis.target.budget,
         budget=money,
         spent=spent,
-        rise=best.held.rise(budgeting.predicted(scan.damages.by_power[best.held.power], keep)),
+        rise=best.rise_of(budgeting.predicted(scan.damages.by_power[best.held.power], keep)),
         least=best.least,
         power=best.held.power,
         scale=best.held.scale,

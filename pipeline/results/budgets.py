@@ -116,6 +116,7 @@ def table(options: Options) -> TextTable:
         ["bytes, packed", *(f"{each.bytes:,}" for each in asked)],
         ["damages composed by the power", *(f"{each.solution.held.power:g}" for each in asked)],
         ["predicted rise of the loss", *(_rise(each, options) for each in asked)],
+        ["its 95% interval", *(_interval(each, options) for each in asked)],
         ["at most above the optimum", *(f"{each.solution.gap:.2g}" for each in asked)],
         ["solved in", *(f"{1000 * (options.seconds + each.seconds):.0f} ms" for each in asked)],
     ]
@@ -137,6 +138,13 @@ def bars(options: Options) -> list[str]:
             "prune.allocation=budget` measures it"
         )
     return lines
+
+
+def _interval(option: Option, options: Options) -> str:
+    low, high = option.solution.interval
+    if low >= options.chance:
+        return "chance"
+    return f"{low:.3g} to {f'{high:.3g}' if high < options.chance else 'chance'}"
 
 
 def _rise(option: Option, options: Options) -> str:

@@ -36,7 +36,7 @@ def test_densities_that_follow_from_training_are_said_to(tiny: Callable[..., Con
 
 
 def test_densities_that_follow_from_statistics_are_said_to(tiny: Callable[..., Config]) -> None:
-    taken = {"prune.criterion": "obs", "dense.epochs": 0}
+    taken = {"prune.criterion": "obs", "dense.epochs": 0, "model.trained": True}
     made = outlook.make(tiny(**taken, **{"prune.allocation": "pooled"}))
     assert made.densities == {}
     assert any("follow from trained weights, statistics of train samples;" in note for note in made.notes)

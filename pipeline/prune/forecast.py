@@ -1,0 +1,107 @@
+"""The predicted rise of the loss for any budget, from the compressions at which all tensors were pruned together.
+
+Each measurement says how damages add up near its own density (`pipeline.prune.budget.Held`). Between two of them the
+prediction goes over from the one to the other, in the logarithms of budget and rise, so it is continuous. It never
+falls as the budget shrinks. Its interval grows with the distance from the measurements, by the error that is made when
+one of them is predicted from its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+Floats = NDArray[np.float64]
+
+GRID = 400  # budgets that the prediction is worked out for; it is linear between them
+Z = float(ndtri(0.975))  # the intervals are of 95%
+ASSUMED = math.log(2)  # standard error of the logarithm of a rise, where nothing was measured together
+LEAST = 1e-9  # nats; stands for no rise in logarithms
+
+
+class Course(NamedTuple):
+    """The allocations of least damage from the floors to the caps: arrays of cost, weights kept and rise (nats)."""
+
+    cost: Floats
+    kept: Floats
+    rise: Floats
+
+
+class Measured(NamedTuple):
+    """A measurement of all tensors pruned together.
+
+    `density` is that of all weights, `error` the standard error of the logarithm of its rise, and `course` the rises
+    that follow from it for other budgets.
+    """
+
+    density: float
+    error: float
+    course: Course
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The predicted rise (nats) and its relative standard error at rising budgets: arrays of shape (points,)."""
+
+    budgets: Floats
+    rises: Floats
+    errors: Floats
+
+    def at(self, budget: float) -> tuple[float, float, float]:
+        """The predicted rise (nats) for a budget, and the ends of its 95% interval."""
+        rise = float(np.interp(budget, self.budgets, self.rises))
+        factor = math.exp(Z * float(np.interp(budget, self.budgets, self.errors)))
+        return rise, rise / factor, rise * factor
+
+
+def forecast(measured: Sequence[Measured], weights: int) -> Forecast:
+    """The forecast from at least one measurement; `weights` is the number of all prunable weights."""
+    known = sorted(measured, key=lambda each: each.density)
+    places = [_place(each, weights) for each in known]
+    low = max(1.0, min(each.course.cost[0] for each in known))
+    high = max(low, *(each.course.cost[-1] for each in known))
+    budgets = np.unique(np.concatenate([np.geomspace(low, high, GRID), np.clip(places, low, high)]))
+    rises = _between(known, places, budgets)
+    rises = np.maximum.accumulate(rises[::-1])[::-1]  # from the largest budget down
+    return Forecast(budgets, rises, _errors(known, places, budgets))
+
+
+def _place(measured: Measured, weights: int) -> float:
+    """The budget at which the course of a measurement has the density that was measured."""
+    return float(np.interp(measured.density * weights, measured.course.kept, measured.course.cost))
+
+
+def _between(known: Sequence[Measured], places: Sequence[float], budgets: Floats) -> Floats:
+    """The rises at budgets, going over from each measurement's course to the next one's."""
+    logs = np.array([np.log(np.maximum(np.interp(budgets, e.course.cost, e.course.rise), LEAST)) for e in known])
+    x = np.log(np.maximum(places, 1.0))
+    share = np.array([np.interp(np.log(budgets), x, np.eye(len(x))[number]) for number in range(len(x))])
+    return np.asarray(np.exp((share * logs).sum(axis=0)))
+
+
+def _errors(known: Sequence[Measured], places: Sequence[float], budgets: Floats) -> Floats:
+    """The standard errors of the logarithms: of the measurements, and of going from one to the next."""
+    x, at = np.log(np.maximum(places, 1.0)), np.log(budgets)
+    measured = np.interp(at, x, [each.error for each in known])
+    away = np.abs(at[:, None] - x[None, :]).min(axis=1)
+    spacing = float(np.diff(x).mean()) if len(x) > 1 else 1.0
+    missed = _missed(known, places)
+    return np.asarray(np.hypot(measured, missed * np.minimum(2.0, 2 * away / max(spacing, LEAST))))
+
+
+def _missed(known: Sequence[Measured], places: Sequence[float]) -> float:
+    """By how much the logarithm of a rise is missed when it is predicted from the measurements beside it."""
+    found = []
+    for number in range(1, len(known) - 1):
+        beside = [number - 1, number + 1]
+        at = np.array([places[number]])
+        told = _between([known[i] for i in beside], [places[i] for i in beside], at)[0]
+        true = _between([known[number]], [places[number]], at)[0]
+        found.append(math.log(told) - math.log(true))
+    return math.sqrt(sum(error**2 for error in found) / len(found)) if found else ASSUMED
