@@ -136,7 +136,7 @@ def _gradients(model: nn.Module, names: Sequence[str], batches: Batches, feed: F
 def _curvatures(
     model: nn.Module, names: Sequence[str], batches: Batches, feed: Feed, world: World
 ) -> dict[str, Tensor]:
-    """1 / [H⁻¹]_jj for every weight, in several passes if the H of all tensors exceed LARGEST_BYTES."""
+    """1 / [H⁻¹]_jj for every weight, in as many passes as it takes to hold the H of a pass in LARGEST_BYTES."""
     layers = layers_by_tensor(model)
     passes: list[list[str]] = []
     held = layer_inputs.LARGEST_BYTES

@@ -1,8 +1,8 @@
 """A run's attempts at its rounds: which there were, which comes next, and how one is undone.
 
 Round n lies in rounds/NN. When an attempt is undone, its plan and metrics move to rounds/NN/attempt-K, and the next
-attempt uses rounds/NN. Rank 0 decides from committed files alone, so a run that was killed
-makes the same decision again.
+attempt uses rounds/NN. Rank 0 decides from committed files alone, so a run that was killed makes the same decision
+again.
 """
 
 from __future__ import annotations

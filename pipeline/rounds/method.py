@@ -167,7 +167,7 @@ def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: s
     before = before_retraining.reference(session, model)
     if not gradual:
         plan, kept = before_retraining.remove_dead(session, model, plan, kept)
-    if session.world.first and not (gradual and session.run.has(folder, "plan.json")):  # the last prune rewrote it
+    if session.world.first and not (gradual and session.run.has(folder, "plan.json")):  # may be the last prune's
         session.run.commit(plan, folder, "plan.json")
     before_retraining.reinitialise(session, model, goal.generation)
     apply_masks(model, kept)

@@ -169,7 +169,7 @@ def plan_at(basis: Basis, goal: Goal, known: Known) -> RoundPlan | None:
         return None
     if round_plan.needs_scan(prune, target) and basis.scan is None:
         return None
-    anything = {name: torch.ones_like(weight) for name, weight in known.weights.items()}  # no count depends on them
+    anything = {name: torch.ones_like(weight) for name, weight in known.weights.items()}  # no count needs it
     return round_plan.make(basis, goal, Standing(known.weights, known.alive, anything))
 
 
