@@ -24,8 +24,8 @@ def norms(model: nn.Module) -> list[_BatchNorm]:
 def recalibrate(model: nn.Module, batches: Iterable[Batch], feed: Feed, device: torch.device) -> None:
     """Set every running mean and variance to the plain average over these batches (uint8), all else in eval mode.
 
-    Unreadable images are left out, and so is a batch smaller than the first, whose statistics are rougher. Every rank
-    that is given the same batches computes the same bits. A network without batch norm stays as it is.
+    Unreadable images are left out, and so are batches smaller than the first, since their statistics are less exact.
+    Ranks that get the same batches compute the same bits. A network without batch norm stays as it is.
     """
     found = norms(model)
     if not found:
@@ -34,7 +34,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch], feed: Feed, device: 
     with evaluating(model):
         for norm in found:
             norm.reset_running_stats()
-            norm.momentum = None  # torch's sign for a cumulative average
+            norm.momentum = None  # for torch, None means a cumulative average
             norm.training = True
         try:
             size = 0

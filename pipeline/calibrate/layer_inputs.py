@@ -1,4 +1,4 @@
-"""What a linear or convolution layer multiplies its weights with: its inputs as rows, one for each output position."""
+"""The inputs that a linear or convolution layer multiplies by its weights, as rows, one for each output position."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from pipeline.base.seeding import derive
 
-POSITIONS = 256  # output positions of a convolution that are taken of each sample, at most
-LARGEST_BYTES = 2**30  # of the products of one layer's inputs with each other, float64
+POSITIONS = 256  # the most output positions of a convolution that are taken from each sample
+LARGEST_BYTES = 2**30  # the largest X Xᵀ: products of one layer's inputs with each other, float64
 
-# Layers of these types, or of types that compute as they do, multiply their inputs with the weight as it is.
+# Layers with one of these forward methods multiply their inputs by the weight as it is.
 _FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
@@ -29,21 +29,21 @@ def matrix(layer: Any, weight: Tensor) -> Tensor:
 
 
 def gram_bytes(layer: Any) -> int:
-    """Bytes of the products of a layer's inputs with each other, with a bias, in float64."""
+    """Bytes of the products of a layer's inputs with each other in float64; the bias counts as an input."""
     groups, _, inputs = matrix(layer, layer.weight).shape
     return 8 * groups * (inputs + 1) ** 2
 
 
 def rows(layer: Any, inputs: Tensor, seed: int) -> Tensor:
-    """What each output of the layer is a sum over: (groups, rows, inputs of an output), columns as in `matrix`.
+    """The inputs that each output of the layer sums over: (groups, rows, inputs of an output), columns as in `matrix`.
 
-    A row is a sample for a linear layer (a token, where there are several), and an output position of a sample for a
-    convolution: all of them, or POSITIONS drawn by `seed`, the same ones in every sample.
+    For a linear layer a row is a sample (or a token, if samples have several). For a convolution a row is an output
+    position of a sample: all positions are taken, or POSITIONS drawn by `seed`, the same ones in every sample.
     """
     if isinstance(layer, nn.Linear):
         return inputs.reshape(1, -1, layer.in_features)
     axes = len(layer.kernel_size)
-    # The layer pads so itself: torch keeps the amounts in the order of F.pad, also for padding="same".
+    # This is the layer's own padding: torch keeps the amounts in the order of F.pad, also for padding="same".
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     windows = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
     for axis in range(axes):
@@ -60,7 +60,7 @@ def rows(layer: Any, inputs: Tensor, seed: int) -> Tensor:
 
 
 def _positions(count: int, seed: int) -> Tensor:
-    """Which of `count` positions are taken, rising."""
+    """Which of `count` positions are taken, in ascending order."""
     if count <= POSITIONS:
         return torch.arange(count)
     source = torch.Generator().manual_seed(derive(seed, "positions", count))

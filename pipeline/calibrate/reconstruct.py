@@ -23,9 +23,9 @@ from pipeline.run.records import Fit
 from pipeline.task.feed import Feed
 from pipeline.train.world import World
 
-HELD_BYTES = 2**30  # of activations that are kept from layer to layer, on each rank
-DAMPING = 0.01  # of the mean diagonal of X Xᵀ: how strongly the survivors are held where they were
-TOLERANCE, ITERATIONS = 1e-4, 300  # conjugate gradients end at this share of the first residual, or after so many
+HELD_BYTES = 2**30  # the most activations that are kept from layer to layer, on each rank
+DAMPING = 0.01  # share of the mean diagonal of X Xᵀ: how strongly survivors are held at their values
+TOLERANCE, ITERATIONS = 1e-4, 300  # conjugate gradients stop at this share of the first residual, or this many steps
 
 
 @torch.no_grad()
@@ -37,12 +37,13 @@ def reconstruct(
     feed: Feed,
     world: World,
 ) -> tuple[list[Fit], list[str]]:
-    """Set the kept weights, and biases, of `model` to the least-squares solution, and say what could not be.
+    """Set the kept weights, and biases, of `model` to the least-squares solution; notes say which could not be set.
 
-    `model` is masked, `reference` the network before; `batches` are this rank's share. For each output, over the rows
-    (samples and positions) of all ranks, min ‖W X + b − W' X' − b'‖² + λ ‖(W', b') − (masked W, b)‖² with W' zero where
-    it is pruned; λ is DAMPING of the mean diagonal of X' X'ᵀ. Solved by rank 0 in float64, so all ranks hold the same
-    bits. A pruned weight stays 0. Raises AssertionError where torch.fx cannot follow the network (`graph_of`).
+    `model` is masked, `reference` is the network before the prune, `batches` are this rank's share. For each output,
+    over the rows (samples and positions) of all ranks, min ‖W X + b − W' X' − b'‖² + λ ‖(W', b') − (masked W, b)‖² with
+    W' zero where it is pruned; λ is DAMPING times the mean diagonal of X' X'ᵀ. Rank 0 solves it in float64, so all
+    ranks hold the same bits. A pruned weight stays 0. Raises AssertionError where torch.fx cannot follow the network
+    (`graph_of`).
     """
     fits: list[Fit] = []
     with evaluating(model), evaluating(reference):
@@ -60,7 +61,7 @@ def reconstruct(
 
 
 def _layers(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[dict[str, nn.Module], list[str]]:
-    """The layer of each tensor that can be reconstructed, and why others cannot."""
+    """The layer of each tensor that can be reconstructed, and notes that say why others cannot."""
     found: dict[str, nn.Module] = {}
     notes = []
     for name, users in layers_by_tensor(model).items():
@@ -78,10 +79,11 @@ def _layers(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[dict[str, nn
 
 
 class _Sums:
-    """Of a layer, float64: X' X'ᵀ (groups, n, n); R X'ᵀ (groups, outputs, n), where R = Y − masked W X' is what the
-    masked layer misses of the outputs Y before; ‖R‖² and ‖Y‖². n counts the inputs, and a 1 where there is a bias.
+    """Sums for one layer, float64: X' X'ᵀ (groups, n, n); R X'ᵀ (groups, outputs, n); ‖R‖² and ‖Y‖².
 
-    R itself is summed, not Y, so that nothing cancels: a layer that misses nothing stays as it is.
+    Y are the outputs before the prune, R = Y − masked W X' is the error of the masked layer. n is the number of inputs,
+    plus one for a bias. The products are summed with R rather than Y to avoid cancellation: a layer without error stays
+    as it is.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -93,7 +95,7 @@ class _Sums:
         self.powers = torch.zeros(2, **make)
 
     def add(self, layer: Any, before: Any, given: Tensor, wanted: Tensor, seed: int) -> None:
-        """Take a batch of the layer's inputs in, and of those of the layer before the prune."""
+        """Add a batch: the inputs `given` to the layer, and those `wanted` by the layer `before` the prune."""
         rows = layer_inputs.rows(layer, given, seed)
         outputs = _outputs(before, layer_inputs.rows(before, wanted, seed))
         missed = outputs - _outputs(layer, rows)
@@ -133,11 +135,11 @@ def _solve(name: str, layer: Any, mask: Tensor, sums: _Sums, world: World) -> Fi
 
 
 def least_squares(gram: Tensor, cross: Tensor, free: Tensor, damping: float = DAMPING) -> Tensor:
-    """D that minimises ‖R − D X‖² + λ ‖D‖², zero where not `free`, of G = X Xᵀ and C = R Xᵀ.
+    """D that minimises ‖R − D X‖² + λ ‖D‖², from G = X Xᵀ and C = R Xᵀ; D is zero where `free` is False.
 
-    gram G (groups, n, n), cross C (groups, outputs, n), free the same as bool; λ = damping * mean diagonal of G.
-    Conjugate gradients with the diagonal as preconditioner, all rows at once: one product with G an iteration. They
-    start at 0 and only descend, so ‖R − D X‖² is at most ‖R‖², wherever they end.
+    gram is G (groups, n, n), cross is C (groups, outputs, n), free has C's shape; λ = damping * mean diagonal of G.
+    Conjugate gradients with the diagonal as preconditioner, all rows at once: one product with G per iteration. They
+    start at 0 and only descend, so ‖R − D X‖² is at most ‖R‖², wherever they stop.
     """
     diagonal = gram.diagonal(dim1=1, dim2=2)
     held = (damping * diagonal.mean(1))[:, None, None]
@@ -165,8 +167,8 @@ def least_squares(gram: Tensor, cross: Tensor, free: Tensor, damping: float = DA
 class _Both:
     """Two networks of the same code, run side by side, step by step of their graphs, on all batches.
 
-    What a batch has been computed to is held at the last layer where the values of all batches, of both networks, fit
-    into HELD_BYTES; what comes after it is computed anew for each layer.
+    Intermediate values are held at the last layer where those of all batches, of both networks, fit into HELD_BYTES.
+    The steps after it are run anew for each layer.
     """
 
     def __init__(
@@ -178,7 +180,7 @@ class _Both:
         self.held: list[tuple[int, list[_Values]] | None] = [None] * len(batches)
 
     def order(self, names: Mapping[int, str]) -> Iterator[tuple[int, str, str]]:
-        """(place, module, tensor) of the calls of layers with these ids, in order, where a layer is called once."""
+        """(place, module, tensor) of each layer in `names` (tensor by id) that is called only once, in call order."""
         steps = self.steps[0]
         calls = [(place, node.target) for place, node in enumerate(steps.nodes) if node.op == "call_module"]
         found = [(place, target, id(steps.modules[target])) for place, target in calls]
@@ -187,7 +189,7 @@ class _Both:
                 yield place, target, names[number]
 
     def inputs(self, place: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each batch, what the layer called at `place` is given in the model, and in the reference."""
+        """For each batch, the inputs of the layer called at `place`, in the model and in the reference."""
         keep: bool | None = None
         for number in range(len(self.batches)):
             states = self._at(number, place)
@@ -202,7 +204,7 @@ class _Both:
         held = self.held[number]
         if held is not None:
             start, states = held
-            # Copies, since steps may change their inputs in place; of one state with one memo, which keeps views views.
+            # Copies, since steps may change their inputs in place. One memo for each state keeps views as views.
             states = [_copied(state) for state in states]
         else:
             batch = self.batches[number]
@@ -211,11 +213,11 @@ class _Both:
         return [steps.run(state, start, place) for steps, state in zip(self.steps, states, strict=True)]
 
 
-_Values = dict[fx.Node, Any]  # what a graph's nodes computed, of those that later ones need
+_Values = dict[fx.Node, Any]  # the values of a graph's nodes that later nodes need
 
 
 class _Steps:
-    """A network as the list of its graph's nodes, which can be run from any of them to any other."""
+    """A network as the list of its graph's nodes, which can be run from any node to any later one."""
 
     def __init__(self, model: nn.Module) -> None:
         graph, notes = graph_of(model)
@@ -228,7 +230,10 @@ class _Steps:
         self.first = next(node for node in self.nodes if node.op == "placeholder")
 
     def run(self, values: _Values, start: int, stop: int) -> _Values:
-        """What nodes from `stop` on need, from what nodes from `start` on need; `values` are used up."""
+        """Run the nodes from `start` to before `stop`, and return the values that nodes from `stop` on need.
+
+        `values` are those that nodes from `start` on need; they are changed in place.
+        """
         self.runner.env = values
         for number, node in enumerate(self.nodes[start:stop], start):
             if node.op != "placeholder":
@@ -241,7 +246,7 @@ class _Steps:
         return values
 
     def argument(self, place: int, values: _Values) -> Tensor:
-        """What the call of a layer at `place` is given."""
+        """The input of the layer called at `place`."""
         [source] = self.nodes[place].all_input_nodes
         given: Tensor = values[source]
         return given

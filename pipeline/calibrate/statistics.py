@@ -24,8 +24,8 @@ from pipeline.task.feed import Feed
 from pipeline.train.session import Session
 from pipeline.train.world import World
 
-GROUP = 8  # samples over whose mean loss one gradient is taken
-DAMPING = 0.01  # of the mean of the diagonal, added to it (Frantar et al. 2022 and others)
+GROUP = 8  # samples in one mean loss, of which the gradient is taken
+DAMPING = 0.01  # share of the diagonal's mean that is added to the diagonal (Frantar et al. 2022 and others)
 
 Batches = Callable[[], Iterable[Batch]]  # this rank's share; called once for each pass
 
@@ -45,13 +45,13 @@ class Statistic:
 def measure(
     criterion: str, model: nn.Module, names: Sequence[str], batches: Batches, feed: Feed, world: World
 ) -> dict[str, Tensor]:
-    """The statistic that a criterion needs of the named tensors' weights, shaped like them, the same on every rank.
+    """The statistic that a criterion needs for the named tensors, shaped like them, the same on every rank.
 
     gradient: mean |g|, g the gradient of the mean cross-entropy over GROUP samples in a row, in evaluation mode.
-    curvature: 1 / [H⁻¹]_jj with H = X Xᵀ / samples of the inputs j of the layer (of the group,
-    in a grouped convolution), damped: how much the squared error of the layer's output, over its positions, grows for
-    each w² that is taken away while the other weights of its row make up for it. That of a tensor several layers share
-    is over the inputs of all of them. Unreadable images are left out.
+    curvature: 1 / [H⁻¹]_jj, where j is an input of the layer (of the group, in a grouped convolution) and H is
+    X Xᵀ / samples, damped. It is the growth of the squared error of the layer's output, over its positions, for each w²
+    that is removed while the other weights of the row compensate for it. If several layers share a tensor, X holds the
+    inputs of all of them. Unreadable images are left out.
     """
     kind = criteria.CRITERIA[criterion].statistic
     assert kind is not None, f"criterion {criterion} needs no statistic"
@@ -63,7 +63,7 @@ def measure(
 
 
 def statistics_for(session: Session, model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """What prune.criterion needs of each weight of the named tensors, the same bits on every rank; else nothing."""
+    """The statistic that prune.criterion needs for the named tensors, the same bits on every rank; {} if none."""
     config = session.config
     kind = criteria.of(config.prune).statistic
     if kind is None:
@@ -76,7 +76,7 @@ def statistics_for(session: Session, model: nn.Module, names: list[str]) -> dict
 
 
 def require(model: nn.Module, names: Sequence[str], prune: Prune) -> None:
-    """Raise UserError if the network cannot be given the statistic of these tensors that the criterion needs."""
+    """Raise UserError if the statistic that the criterion needs cannot be measured for these tensors."""
     kind = criteria.of(prune).statistic
     if kind is not None:
         STATISTICS[kind].require(model, names, prune.criterion)
@@ -109,7 +109,7 @@ def _readable(batches: Iterable[Batch], world: World) -> Iterator[tuple[Tensor, 
 
 
 def _gradients(model: nn.Module, names: Sequence[str], batches: Batches, feed: Feed, world: World) -> dict[str, Tensor]:
-    """The means of |g| over all groups of all ranks; a smaller group counts by its samples."""
+    """The means of |g| over all groups of all ranks, weighted by the samples in a group."""
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in names]
     frozen = [weight for weight in weights if not weight.requires_grad]
@@ -136,7 +136,7 @@ def _gradients(model: nn.Module, names: Sequence[str], batches: Batches, feed: F
 def _curvatures(
     model: nn.Module, names: Sequence[str], batches: Batches, feed: Feed, world: World
 ) -> dict[str, Tensor]:
-    """1 / [H⁻¹]_jj for every weight, in as many passes as keep H of the tensors of one pass within LARGEST_BYTES."""
+    """1 / [H⁻¹]_jj for every weight, in as many passes as it takes to hold the H of a pass in LARGEST_BYTES."""
     layers = layers_by_tensor(model)
     passes: list[list[str]] = []
     held = layer_inputs.LARGEST_BYTES
@@ -162,13 +162,13 @@ def _curvatures(
 def _grams(
     model: nn.Module, layers: dict[str, list[nn.Module]], batches: Iterable[Batch], feed: Feed, world: World
 ) -> tuple[dict[str, Tensor], float]:
-    """X Xᵀ of each tensor's inputs, (groups, inputs, inputs), over all positions and ranks; and the samples."""
+    """X Xᵀ of each tensor's inputs, (groups, inputs, inputs), over all positions and ranks; and the sample count."""
     grams: dict[str, Tensor] = {}
 
     def add(name: str) -> Any:
         def hook(layer: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
             rows = layer_inputs.rows(layer, given[0], feed.seed)
-            every = output.numel() / layer.weight.shape[0]  # output positions, of which the rows are some
+            every = output.numel() / layer.weight.shape[0]  # all output positions; rows may be a part of them
             grams[name] += (rows.mT @ rows).double() * (every / rows.shape[1])
 
         return hook
@@ -196,7 +196,7 @@ def _inverse_diagonal(gram: Tensor) -> Tensor:
 
 
 def damped(gram: Tensor, share: float = DAMPING) -> Tensor:
-    """The matrices with `share` of the mean of their diagonal added to it; positive definite also where all is 0."""
+    """The matrices with `share` of their diagonal's mean added to the diagonal; positive definite even if all is 0."""
     mean = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
     return gram + torch.diag_embed((share * mean)[:, None].expand(gram.shape[:2]))
 

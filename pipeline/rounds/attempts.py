@@ -1,7 +1,8 @@
 """A run's attempts at its rounds: which there were, which comes next, and how one is undone.
 
 Round n lies in rounds/NN. When an attempt is undone, its plan and metrics move to rounds/NN/attempt-K, and the next
-attempt uses rounds/NN. Rank 0 decides from committed files alone, so a run that was killed decides the same again.
+attempt uses rounds/NN. Rank 0 decides from committed files alone, so a run that was killed makes the same decision
+again.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import Session
 
-ANSWERS = "dense_val.npz"  # the dense network's answers on val, by which a campaign judges
+ANSWERS = "dense_val.npz"  # the dense network's answers on val; a campaign compares rounds with them
 
 
 def standing_checkpoint(run: Run, prunable: Sequence[Prunable]) -> Checkpoint:
-    """The network as it stands; its masks keep everything where nothing is pruned yet."""
+    """The network of the last accepted round, or of the run's start; its masks keep all if nothing is pruned."""
     saved = checkpoint.load(run, f"{standing(run)}/checkpoint")
     if not saved.masks:
         saved.masks = {t.name: torch.ones(t.shape, dtype=torch.bool) for t in prunable}
@@ -44,7 +45,7 @@ def standing_checkpoint(run: Run, prunable: Sequence[Prunable]) -> Checkpoint:
 
 
 def origin(run: Run, prunable: Sequence[Prunable]) -> Origin:
-    """Where the first round of a run begins, from what it took of another run, if it did."""
+    """Where the first round begins: at the dense network, or at the round that the run branches from."""
     total = sum(tensor.weights for tensor in prunable)
     if not run.has(START, "start.json"):
         return Origin(total, total)
@@ -53,7 +54,7 @@ def origin(run: Run, prunable: Sequence[Prunable]) -> Origin:
 
 
 def priced(unit: Quantity, begin: Origin, sizes: Mapping[str, int], prices: Mapping[str, Cost]) -> Origin:
-    """Where the first round begins, in `unit`: others than weights are for runs from the dense network on.
+    """Where the first round begins, in `unit`. A run with a budget in FLOPs or bytes begins at the dense network.
 
     `sizes` and `prices` are those of the prunable tensors.
     """
@@ -64,7 +65,7 @@ def priced(unit: Quantity, begin: Origin, sizes: Mapping[str, int], prices: Mapp
 
 
 def beginning(subject: Subject) -> Origin:
-    """Where the first round of the run begins, in what target.budget counts: others than weights rest on the scan."""
+    """Where the first round of the run begins, in the unit of target.budget; FLOPs and bytes are priced by the scan."""
     sizes = {tensor.name: tensor.weights for tensor in subject.prunable}
     begin = origin(subject.session.run, subject.prunable)
     return priced(subject.session.config.target.budget, begin, sizes, subject.scan.prices if subject.scan else {})
@@ -84,7 +85,7 @@ def floor(min_weights: int, prunable: Sequence[Prunable]) -> int:
 
 
 def following(subject: Subject) -> Goal | None:
-    """What is to be tried next, the same on every rank; None where the rounds are over."""
+    """The next attempt, the same on every rank; None when the rounds are over."""
     session, text = subject.session, None
     if session.world.first:
         run, config = session.run, session.config
@@ -99,7 +100,7 @@ def following(subject: Subject) -> Goal | None:
 
 
 def note_dense_answers(session: Session, model: nn.Module) -> None:
-    """Keep the answers on val of the dense network, which `model` holds, for a campaign to judge by."""
+    """In a campaign without loss, save the answers on val of `model`, the dense network, to judge the rounds by."""
     if not session.config.target.no_loss or session.run.has("rounds", ANSWERS):
         return
     answers = session.evaluate(model, "val")
@@ -109,7 +110,7 @@ def note_dense_answers(session: Session, model: nn.Module) -> None:
 
 
 def judge(session: Session, answers: Answers) -> Judgement | None:
-    """In a campaign without loss, a round's answers on val against the dense network's; else None."""
+    """In a campaign without loss, compare a round's answers on val with the dense network's; else None."""
     if not session.config.target.no_loss:
         return None
     dense = Marks.load(storage.read_bytes(session.run.path("rounds", ANSWERS)))
@@ -118,9 +119,10 @@ def judge(session: Session, answers: Answers) -> Judgement | None:
 
 
 def settle(session: Session) -> bool:
-    """Undo the last attempt if it was refused, or its undoing was interrupted; False where there was such a one.
+    """Undo the last attempt if it was refused, or if its undoing was interrupted. Returns False if one was undone.
 
-    Its plan and metrics are kept; its checkpoints go. metrics.json goes last, so that a killed run finds it again.
+    The attempt's plan and metrics are kept; its checkpoints are removed. metrics.json is removed last, so that a run
+    killed in between finds the attempt again.
     """
     undone = b""
     if session.world.first:

@@ -1,4 +1,4 @@
-"""What a pruned network goes through before it is retrained, each part a setting; every rank does the same."""
+"""The steps between a prune and its retraining. Each has its own setting; every rank does the same."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import Session
 
-PRUNED = "pruned"  # the folder, in that of a round, of the network before its retraining
+PRUNED = "pruned"  # the folder, within a round's folder, of the network before its retraining
 
 
 class Pruned(NamedTuple):
-    """A round before its retraining, beside the network: plan, masks by tensor, and what reconstruction won."""
+    """A round before its retraining, without the network: plan, masks by tensor, and the errors of reconstruction."""
 
     plan: RoundPlan
     kept: dict[str, Tensor]
@@ -39,12 +39,12 @@ class Pruned(NamedTuple):
 
 
 def rests_on_samples(prune: Prune) -> bool:
-    """Whether masks or survivors follow from sums over samples, whose last bits depend on the number of ranks."""
+    """Whether masks or survivors depend on sums over samples: their last bits change with the number of ranks."""
     return bool(prune.reconstruct_samples or criteria.of(prune).statistic)
 
 
 def check(model: nn.Module, prune: Prune, names: list[str]) -> None:
-    """Raise UserError if this network cannot be given the statistics or the reconstruction that the config wants."""
+    """Raise UserError if the statistics or the reconstruction of the config are impossible for this network."""
     statistics.require(model, names, prune)
     if prune.reconstruct_samples:
         with evaluating(model):
@@ -57,7 +57,7 @@ def check(model: nn.Module, prune: Prune, names: list[str]) -> None:
 
 
 def keep(session: Session, model: nn.Module, folder: str, pruned: Pruned) -> None:
-    """Keep a pruned network that another number of ranks would not make again to the bit, until it is retrained."""
+    """Save a pruned network until it is retrained, if another number of ranks would not reproduce it to the bit."""
     if session.world.first and rests_on_samples(session.config.prune):
         state = {"plan": pruned.plan.to_json(), "fits": plain(pruned.fits)}
         saved = Checkpoint(dict(model.state_dict()), pruned.kept, state=state)
@@ -66,7 +66,7 @@ def keep(session: Session, model: nn.Module, folder: str, pruned: Pruned) -> Non
 
 
 def kept_before(session: Session, model: nn.Module, folder: str) -> Pruned | None:
-    """The pruned network of a round whose retraining was stopped, set in `model`; None where there is none."""
+    """Load into `model` the pruned network of a round whose retraining was stopped; None if `keep` saved none."""
     where = f"{folder}/{PRUNED}"
     if not rests_on_samples(session.config.prune) or not session.run.has(where, "manifest.json"):
         return None
@@ -79,14 +79,14 @@ def kept_before(session: Session, model: nn.Module, folder: str) -> Pruned | Non
 
 
 def drop(session: Session, folder: str) -> None:
-    """Remove what `keep` kept."""
+    """Remove what `keep` saved."""
     storage.remove_tree(session.run.path(folder, PRUNED))
 
 
 def remove_dead(
     session: Session, model: nn.Module, plan: RoundPlan, kept: dict[str, Tensor]
 ) -> tuple[RoundPlan, dict[str, Tensor]]:
-    """prune.dead_neurons: the plan and masks without the connections of dead units, counted in the plan's `dead`."""
+    """prune.dead_neurons: the plan and masks without the connections of dead units; the plan's `dead` counts them."""
     if not session.config.prune.dead_neurons:
         return plan, kept
     left = without_dead(session, model, kept, plan.round, set())
@@ -97,10 +97,10 @@ def remove_dead(
 def without_dead(
     session: Session, model: nn.Module, kept: dict[str, Tensor], number: int, told: set[str]
 ) -> dict[str, Tensor]:
-    """The masks of round `number` without the connections of dead units; all of them, and a warning, where the network
-    cannot be followed. What is in `told` is not said again.
+    """The masks of round `number` without the connections of dead units.
 
-    Constants of dead units go into biases of `model`. Raises Agreed if the ranks' masks differ.
+    If the network cannot be traced, the masks stay as they are, with a warning; warnings in `told` are not repeated.
+    Constant contributions of dead units move into biases of `model`. Raises Agreed if the ranks' masks differ.
     """
     example = session.feed.zeros(2, session.world.device)
     left, notes = dead.remove(model, kept, example, session.config.prune.min_weights)
@@ -114,14 +114,14 @@ def without_dead(
 
 
 def reference(session: Session, model: nn.Module) -> nn.Module | None:
-    """The network as it is, for `reconstruct` after the prune; None where prune.reconstruct_samples is 0."""
+    """A copy of the network before the prune, for `reconstruct`; None where prune.reconstruct_samples is 0."""
     return copy.deepcopy(model) if session.config.prune.reconstruct_samples else None
 
 
 def reconstruct(session: Session, model: nn.Module, before: nn.Module | None, kept: dict[str, Tensor]) -> list[Fit]:
-    """prune.reconstruct_samples: survivors that make each layer give what it gave in the network `before` the prune.
+    """prune.reconstruct_samples: set survivors so that each layer gives what it gave in the network `before` the prune.
 
-    Returns what was won, a row for each tensor; nothing where it is off.
+    Returns the errors of each tensor's layer, masked and reconstructed; an empty list where the setting is 0.
     """
     if before is None:
         return []
@@ -129,17 +129,17 @@ def reconstruct(session: Session, model: nn.Module, before: nn.Module | None, ke
     batches = [batch for batch in session.calibration(samples, share=True) if bool((batch.weights > 0).any())]
     fits, notes = reconstruction.reconstruct(model, before, kept, batches, session.feed, session.world)
     for note in notes:
-        session.progress(Warned(f"prune.reconstruct_samples: {note}: it is masked only"))
+        session.progress(Warned(f"prune.reconstruct_samples: {note}: it is only masked, not reconstructed"))
     if fits:
         masked, left = (float(np.median([getattr(fit, key) for fit in fits])) for key in ("masked", "reconstructed"))
         count = min(samples, len(session.split("train")))
-        text = f"{len(fits)} layers reconstructed on {count:,} train samples; the median one missed {masked:.2%} of"
-        session.progress(Noted(f"{text} the squares of its outputs, and misses {left:.2%}"))
+        text = f"{len(fits)} layers reconstructed on {count:,} train samples; median squared error was {masked:.2%} of"
+        session.progress(Noted(f"{text} a layer's squared output, and is now {left:.2%}"))
     return fits
 
 
 def reinitialise(session: Session, model: nn.Module, number: int) -> None:
-    """prune.survivors=reinitialise: a network made anew, from a seed of this round, replaces the trained one."""
+    """prune.survivors=reinitialise: a new network, initialised from a seed of this round, replaces the trained one."""
     config = session.config
     if config.prune.survivors == "keep":
         return
@@ -149,7 +149,7 @@ def reinitialise(session: Session, model: nn.Module, number: int) -> None:
 
 
 def recalibrate(session: Session, model: nn.Module) -> None:
-    """prune.bn_samples: batch norm's running statistics from train samples, the same ones on every rank."""
+    """prune.bn_samples: estimate batch norm's running statistics again from train samples, the same on every rank."""
     config = session.config
     if config.prune.bn_samples and batch_norm.norms(model):
         batch_norm.recalibrate(model, session.calibration(config.prune.bn_samples), session.feed, session.world.device)

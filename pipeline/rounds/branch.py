@@ -1,10 +1,10 @@
-"""Branches: runs that begin at an accepted round of another run (start.from), the source, and their ancestors.
+"""Branches: runs that begin at an accepted round of another run, their source (start.from).
 
-A branch copies what it needs of its source into its own folder, dense/ and start/. Afterwards it stands alone. It has
-the source's dense network, so verdict, sigmas and drops are measured against the same network. Its dense control is
-trained with the recipe of every round since the dense network: first those of its ancestors, then its own. Both runs
-must therefore describe the same network and dense training, and hold the same data. The seed draws val and test: with
-another seed a branch would be judged on images that its source was trained on.
+A branch copies what it needs from its source into its own folder, dense/ and start/. Afterwards it does not need the
+source. It has the source's dense network, so verdict, sigmas and drops are measured against the same network. Its dense
+control is trained with the recipe of every round since the dense network: first the rounds before the branch, then its
+own. Both runs must therefore describe the same network and dense training, and hold the same data. Their seeds must be
+equal, since the seed draws val and test: otherwise a branch would be judged on images that its source was trained on.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from pipeline.settings.pruning import Start
 from pipeline.settings.training import Retrain
 from pipeline.train import checkpoint, session
 
-# Settings in which a branch may differ from its source. Where the data lies is not one that matters: the shards' hashes
-# are compared.
+# Settings in which a branch may differ from its source. data.root may differ, since the shards' hashes are compared.
 OWN = (
     *state.OPERATIONAL, "name", "threads", "device", "data.root", "data.class_index", "scan", "prune", "retrain",
     "target", "start",
@@ -41,7 +40,7 @@ OWN = (
 
 @dataclass(frozen=True)
 class Source:
-    """The run that `start.from` names, as it was given, looked at and found to fit."""
+    """The run that `start.from` names, checked to fit the branch; `given` is the setting's text."""
 
     given: str
     run: Run
@@ -68,7 +67,7 @@ def source_root(start: Start, runs_dir: str) -> str:
 def find(config: Config, prunable: Sequence[Prunable]) -> Source:
     """The run and round of `start.from`.
 
-    Raises UserError where there is no such run, its round is undone or unfinished, or the two do not fit together.
+    Raises UserError where there is no such run, its round is undone or unfinished, or branch and source do not fit.
     """
     given = f"start.from={config.start.source}"
     root = source_root(config.start, config.runs_dir)
@@ -104,7 +103,7 @@ def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
     here.commit(source.run.read(DENSE, "metrics.json"), DENSE, "metrics.json")
     for name in ("trials.json", together.FILE):
         if source.run.has("scan", name) and not here.has("scan", name):
-            here.commit(source.run.read("scan", name), "scan", name)  # the scan takes them if they fit
+            here.commit(source.run.read("scan", name), "scan", name)  # the scan reuses them if they fit
     if _pruned(source):
         folder = source.checkpoint.rpartition("/")[0]
         for name in ("plan.json", "metrics.json"):
@@ -113,7 +112,7 @@ def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
 
 
 def origin(config: Config, here: Run, prunable: Sequence[Prunable]) -> Origin:
-    """Where the first round of a run begins; a branch that has taken what it needs does not look at its source again.
+    """Where the first round of a run begins; a branch that has copied what it needs does not read its source again.
 
     Raises UserError as `find` does.
     """
@@ -123,7 +122,7 @@ def origin(config: Config, here: Run, prunable: Sequence[Prunable]) -> Origin:
 
 
 def retrainings(recipe: Retrain, run: Run) -> list[Retrain]:
-    """The recipe of each round from the dense network on: those of the ancestors, then the run's accepted own."""
+    """The recipe of each round since the dense network: the rounds before this run, then its own accepted ones."""
     start = begun(run)
     before = start.retrain if start is not None else ()
     return [*map(Retrain.model_validate, before), *[recipe] * accepted(run)]
@@ -135,12 +134,12 @@ def begun(run: Run) -> StartFacts | None:
 
 
 def _root_of(run: Run) -> str:
-    """Where a run's network before its first round lies."""
+    """The folder of the network that a run's first round begins with."""
     return START if run.has(START, "checkpoint", "manifest.json") else DENSE
 
 
 def _pruned(source: Source) -> bool:
-    """Whether the branch begins with a network that is pruned."""
+    """Whether the branch begins with a pruned network."""
     return source.checkpoint != f"{DENSE}/checkpoint"
 
 
@@ -161,7 +160,7 @@ def _require_accepted(given: str, run: Run, number: int) -> None:
 
 
 def _facts(given: str, run: Run, recipe: Retrain, number: int, prunable: Sequence[Prunable]) -> StartFacts:
-    """start.json: where the branch begins, whom it descends from, and how each round before it was retrained."""
+    """start.json: where the branch begins, which runs it descends from, and how each round before it was retrained."""
     before = begun(run)
     folder = round_folder(number) if number else _root_of(run)
     weights = sum(tensor.weights for tensor in prunable)
@@ -173,7 +172,7 @@ def _facts(given: str, run: Run, recipe: Retrain, number: int, prunable: Sequenc
         if theirs != ours:
             raise UserError(
                 f"{given}: a branch from a pruned round prunes the same tensors, but prune.include and prune.exclude "
-                f"choose {few(sorted(theirs ^ ours))} in only one of the two: give them as there"
+                f"choose {few(sorted(theirs ^ ours))} in only one of the two runs: give them as in the source"
             )
     facts = run.load(RunFacts, "run.json")
     result = run.load(Result, "result.json") if run.has("result.json") else None
@@ -199,6 +198,6 @@ def _require_same_data(ours: Manifest, source: Source) -> None:
         pair = [[shard.sha256 for shard in manifest.splits.get(split, ())] for manifest in (ours, theirs)]
         if pair[0] != pair[1] or ours.holdout != theirs.holdout:
             raise UserError(
-                f"start.from={source.given}: the {split} images are others than those of '{source.run.root}', "
-                "or other ones are held out as val: give the same data.root"
+                f"start.from={source.given}: the {split} images differ from those of '{source.run.root}', "
+                "or other images are held out as val: give the same data.root"
             )

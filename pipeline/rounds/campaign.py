@@ -1,8 +1,9 @@
 """Which round comes next, worked out from the rounds that a run has tried.
 
-With a schedule all rounds are fixed beforehand. With target.mode=no-loss each round rests on the ones before it. It
-keeps target.step of the weights that are left, and is compared with the dense network on val. If it lost too much it is
-undone, and half the step (in the logarithm of the density) is tried from the round before.
+With a schedule all rounds are fixed beforehand. With target.mode=no-loss each round depends on the rounds before it.
+A round keeps the share target.step of the weights that are left, and is compared with the dense network on val. If it
+lost too much accuracy, it is undone, and half the step (in the logarithm of the density) is tried from the previous
+round.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Tried:
 
 
 def following(prune: Prune, target: Target, origin: Origin, floor: int, tried: Sequence[Tried]) -> Goal | None:
-    """What comes after all that was tried, in order; None where the run is done.
+    """The attempt that follows those in `tried`, which are in order; None when the run is done.
 
     `floor` is the fewest weights that prune.min_weights allows. Raises UserError for a budget that cannot be met.
     """
@@ -73,7 +74,7 @@ def outlook(prune: Prune, target: Target, origin: Origin, floor: int) -> list[Go
 
 
 def require_room(prune: Prune, target: Target, origin: Origin, floor: int, source: str | None) -> None:
-    """Raise UserError where a run that begins at `source`, a pruned network, asks for no fewer weights."""
+    """Raise UserError if a run that begins at `source`, a pruned network, does not ask for fewer weights."""
     goals = outlook(prune, target, origin, floor)
     if origin.kept == origin.total or target.by_thresholds:
         return
@@ -110,25 +111,25 @@ def _no_loss(target: Target, origin: Origin, floor: int, tried: Sequence[Tried])
 
 
 def judge(dense_right: NDArray[np.bool_], pruned_right: NDArray[np.bool_], target: Target) -> Judgement:
-    """A round's answers against the dense network's to the same images; both arrays have shape (samples,).
+    """Compare a round's answers with the dense network's on the same images; both arrays have shape (samples,).
 
     A round is accepted where `drop_high`, the upper end of the drop's one-sided interval (Tango's, at
     target.confidence), is within the tolerance.
-    The measured drop alone would let a network that has lost just the tolerance through every second time, and a
-    campaign makes many tries: it would collect lucky ones. This way it does so with a chance of 1 - confidence at
-    most, whatever the size of val; a small val ends the campaign earlier instead. Where val is large, a drop that is
-    certain but within the tolerance is accepted, as the verdict on test does.
+    By the measured drop alone, a network whose true drop equals the tolerance would be accepted every second time.
+    A campaign makes many tries, so it would collect lucky ones. By the interval, the chance is at most 1 - confidence,
+    whatever the size of val; a small val ends the campaign earlier instead. If val is large, a drop that is certain but
+    within the tolerance is accepted, as in the verdict on test.
     """
     compared = stats.mcnemar(dense_right, pruned_right)
     lost, won, samples = compared.only_reference_right, compared.only_pruned_right, len(dense_right)
     high = compared.drop
-    if target.confidence > 0.5:  # at a half the interval's end is the measured drop itself
+    if target.confidence > 0.5:  # at 0.5 the interval's end is the measured drop itself
         high = stats.tango(lost, won, samples, float(ndtri(target.confidence)))[1]
     return Judgement(compared.drop, high, lost, won, samples)
 
 
 def accepts(found: Judgement, target: Target) -> bool:
-    """Whether a round that was judged so is accepted."""
+    """Whether a round with this judgement is accepted."""
     return found.drop_high <= target.allowed
 
 

@@ -25,9 +25,9 @@ from pipeline.train.session import Session
 
 
 def control(session: Session) -> None:
-    """Train the dense network on for the same steps, recipe and batches as all accepted rounds together.
+    """Train the dense network further, with the same steps, recipe and batches as all accepted rounds together.
 
-    A branch's control also gets what the rounds got that it descends from, or takes it from its source.
+    A branch's control also gets the training of the rounds before the branch, or copies the result from the source.
     """
     run = session.run
     recipes = branch.retrainings(session.config.retrain, run)
@@ -62,7 +62,7 @@ def control(session: Session) -> None:
 
 
 def look_at_test(session: Session) -> None:
-    """Evaluate dense, dense control and pruned on test, keep each answer by sample, and count the look."""
+    """Evaluate dense, dense control and pruned network on test, save the answers by sample, and record the look."""
     run, config = session.run, session.config
     if run.has("final", "test.json"):
         return

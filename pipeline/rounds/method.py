@@ -1,8 +1,8 @@
 """The method. SPMD: every rank runs it in lockstep, rank 0 writes.
 
-`dense` trains the network that is to be pruned. `prune` makes the rounds: it plans one, takes the masks that rank 0
-made, retrains, evaluates and checks, and then goes on to the next round, or goes back if too much was lost. At the end
-the dense control gets the same training, and the test set is looked at once.
+`dense` trains the network that is to be pruned. `prune` runs the rounds. A round is planned, masked with the masks that
+rank 0 made, retrained, evaluated and checked. Then the next round follows, or this one is undone if too much accuracy
+was lost. At the end the dense control gets the same training, and the test set is looked at once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ACTIVITY_SAMPLES = 1000
 
 
 def dense(session: Session) -> None:
-    """Train the dense network, or take it as its checkpoint gives it, and evaluate it on val."""
+    """Train the dense network, or take it from model.checkpoint, and evaluate it on val."""
     config, clock = session.config, time.monotonic()
     first_step.on_workers(session, DENSE)
     model = session.new_model()
@@ -86,7 +86,7 @@ def about_dense(session: Session, top1: float) -> list[str]:
 
 
 def prune(session: Session) -> None:
-    """All rounds, the dense control, and the one look at test; each part is skipped where it is finished."""
+    """Run all rounds, the dense control, and the one look at test; finished parts are skipped."""
     if session.config.start.source is not None:  # no dense network was trained here
         first_step.on_workers(session, round_folder(1))
     subject = open_subject(session)
@@ -106,15 +106,15 @@ def prune(session: Session) -> None:
 
 
 def stand(subject: Subject) -> dict[str, Tensor]:
-    """Bring the network to where the run stands, its last accepted round or where it began; returns the masks."""
+    """Load the network of the last accepted round, or of the run's beginning, and return its masks."""
     return subject.load(attempts.standing_checkpoint(subject.session.run, subject.prunable))
 
 
 def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str | None = None) -> dict[str, Tensor]:
-    """Plan, mask, retrain, evaluate, check and save one attempt at a round; or load it where it is finished.
+    """Plan, mask, retrain, evaluate, check and save one attempt at a round; or load it if it is finished.
 
-    It lies in `folder`, by default that of the round, whose batches are then those of its generation. One that is
-    refused leaves no checkpoint.
+    The attempt is written to `folder`, which also names its order of batches. By default `folder` is the round's, and
+    the round's generation names the order. A refused attempt leaves no checkpoint.
     """
     session, model = subject.session, subject.model
     order = folder or round_folder(goal.generation)
@@ -178,7 +178,7 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
 
 
 def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str) -> Pruned:
-    """Plan and mask, and all that comes before the retraining. With prune.gradual only planned: nothing goes yet."""
+    """Plan, mask, and do all that comes before retraining. With prune.gradual only plan: no weight is pruned yet."""
     session, model = subject.session, subject.model
     gradual = session.config.prune.gradual
     needed = statistics_for(session, model, [*subject.dense])
@@ -187,7 +187,7 @@ def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: s
     before = before_retraining.reference(session, model)
     if not gradual:
         plan, kept = before_retraining.remove_dead(session, model, plan, kept)
-    if session.world.first and not (gradual and session.run.has(folder, "plan.json")):  # the last prune replaced it
+    if session.world.first and not (gradual and session.run.has(folder, "plan.json")):  # may be the last prune's
         session.run.commit(plan, folder, "plan.json")
     before_retraining.reinitialise(session, model, goal.generation)
     apply_masks(model, kept)
@@ -197,14 +197,14 @@ def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: s
 
 
 def plan_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, statistics: dict[str, Tensor]) -> RoundPlan:
-    """The plan of a round, the same on every rank, since all hold the same weights and statistics of them."""
+    """The plan of a round, the same on every rank, since all hold the same weights and statistics."""
     return round_plan.make(subject.basis, goal, Standing(subject.weights, alive, statistics))
 
 
 def gradually(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str) -> Gradual | None:
-    """With prune.gradual, how the round's weights go during its retraining; the last prune rewrites plan.json.
+    """With prune.gradual, how weights are pruned during the round's retraining; the last prune rewrites plan.json.
 
-    With prune.dead_neurons every prune takes what leads to or from dead units first, and keeps as many others instead.
+    With prune.dead_neurons every prune first removes the connections of dead units, and keeps as many others instead.
     """
     session = subject.session
     config = session.config.prune
@@ -284,7 +284,7 @@ def apply_masks(model: nn.Module, kept: dict[str, Tensor]) -> None:
 
 
 def layer_counts(kept: dict[str, Tensor]) -> tuple[LayerCount, ...]:
-    """What is left of each tensor, counted from the masks, not taken from the plan."""
+    """The kept weights of each tensor, counted from the masks, not taken from the plan."""
     counts = {name: int(mask.sum()) for name, mask in kept.items()}
     return tuple(
         LayerCount(name, mask.numel(), counts[name], counts[name] / mask.numel()) for name, mask in kept.items()

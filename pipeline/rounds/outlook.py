@@ -55,7 +55,7 @@ class RunPlan:
 
 
 def make(config: Config) -> RunPlan:
-    """Plan a run: reads the source's labels and the network, trains and writes nothing.
+    """Plan a run. Reads the data source's labels and the network; trains nothing and writes nothing.
 
     Raises UserError as the run itself would.
     """
@@ -112,20 +112,22 @@ def make(config: Config) -> RunPlan:
 
 
 def target_notes(target: Target) -> list[str]:
-    """What a table of rounds cannot say of target.mode=no-loss."""
+    """What a table of rounds cannot show of target.mode=no-loss."""
     if not target.no_loss:
         return []
     drop = f"more than {100 * target.allowed:.2g} points"
     lost = f"lost {drop}" if target.confidence == 0.5 else f"may have lost {drop} (confidence {target.confidence:g})"
-    end = "" if target.compression is None else f"; target.compression={target.compression:g} is the end at the latest"
+    end = (
+        "" if target.compression is None else f"; target.compression={target.compression:g} ends the run at the latest"
+    )
     return [
-        f"target.mode=no-loss: these are the rounds if all are accepted. One that {lost} on val is undone and half the "
-        f"step tried, until a step would keep more than {target.smallest_step:.0%}{end}"
+        f"target.mode=no-loss: these are the rounds if all are accepted. A round that {lost} on val is undone and half "
+        f"the step is tried, until a step would keep more than {target.smallest_step:.0%}{end}"
     ]
 
 
 class Known(NamedTuple):
-    """What densities can be worked out from so far; `trained` where the weights are not those of a fresh network."""
+    """What densities can be worked out from so far; `trained` is False if the weights are freshly initialised."""
 
     weights: dict[str, Tensor]
     dense: dict[str, Tensor]
@@ -138,7 +140,7 @@ class Known(NamedTuple):
 def look_up(
     config: Config, fresh: dict[str, Tensor], source: branch.Source | None, classes: int, flops: dict[str, int]
 ) -> Known:
-    """The weights and the scan of the run, where it has got so far, or of the run that it branches off from."""
+    """The run's scan, if finished, and the weights of its source, of its dense network if finished, or else `fresh`."""
     run = state.Run(state.run_root(config), 0)
     scan = None
     if run.has("scan", "finished.json"):
@@ -167,7 +169,7 @@ def plan_at(basis: Basis, goal: Goal, known: Known) -> RoundPlan | None:
         return None
     if round_plan.needs_scan(prune, target) and basis.scan is None:
         return None
-    anything = {name: torch.ones_like(weight) for name, weight in known.weights.items()}  # counts follow from no score
+    anything = {name: torch.ones_like(weight) for name, weight in known.weights.items()}  # no count needs it
     return round_plan.make(basis, goal, Standing(known.weights, known.alive, anything))
 
 

@@ -1,4 +1,4 @@
-"""What can be known before anything is spent on a run: names, network, patterns, budget, and one throw-away step."""
+"""Checks before anything is spent on a run: names, network, patterns, budget, and one throw-away step."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Checked:
-    """A network that will do, as the config initialises it.
+    """A network that passed the checks, initialised as the config says.
 
-    `flops` are those of each tensor for one sample; the first round begins at `begin`, in what target.budget counts,
-    and `fewest` weights are the least that prune.min_weights allows.
+    `flops` holds each tensor's FLOPs for one sample. The first round begins at `begin`, in the unit of target.budget.
+    `fewest` is the smallest number of weights that prune.min_weights allows.
     """
 
     model: nn.Module
@@ -54,9 +54,9 @@ class Checked:
 
 
 def check(config: Config, run: Run | None = None) -> None:
-    """Check all that can be checked before the first stage of a run, which may have begun.
+    """Check all that can be checked before the first stage of a run; the run may have begun before.
 
-    Raises UserError for what will not do, and warns of settings that do nothing to this network.
+    Raises UserError for what fails, and warns of settings that have no effect on this network.
     """
     check_names(config)
     run = run or Run(run_root(config), 0)
@@ -70,7 +70,7 @@ def check(config: Config, run: Run | None = None) -> None:
 
 
 def check_again(config: Config, run: Run) -> None:
-    """Once there are shards: check the network against what they hold. Raises UserError as `check` does."""
+    """Check the network against the shards, once they are built. Raises UserError as `check` does."""
     if not run.has("rounds", "finished.json"):
         counts = known_counts(config.data, config.seed, run)
         check_network(config, counts, run)
@@ -80,7 +80,7 @@ def check_again(config: Config, run: Run) -> None:
 def check_names(config: Config, *, planned: bool = False) -> None:
     """Raise UserError for a name that does not exist, and for settings that do not fit together.
 
-    What is only `planned` can do without the files of a source whose numbers are known.
+    With `planned`, a source whose sample counts are known needs no data.root.
     """
     task_of(config.task)
     model = config.model
@@ -94,9 +94,9 @@ def check_names(config: Config, *, planned: bool = False) -> None:
 
 
 def check_network(config: Config, counts: Counts, run: Run) -> Checked:
-    """Raise UserError if the network, its checkpoint, the patterns, the budget or the sizes of the data will not do.
+    """Raise UserError if the network, its checkpoint, the patterns, the budget or the sizes of the data are unusable.
 
-    Warns of settings that do nothing to this network.
+    Warns of settings that have no effect on this network.
     """
     model = build_network(config.model, counts.classes, config.seed)
     feed = Feed.of(config)
@@ -129,7 +129,7 @@ def require_enough(target: Target, counts: Counts) -> None:
 
 
 def known_counts(data: Data, seed: int, run: Run) -> Counts:
-    """The samples of a run's shards, where it has them, else of its source."""
+    """The sample counts of a run's shards if it has any, else of its data source."""
     if run.has("data.json"):
         facts = run.load(DataFacts, "data.json")
         return Counts(facts.train, facts.val, facts.test, facts.classes)
@@ -139,7 +139,7 @@ def known_counts(data: Data, seed: int, run: Run) -> Counts:
 def count_samples(data: Data, seed: int) -> Counts:
     """Samples of each split, from the manifest where there is one, else from the source's labels.
 
-    The numbers of some sources are known without their files.
+    Some sources' counts are known without their files.
     """
     kind = sources.of(data)
     if kind.in_place:

@@ -1,4 +1,4 @@
-"""The network that is pruned, and what every round of it is planned from."""
+"""The network that is pruned, and what its rounds are planned from."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pipeline.train.session import Session
 
 @dataclass(frozen=True)
 class Subject:
-    """A network under the rounds, equal on every rank: `model` changes, the rest stays.
+    """The network that the rounds prune, equal on every rank. Only `model` changes.
 
-    `prunable` are its tensors, `dense` their weights in the dense network by name, and `scan` is what the scan says of
-    them, where the config's allocation asks for one.
+    `prunable` lists its prunable tensors, `dense` holds their weights in the dense network by name. `scan` holds the
+    scan's results for them if the config's allocation needs a scan.
     """
 
     session: Session
@@ -39,7 +39,7 @@ class Subject:
 
     @property
     def basis(self) -> Basis:
-        """What plans of its rounds rest on."""
+        """What its rounds are planned from, besides their goals and the current weights."""
         config = self.session.config
         return Basis(config.prune, config.target, config.seed, self.dense, self.scan)
 
@@ -49,13 +49,13 @@ class Subject:
         return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.dense.items()}
 
     def load(self, saved: Checkpoint) -> dict[str, Tensor]:
-        """Bring the network to a checkpoint; returns its masks."""
+        """Load a checkpoint into the network, and return its masks."""
         self.model.load_state_dict(saved.weights)
         return {name: mask.to(self.session.world.device) for name, mask in saved.masks.items()}
 
 
 def open_subject(session: Session) -> Subject:
-    """The dense network of the session's run."""
+    """The dense network of the session's run, as a subject for the rounds."""
     config = session.config
     model = session.new_model()
     model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)

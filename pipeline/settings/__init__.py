@@ -1,1 +1,1 @@
-"""Every setting, typed and frozen: a module a group. `pipeline.settings.config` puts the groups together."""
+"""Every setting, typed and frozen, one module for each group. `pipeline.settings.config` joins the groups."""

@@ -17,7 +17,7 @@ def printable(text: str) -> str:
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments are stored with the run: what JSON can hold, and is equal to itself."""
+    """Check keyword arguments, which are stored with the run: only what JSON can hold, and no NaN or infinity."""
 
     def check(value: Any) -> None:
         if isinstance(value, dict):
@@ -54,7 +54,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_truth_for_numbers(cls, values: Any) -> Any:
-        """`epochs: yes` would become 1."""
+        """Refuse true and false for other types: `epochs: yes` would become 1."""
         for name, value in values.items() if isinstance(values, dict) else ():
             kind = cls.model_fields[name].annotation if name in cls.model_fields else bool
             if kind is bool or name == "kwargs" or (isinstance(kind, type) and issubclass(kind, Section)):
@@ -66,6 +66,6 @@ class Section(BaseModel):
 
 
 def short(value: Any, most: int = 100) -> str:
-    """A value as it can stand in a message, cut where it is long."""
+    """A value as text for a message, cut after `most` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."

@@ -1,4 +1,4 @@
-"""Settings of what a run runs on: Ray, and MLflow."""
+"""Settings of Ray and MLflow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.settings.base import Positive, Section, Text
 
 
 def _workers(value: Any) -> Any:
-    """Refuse what is neither a number of workers nor a range, in one sentence instead of one for each."""
+    """Refuse what is neither a number of workers nor a range, with one message instead of one for each type."""
     ends = list(value) if isinstance(value, list | tuple) else [value, value]
     whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
     if len(ends) != 2 or not whole or not 1 <= ends[0] <= ends[1]:
@@ -33,13 +33,13 @@ Workers = Annotated[Positive | tuple[Positive, Positive], BeforeValidator(_worke
 
 
 class Cluster(Section):
-    """What Ray is asked for."""
+    """What a run asks of Ray."""
 
     address: str | None = Field(None, description="Ray cluster to join: auto, or host:port; by default a local one.")
     workers: Workers = Field(
         1,
-        description="Processes that train together: a number, or a range [min, max] of which a training uses as many "
-        "as the cluster has room for, and goes on with more or fewer when nodes come or go.",
+        description="Processes that train together: a number, or a range [min, max]. With a range, a training uses as "
+        "many as the cluster has room for, and goes on with more or fewer when nodes come or go.",
     )
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each worker.")
     gpus_per_worker: Gpus = Field(0.0, description="GPUs reserved for each worker.")
@@ -49,19 +49,19 @@ class Cluster(Section):
         "pack", description="pack: workers on as few nodes as hold them; spread: on as many nodes as there are."
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        3, description="Lost workers that a training survives, those not counted that a preemption notice came before."
+        3, description="Lost workers that a training survives, not counting those lost after a preemption notice."
     )
     wait_seconds: Annotated[float, Field(gt=0.0)] = Field(
-        600.0, description="How long a run waits for room when a node is lost, as for a new one of an autoscaler."
+        600.0, description="How long a run waits for room after a node is lost, such as an autoscaler's new node."
     )
     resize_seconds: Annotated[float, Field(gt=0.0)] = Field(
         60.0,
-        description="How often a training with a range of workers looks for room for more; to grow, it starts again "
-        "from its last checkpoint.",
+        description="How often a training with a range of workers looks for room for more workers; to grow, it starts "
+        "again from its last checkpoint.",
     )
     lease_seconds: Annotated[float, Field(ge=1.0)] = Field(
         60.0,
-        description="Where runs_dir is on S3: a run whose driver has been silent so long can be taken over by another.",
+        description="With runs_dir on S3: how long a run's driver must be silent before another may take the run over.",
     )
     ray_logs: bool = Field(False, description="Also show what Ray's own processes print.")
 
@@ -81,7 +81,7 @@ class Tracking(Section):
 
     enabled: bool = Field(True, description="Mirror the run to MLflow.")
     uri: Text | None = Field(
-        None, description="Tracking server; by default sqlite in runs_dir/mlflow.db, where runs_dir is no URL."
+        None, description="Tracking server; by default sqlite in runs_dir/mlflow.db, unless runs_dir is a URL."
     )
     experiment: Text = Field("secateur", description="Experiment the run is filed under.")
 

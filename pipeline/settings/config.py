@@ -27,7 +27,7 @@ _INSTEAD = (
 )
 
 
-# Settings that came after runs had been made: see `hashed`.
+# Settings that were added when runs existed already: see `hashed`.
 ADDED = ("prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links")
 
 
@@ -40,9 +40,9 @@ class Config(Section):
     runs_dir: Text = Field(
         "runs", description="Folder that holds runs, a path or s3://bucket/prefix; shared and absolute on a cluster."
     )
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(0, description="The one seed that sets everything.")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(0, description="The one seed of all random draws.")
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(
-        1, description="torch's threads in each process; sums, and so bits, depend on it."
+        1, description="torch's threads in each process; the last bits of sums depend on it."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where the process has one.")
     data: Data = Field(default_factory=lambda: Data.model_validate({}))
@@ -125,7 +125,7 @@ def dump_config(config: Config) -> str:
     """The resolved config as YAML text, every setting present."""
 
     def literal(value: Any) -> Any:
-        """A value whose texts OmegaConf will not take for interpolations. Real interpolations are resolved before."""
+        """The value with `${` escaped, which OmegaConf would resolve. Real interpolations are resolved before."""
         if isinstance(value, dict):
             return {key: literal(inner) for key, inner in value.items()}
         if isinstance(value, list):
@@ -146,9 +146,9 @@ def differences(ours: Config, theirs: Config, ignore: tuple[str, ...] = ()) -> l
 
 
 def hashed(config: Config) -> dict[str, Any]:
-    """Every setting as fingerprints take it. One that was ADDED and is at its default is left out.
+    """The settings that fingerprints are computed from. One in ADDED is left out while it is at its default.
 
-    So a run that is older than the setting keeps its fingerprints.
+    So a run that is older than such a setting keeps its fingerprints.
     """
     tree = config.model_dump(mode="json")
     for setting in ADDED:
@@ -168,7 +168,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """What a tree of mappings holds, by dotted names."""
+    """The values in a tree of mappings, by dotted name."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:

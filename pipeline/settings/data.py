@@ -16,7 +16,7 @@ class Data(Section):
         "digits",
         description="digits: scikit-learn's 1,797 real digits, nothing to download; idx: files of the MNIST family, "
         ".gz or not; folder: train/<class>/* and val or test/<class>/*, a folder or one tar; imagenet: a folder of "
-        "ILSVRC 2012's original tars, unpacked or not, whose val is our test; shards: WebDataset shards with a "
+        "ILSVRC 2012's original tars, unpacked or not, whose val is used as test; shards: WebDataset shards with a "
         "manifest.json (`secateur shards build` or `index`).",
     )
     root: Text | None = Field(None, description="Folder, tar or URL that the source reads; not used by digits.")
@@ -28,15 +28,15 @@ class Data(Section):
     )
     label: Text = Field("cls", description="Where a foreign shard keeps the label: cls, or the name of a json field.")
     channels: Literal[1, 3] = Field(1, description="1 reads every image as greyscale, 3 as RGB.")
-    resize: Positive | None = Field(None, description="Short side, in pixels, an image is brought to when decoded.")
+    resize: Positive | None = Field(None, description="Short side, in pixels, that images are scaled to when decoded.")
     size: Annotated[int, Field(ge=1, le=8192)] = Field(
         28, description="Height and width, in pixels, of the network's input (centre crop)."
     )
     mean: tuple[float, ...] = Field((0.0,), description="Per channel, subtracted after scaling pixels to 0..1.")
-    std: tuple[float, ...] = Field((1.0,), description="Per channel, divided by after the mean is taken off.")
+    std: tuple[float, ...] = Field((1.0,), description="Per channel, the divisor after the mean is subtracted.")
     augment: tuple[Literal["shift", "crop", "resized-crop", "flip"], ...] = Field(
         (),
-        description="Training only, drawn from (seed, epoch, sample). shift: move by up to `shift` pixels, zeros come "
+        description="Training only, drawn from (seed, epoch, sample). shift: move by up to `shift` pixels, zeros fill "
         "in; crop: a random window of `size`; resized-crop: area 8-100%, aspect 3/4-4/3; flip: left-right.",
     )
     shift: Count = Field(2, description="Largest move of the `shift` augmentation, in pixels.")
@@ -51,21 +51,21 @@ class Data(Section):
     follow_links: bool = Field(False, description="folder: follow links to folders, and to files outside of data.root.")
     shard_samples: Positive = Field(5000, description="Samples in a shard that `shards build` writes.")
     shrink: Positive | None = Field(
-        None, description="Short side, in pixels, that `shards build` brings larger images down to, as JPEG."
+        None, description="Short side, in pixels, that `shards build` scales larger images down to, as JPEG."
     )
     quality: Annotated[int, Field(ge=1, le=100)] = Field(90, description="JPEG quality of the images `shrink` writes.")
     lanes: Annotated[int, Field(ge=1, le=2**16)] = Field(
         8,
-        description="Fixed number of parallel streams an epoch is cut into; the order depends on it, never on the "
-        "number of workers. At least as many as workers.",
+        description="Number of parallel streams that an epoch is split into, at least as many as workers. The order of "
+        "samples depends on it, never on the number of workers.",
     )
     shuffle_bytes: Bytes = Field(
         16 * 2**20, description="Memory of a lane's shuffle window: how far a sample can move from its stored place."
     )
     cache_bytes: Annotated[int, Field(ge=0, le=2**60)] = Field(
         2**30,
-        description="A split whose decoded images fit is decoded once and kept in memory; else it streams. "
-        "The order is the same.",
+        description="A split whose decoded images fit is decoded once and kept in memory; a larger one is streamed. "
+        "The order of samples is the same.",
     )
     cache_dir: Text | None = Field(
         None, description="Folder on each node's own disk that keeps shards read from a URL; by default none is kept."

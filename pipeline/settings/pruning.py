@@ -1,4 +1,4 @@
-"""Settings of the method: the scan, which weights go, what a run is after and where it begins."""
+"""Settings of the method: the scan, which weights are pruned, the target of a run and where it begins."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Scan(Section):
         (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01),
         description="Densities at which each tensor is tried, falling.",
     )
-    samples: Positive | None = Field(None, description="Uses so many of val's samples; by default all of them.")
+    samples: Positive | None = Field(None, description="Number of val samples to use; by default all of them.")
     tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.05, description="adaptive: neighbouring levels whose drops differ by more than this get one between them."
+        0.05, description="adaptive: neighbouring levels whose drops differ by more than this get a level between them."
     )
     max_levels: Annotated[int, Field(ge=3, le=200)] = Field(10, description="adaptive: levels of a tensor, at most.")
     interval: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
-        description="Racing: a level is measured on no more samples than it takes until the 95% interval of its drop "
-        "reaches no further than this to either side; by default on all samples.",
+        description="Racing: a level is measured only until the 95% interval of its drop reaches no further than this "
+        "to either side; by default on all samples.",
     )
     hopeless: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.5, description="Racing: a level is also done when it has surely lost more than this share of the accuracy."
@@ -37,10 +37,10 @@ class Scan(Section):
     together: Annotated[tuple[Density, ...], Field(max_length=100)] = Field(
         (0.8, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01),
         description="prune.allocation=budget: densities of all weights, falling, at which tensors are also pruned "
-        "together, to learn how their damages compose. [] measures none.",
+        "together, to learn how their damages add up. [] measures none.",
     )
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.01, description="The drop in val accuracy, one for all tensors, at which a tensor's quality is read off."
+        0.01, description="The drop in val accuracy, the same for all tensors, at which a tensor's quality is read off."
     )
     bn_samples: Count = Field(
         0,
@@ -57,13 +57,13 @@ class Scan(Section):
 
 
 class Prune(Section):
-    """Which weights go, and when."""
+    """Which weights are pruned, and when."""
 
     criterion: Text = Field(
         "magnitude",
-        description="Scores for weights, higher keeps: magnitude; taylor (|w g|, g the loss's gradient); obs (the "
-        "error of the layer's output after the rest made up for it); probabilistic (drawn with chances in proportion "
-        "to |w|); random.",
+        description="How weights are scored; the highest are kept: magnitude; taylor (|w g|, g the loss's gradient); "
+        "obs (the error of the layer's output after the other weights compensate); probabilistic (drawn with chances "
+        "in proportion to |w|); random.",
     )
     statistics_samples: Positive = Field(
         1000,
@@ -72,14 +72,14 @@ class Prune(Section):
     )
     allocation: Text = Field(
         "paper",
-        description="A budget to a density for each tensor: paper (|w| / (quality x std), one threshold), "
+        description="How a budget becomes a density for each tensor: paper (|w| / (quality x std), one threshold), "
         "pooled, uniform, erk, explicit, budget (the least rise of the loss that the scan predicts).",
     )
     densities: dict[Text, Density] = Field(
         default_factory=dict, description="explicit: density for each tensor, by name or pattern (fc*.weight)."
     )
     pattern: Text = Field(
-        "weights", description="How the weights of a tensor that go must lie: weights (each goes or stays by itself)."
+        "weights", description="The pattern that pruned weights of a tensor form: weights (each is pruned on its own)."
     )
     schedule: Text = Field(
         "geometric",
@@ -93,7 +93,8 @@ class Prune(Section):
         (), description="schedule list: the density after each round."
     )
     sigma: Literal["first", "renewed"] = Field(
-        "first", description="paper: each layer's std from the dense weights, or from the survivors of each round."
+        "first",
+        description="paper: first takes each layer's std from the dense weights, renewed from each round's survivors.",
     )
     include: tuple[Text, ...] = Field(
         ("*",), description="Patterns of whole tensor names (fc1.weight, features.*) that may be pruned."
@@ -105,13 +106,13 @@ class Prune(Section):
     )
     ceilings: dict[Text, Density] = Field(
         default_factory=dict,
-        description="The largest density of a tensor, from round 1 on, by name or pattern; one that is equal to its "
-        "floor fixes it. Rounds before the last keep less in all than they would, where ceilings ask for it.",
+        description="The largest density of a tensor, from round 1 on, by name or pattern; one that equals the floor "
+        "fixes the density. Because of ceilings, rounds before the last may keep fewer weights than planned.",
     )
     survivors: Literal["keep", "reinitialise"] = Field(
         "keep",
-        description="keep: retrain the survivors from the values that they have; reinitialise: from a network made "
-        "anew in each round, of which only the pattern of zeros is the pruned one's (the paper's control).",
+        description="keep: retrain the survivors from the values that they have; reinitialise: from a network "
+        "initialised anew in each round, with the pruned network's pattern of zeros (the paper's control).",
     )
     bn_samples: Count = Field(
         0,
@@ -120,24 +121,24 @@ class Prune(Section):
     )
     reconstruct_samples: Count = Field(
         0,
-        description="Reconstruction: after each prune, before retraining, layer by layer, survivors and biases are set "
-        "by least squares so that the layer gives, on so many train samples, what it gave before the prune. No labels; "
-        "0 leaves it out.",
+        description="Reconstruction after each prune, before retraining: layer by layer, survivors and biases are set "
+        "by least squares so that on so many train samples the layer gives what it gave before the prune. It needs no "
+        "labels; 0 leaves it out.",
     )
     dead_neurons: bool = Field(
         False,
         description="Also remove, in each round, the connections of units that have no input or no output left "
-        "(section 3.5); what such a unit adds goes into the next bias. The size may fall below the target; with "
+        "(section 3.5); the constants that they add go into the next bias. The size may fall below the target; with "
         "gradual, as many other weights are kept instead.",
     )
     gradual: Fraction = Field(
         0.0,
-        description="Share of a round's updates over which its weights go little by little, most of them early (Zhu "
-        "and Gupta 2017); the others train what is left. 0 prunes all of them before the first update.",
+        description="Share of a round's updates over which weights are pruned gradually, most of them early (Zhu and "
+        "Gupta 2017); the later updates only train the survivors. 0 prunes all before the first update.",
     )
     gradual_every: Positive = Field(100, description="gradual: updates from one prune to the next.")
     dense_control: bool = Field(
-        True, description="Also train the dense network on for the same steps: the reference of the verdict."
+        True, description="Also train the dense network further for the same steps: the reference of the verdict."
     )
 
     @model_validator(mode="after")
@@ -149,29 +150,29 @@ class Prune(Section):
             )
         if self.gradual and self.reconstruct_samples:
             raise ValueError(
-                f"reconstruct_samples={self.reconstruct_samples} mends what a prune did before the retraining, and "
-                f"gradual={self.gradual:g} prunes within it: leave one of the two out"
+                f"reconstruct_samples={self.reconstruct_samples} repairs what a prune did before the retraining, and "
+                f"gradual={self.gradual:g} prunes during it: leave one of the two out"
             )
         return self
 
 
 class Target(Section):
-    """What the run is after."""
+    """The target of the run."""
 
     mode: Literal["compression", "thresholds", "no-loss"] = Field(
         "compression",
-        description="compression: reach target.compression; thresholds: the paper's quality x std as they are, the "
-        "size follows; no-loss: prune as far as the drop on val stays within `tolerance`, and undo what goes beyond.",
+        description="compression: reach target.compression; thresholds: the paper's quality x std as they are, "
+        "which decide the size; no-loss: prune while the drop on val is within `tolerance`, and undo rounds beyond it.",
     )
     compression: Annotated[float, Field(ge=1.0)] | None = Field(
         12.0,
         description="Prunable weights over kept weights; or FLOPs or bytes, see `budget`. no-loss: where to stop even "
-        "if more could go; null, its default there, is no such end.",
+        "if more could be pruned; null, the default there, sets no such end.",
     )
     step: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.5,
-        description="no-loss: the share of the weights that a round keeps of the round before. One that is undone is "
-        "tried again with half the step (the square root of this share), and later rounds keep to the smaller step.",
+        description="no-loss: the share of the previous round's weights that a round keeps. A round that is undone is "
+        "tried again with half the step (the square root of this share), and later rounds keep the smaller step.",
     )
     smallest_step: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.95, description="no-loss: the run ends where the next step would keep more than this share."
@@ -217,7 +218,7 @@ class Target(Section):
 
     @property
     def no_loss(self) -> bool:
-        """Whether rounds are judged on val, and undone where they lose too much; their sizes rest on those before."""
+        """Whether rounds are judged on val, and undone if they lose too much; sizes depend on earlier rounds."""
         return self.mode == "no-loss"
 
     @property
@@ -232,7 +233,7 @@ class Target(Section):
 
     @property
     def final_density(self) -> float:
-        """Kept over prunable weights that the run ends at."""
+        """Kept over prunable weights at the end of the run."""
         assert self.compression is not None, "no-loss finds its own"
         return 1.0 / self.compression
 
@@ -250,9 +251,9 @@ class Start(Section):
     source: Text | None = Field(
         None,
         alias="from",
-        description="RUN:ROUND, an accepted round of another run, which this one prunes further: a name under "
-        "runs_dir, a path or a URL, and after the last colon the round; 0 is its dense network. Data, network, seed "
-        "and dense training are the other run's and must be given alike. By default a run trains its own dense one.",
+        description="RUN:ROUND, an accepted round of another run, which this one prunes further. RUN is a name under "
+        "runs_dir, a path or a URL; ROUND follows the last colon, 0 is the dense network. Data, network, seed and "
+        "dense training must be given as in the other run. By default a run trains its own dense network.",
     )
 
     @model_validator(mode="after")
@@ -271,6 +272,6 @@ class Start(Section):
 
     @property
     def round(self) -> int:
-        """Its round; 0 is its dense network."""
+        """The other run's round; 0 is its dense network."""
         assert self.source is not None
         return int(self.source.rpartition(":")[2])

@@ -24,12 +24,12 @@ class Train(Section):
     )
     l1: Annotated[float, Field(ge=0.0)] = Field(
         0.0,
-        description="L1 regularisation of the prunable weights, no others. The paper's L1 then L2 is dense.l1 with "
+        description="L1 regularisation of the prunable weights only. The paper's L1 then L2 is dense.l1 with "
         "retrain.weight_decay.",
     )
     clip_norm: Annotated[float, Field(gt=0.0)] | None = Field(
         None,
-        description="Scale an update's gradient down to this Euclidean norm where it is longer: for high learning "
+        description="Scale an update's gradient down to this Euclidean norm if it is larger: for high learning "
         "rates in networks without batch norm. The gradients of pruned weights do not count.",
     )
     schedule: Literal["constant", "cosine", "step", "inv"] = Field(
@@ -38,17 +38,19 @@ class Train(Section):
         "lr*(1 + gamma*step)^-power.",
     )
     warmup_epochs: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Epochs of linear warm-up from 0.")
-    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="Shares of the training at which `step` falls.")
+    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="Shares of the training at which `step` acts.")
     gamma: Annotated[float, Field(gt=0.0)] = Field(0.1, description="Factor of `step`, or gamma of `inv`.")
     power: float = Field(0.75, description="Power of `inv`.")
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Of the cross-entropy.")
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Share of a label spread over all classes."
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs forward and loss under autocast.")
     channels_last: bool = Field(False, description="Memory format of weights and images, faster on GPUs.")
     checkpoint_steps: Positive = Field(500, description="Updates between checkpoints; one is also kept at each end.")
 
 
 class Retrain(Train):
-    """How survivors are retrained in each round, and the dense control with them."""
+    """How survivors are retrained in each round; the dense control is trained alike."""
 
     lr: Annotated[float, Field(gt=0.0)] | None = Field(  # type: ignore[assignment]  # see recipe.resolve
         None, description="Learning rate at the start (after warm-up); by default lr_scale * dense.lr, or else 0.01."
@@ -60,7 +62,7 @@ class Retrain(Train):
     )
     dropout_correction: bool = Field(
         False,
-        description="The paper's section 3.2: a dropout rate D becomes D*sqrt(kept / all connections) of the layer "
+        description="The paper's section 3.2: a dropout rate D becomes D*sqrt(kept / all connections) for the layer "
         "whose outputs it drops: 0.5 becomes 0.15 at 9% density. The dense control keeps the dense rates.",
     )
     distill: Fraction = Field(
@@ -73,9 +75,9 @@ class Retrain(Train):
     )
     phases: Annotated[tuple[Literal["fc", "conv", "all"], ...], Field(min_length=1)] = Field(
         ("all",),
-        description="Which layers are updated while the others are held fixed, one kind after the other; a round's "
-        "steps are shared out equally, what is left over goes to the last. The paper's AlexNet: [fc, conv, all]. A "
-        "norm goes with the layer defined before it; the learning rate runs on, momentum starts anew in each phase.",
+        description="Which layers are updated, phase after phase, while the others are held fixed. Phases get equal "
+        "shares of a round's steps; the last takes the remainder. The paper's AlexNet: [fc, conv, all]. A norm goes "
+        "with the layer defined before it. The learning rate schedule runs on; momentum starts anew in each phase.",
     )
 
     @model_validator(mode="after")

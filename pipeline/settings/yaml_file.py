@@ -14,12 +14,12 @@ from pipeline import storage
 from pipeline.base.errors import UserError
 
 MOST_BYTES = 2**20
-MOST_VALUES = 20_000  # aliases written out
+MOST_VALUES = 20_000  # with aliases expanded
 MOST_DEPTH = 30
-# OmegaConf's: the one in Python takes no '?' within brackets, which a URL may have.
+# The loader of OmegaConf. The one in pure Python takes no '?' within brackets, which a URL may have.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# What YAML's reader and OmegaConf are known to raise on a text that is no config, beside errors of their own: a date or
-# a number of a tag that does not fit it, an index that is none, brackets without end.
+# What YAML's reader and OmegaConf are known to raise on a text that is no config, besides their own errors: for a date
+# or number that does not fit its tag, an invalid index, or endless brackets.
 _MISTAKES = (
     yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError,
     OverflowError, RecursionError, NotImplementedError,
@@ -29,8 +29,8 @@ _MISTAKES = (
 def read_tree(path: str | Path, overrides: list[str]) -> Any:
     """The settings of a file with the overrides merged in and interpolations resolved, not yet validated.
 
-    Raises UserError for what is no mapping of plain values, for overrides that are not key=value, and for a text that
-    is larger, deeper or, with its aliases written out, longer than any config.
+    Raises UserError for a text that is no mapping of plain values, for overrides that are not key=value, and for a text
+    that is too large, too deep or, with its aliases expanded, too long.
     """
     text = _text(path)
     try:
@@ -62,7 +62,7 @@ def _merged(tree: DictConfig, override: str) -> Any:
 
 
 def _text(path: str | Path) -> str:
-    """The text of a config file. Raises UserError where there is none, or it is no text."""
+    """The text of a config file. Raises UserError if it is missing, too large, or not UTF-8."""
     local = storage.is_local(path)
     file = storage.local_path(path) if local else None
     if file is not None and not _is_file(file):
@@ -90,7 +90,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _require_small(root: yaml.Node | None) -> None:
-    """ValueError where a document is deeper, or with its aliases written out longer, than any config."""
+    """Raise ValueError if a document is too deep or, with its aliases expanded, too long for a config."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, depth: int) -> int:

@@ -1,7 +1,7 @@
 """Masked all-reduce: gradients of pruned weights do not travel.
 
-All ranks hold the same masks, so the gradients that matter are the same entries on each of them: a DDP
-communication hook gathers these from a bucket, all-reduces only them, and puts them back among zeros.
+All ranks hold the same masks, so the entries of kept weights are the same on each of them. A DDP communication
+hook gathers these entries from a bucket, all-reduces only them, and puts them back among zeros.
 At density d the bytes on the wire are d times those of plain DDP, and the gradients are those of plain
 DDP multiplied by the masks.
 """
@@ -63,7 +63,7 @@ def masked_hook(state: MaskedAllReduce, bucket: dist.GradBucket) -> torch.future
 
 
 def use_masks(wrapped: DistributedDataParallel, masks: Mapping[nn.Parameter, Tensor]) -> MaskedAllReduce | None:
-    """Register the hook on a DDP model where its masks leave few enough weights; returns its state."""
+    """Register the hook on a DDP model if the masks keep few enough weights; returns its state, or None."""
     total = sum(mask.numel() for mask in masks.values())
     if not total or sum(int(mask.sum()) for mask in masks.values()) > WORTH_IT * total:
         return None
@@ -73,7 +73,7 @@ def use_masks(wrapped: DistributedDataParallel, masks: Mapping[nn.Parameter, Ten
 
 
 def _in_memory_order(mask: Tensor, parameter: Tensor) -> Tensor:
-    """A mask's entries in the order in which the parameter's lie in memory (channels_last differs from C order)."""
+    """A mask's entries in the memory order of its parameter (channels_last differs from C order)."""
     laid_out = torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
     order = sorted(range(parameter.ndim), key=parameter.stride, reverse=True)
     return laid_out.permute(order).reshape(-1)

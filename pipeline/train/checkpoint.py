@@ -38,7 +38,7 @@ class Checkpoint:
 
 
 class Torn(UserError):
-    """A checkpoint that was never completed, or was harmed since."""
+    """A checkpoint that was never completed, or was damaged since."""
 
 
 def save(run: Run, folder: str, checkpoint: Checkpoint) -> None:
@@ -87,12 +87,12 @@ def load(run: Run, folder: str) -> Checkpoint:
 
 
 def digest(run: Run, folder: str, name: str) -> str:
-    """The SHA-256 of a checkpoint's file (one of FILES), as its manifest has it."""
+    """The SHA-256 of a checkpoint's file (one of FILES), read from its manifest."""
     return str(run.read(folder, "manifest.json")["files"][name]["sha256"])
 
 
 def _whole(run: Run, folder: str, name: str, facts: dict[str, Any]) -> bytes:
-    """A file of a checkpoint. Raises Torn where it is not there or not the one of the manifest."""
+    """A file of a checkpoint. Raises Torn if it is missing or does not match the manifest."""
     try:
         data = storage.read_bytes(run.path(folder, name))
     except FileNotFoundError:
@@ -103,7 +103,7 @@ def _whole(run: Run, folder: str, name: str, facts: dict[str, Any]) -> bytes:
 
 
 def step_folder(phase: str, step: int) -> str:
-    """Where the checkpoint that a phase makes after `step` updates lies."""
+    """The folder of the checkpoint that a phase saves after `step` updates."""
     return f"{phase}/steps/{step:08d}"
 
 
@@ -129,10 +129,10 @@ def keep_last(run: Run, phase: str, count: int) -> None:
 
 
 def plain_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU that share no memory, which safetensors asks for (tied weights are stored twice)."""
+    """Copies on the CPU that share no memory, as safetensors requires (tied weights are stored twice)."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _by_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In one order: safetensors hands them out in another one each time, and files made from them would differ."""
+    """Sorted by name: safetensors returns tensors in another order each time, so files made from them would differ."""
     return {name: tensors[name] for name in sorted(tensors)}

@@ -1,6 +1,6 @@
-"""One throw-away training step and one save, so that what only the first step shows is known before any is paid for.
+"""One throw-away training step and one save, to find errors that only a first step shows before a run costs anything.
 
-The network is built anew for it and thrown away after it; no random number of the run is drawn.
+The network is built anew for the step and thrown away afterwards; none of the run's random numbers is drawn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.task.feed import Feed
 from pipeline.train import checkpoint, recipe
 from pipeline.train.session import Session
 
-SAMPLES = 2  # of a step that is made without data: batch norm needs more than one
+SAMPLES = 2  # in a step without data: batch norm needs more than one
 
 
 def trainings(dense: Train, retrain: Retrain) -> dict[str, Train]:
@@ -44,16 +44,16 @@ def zeros(data: Data) -> Batch:
 
 
 def real(session: Session, samples: int) -> Batch:
-    """So many train images of the run (fewer where there are fewer), without augmentation."""
+    """`samples` train images of the run, or all if there are fewer, without augmentation."""
     batches = [*session.calibration(samples)]
     parts = ("images", "labels", "weights", "indices")
     return Batch(*(torch.cat([getattr(batch, part) for batch in batches]) for part in parts))
 
 
 def on_workers(session: Session, phase: str) -> None:
-    """A step of each training with a rank's share of a real batch, on every rank, unless `phase` has been begun before.
+    """On every rank, try a step of each training with its share of a real batch, unless `phase` has begun already.
 
-    Raises Agreed, on every rank, with what the lowest rank met.
+    Raises Agreed, on every rank, with the error of the lowest rank that failed.
     """
     begun, run, config = None, session.run, session.config
     if session.world.first:
@@ -73,8 +73,8 @@ def on_workers(session: Session, phase: str) -> None:
 def require(config: Config, classes: int, batch: Batch, device: torch.device) -> None:
     """Make one step of each training on `batch`, and save and load the network once.
 
-    Raises UserError where one of them fails, no parameter or (with several workers) not every parameter gets a
-    gradient, or what is saved cannot be loaded.
+    Raises UserError if a step fails, if no parameter gets a gradient (with several workers: if any gets none), or if
+    the saved network cannot be loaded.
     """
     feed, factory = Feed.of(config), f"model.factory={config.model.factory}"
 
@@ -86,7 +86,7 @@ def require(config: Config, classes: int, batch: Batch, device: torch.device) ->
         try:
             _step(network, factory, feed, settings, batch)
         except torch.OutOfMemoryError:
-            raise  # the command line has words for it
+            raise  # the command line explains it
         except FOREIGN as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"{factory} cannot be trained: the first step of {name} fails: {reason}") from error
@@ -94,7 +94,7 @@ def require(config: Config, classes: int, batch: Batch, device: torch.device) ->
         if without and config.cluster.max_workers > 1:
             raise UserError(
                 f"{factory}: {few(without)} gets no gradient, and the workers of "
-                f"cluster.workers={config.cluster.workers} wait for one of each parameter: set requires_grad=False "
+                f"cluster.workers={config.cluster.workers} wait for one from each parameter: set requires_grad=False "
                 "there, take it out of the network, or set cluster.workers=1"
             )
     _save_and_load(new(config.model.model_copy(update={"checkpoint": None})), factory)
@@ -118,7 +118,7 @@ def _step(model: nn.Module, factory: str, feed: Feed, settings: Train, batch: Ba
 
 
 def _require_trainable(factory: str, parameters: dict[str, nn.Parameter]) -> None:
-    """Raise UserError where nothing can be trained, or parameters are of a kind that is not."""
+    """Raise UserError if no parameter can be trained, or if one is complex."""
     if not parameters:
         raise UserError(f"{factory}: every parameter has requires_grad=False, so nothing can be trained: set some free")
     for name, value in parameters.items():

@@ -25,8 +25,8 @@ from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import Session
 
 KEPT_CHECKPOINTS = 2
-TELL_EVERY_S = 5.0  # how often a step within an epoch is told; an epoch of ImageNet takes an hour
-LOOK_EVERY, LOOK_EVERY_S = 10, 2.0  # steps and seconds, at the least, between questions whether to leave
+TELL_EVERY_S = 5.0  # between reports of a step within an epoch; an epoch of ImageNet takes an hour
+LOOK_EVERY, LOOK_EVERY_S = 10, 2.0  # the least steps and seconds between questions whether to leave
 MASK64 = 2**64 - 1
 
 
@@ -44,9 +44,9 @@ class Position:
 class Training:
     """One training of one model: dense, or the retraining of a round.
 
-    `phase` names its folder in the run; `order` names its stream of batches and of random numbers, so that
-    the dense control can be given exactly what the pruned network got. `masks` are held throughout, or are those that
-    `gradual` pruning starts from. The network also learns from the `teacher`'s answers, if there is one.
+    `phase` names its folder in the run. `order` names its stream of batches and random numbers, so that the dense
+    control can get exactly those of the pruned network. `masks` stay fixed, or are those that `gradual` pruning starts
+    from. The network also learns from the `teacher`'s answers, if there is one.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Training:
         self.running = torch.zeros(3, dtype=torch.float64, device=session.world.device)
         self.order_here = 0
         self.told = time.monotonic()
-        self.looked, self.look_at = (0, self.told), 0  # the last question, and the step of the next
+        self.looked, self.look_at = (0, self.told), 0  # step and time of the last question; the next one's step
 
     def fit(self) -> Position:
         """Train from the last whole step checkpoint, or from the start, to the end.
 
-        Raises Leaving on every rank, with a step checkpoint saved, when the session says so.
+        Raises Leaving on every rank, after a step checkpoint is saved, when `session.leaving()` is true.
         """
         self._resume()
         self.looked = self.position.step, time.monotonic()
@@ -105,10 +105,10 @@ class Training:
             for batch in self.loader.epoch(epoch, first):
                 if self.gradual and self.gradual.due(self.position.step, self.total):
                     self._prune(self.gradual.masks(self.position.step, self.total, self.masks))
-                    wrapped = None  # other gradients travel
+                    wrapped = None  # its all-reduce has the old masks
                 phase = phases.at(self.position.step, self.total, len(self.phases))
                 if wrapped is None or phase != entered:
-                    wrapped = None  # the DDP of the phase before goes first
+                    wrapped = None  # frees the DDP of the previous phase first
                     wrapped, entered = self._enter(phase), phase
                 self._update(wrapped, batch)
                 self.position.step += 1
@@ -139,17 +139,17 @@ class Training:
         self.applier = masking.Applier(weights, list(self.masks.values()))
 
     def _prune(self, masks: dict[str, Tensor]) -> None:
-        """Go on with these masks: what they prune is 0, and its momentum is gone."""
+        """Go on with these masks: pruned weights and their momentum are set to 0."""
         self._use(masks)
         self.applier.apply()
         slots = recipe.momentum_buffers(self.optimizer, [self.parameters[name] for name in masks])
-        for tensors in itertools.zip_longest(*slots):  # the first of each weight, the second of each
+        for tensors in itertools.zip_longest(*slots):  # first buffers of all weights, then second ones
             self.applier.zero(tensors)
 
     def _enter(self, phase: int) -> nn.Module:
         """Begin a phase, or go on within it: hold the other layers fixed, and wrap what is updated for DDP."""
         if self.position.step == phases.first_step(phase, self.total, len(self.phases)):
-            self.optimizer.state.clear()  # momentum from before the layers were held is not theirs any more
+            self.optimizer.state.clear()  # momentum from before the layers were held is out of date
         phases.hold(self.model, self.phases[phase], self.trainable)
         if self.world.size == 1:
             return self.model
@@ -160,7 +160,7 @@ class Training:
         return wrapped
 
     def _update(self, wrapped: nn.Module, batch: Batch) -> None:
-        """One optimizer update. Raises Agreed, on every rank, before an update that is not finite."""
+        """One optimizer update. Raises Agreed, on every rank and before the update, if the gradient is not finite."""
         step, device = self.position.step, self.world.device
         # Dropout draws from the step alone, so a resumed training draws what the undisturbed one drew.
         torch.manual_seed(seeding.derive(self.config.seed, "dropout", self.order, step, self.world.rank))
@@ -177,7 +177,7 @@ class Training:
         (total * (self.world.size / self.settings.batch_size)).backward()
         if self.settings.l1:
             recipe.add_l1(self.weights, self.settings.l1)
-        if self.settings.clip_norm is not None:  # else pruned weights would count where they are not all-reduced
+        if self.settings.clip_norm is not None:  # else pruned weights would count, unless the hook zeroed them
             self.applier.zero([self.parameters[name].grad for name in self.masks])
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if not torch.isfinite(norm):
@@ -201,7 +201,7 @@ class Training:
         return self.feed.forward(self.teacher, images, self.settings.precision)
 
     def _rate(self) -> float:
-        """The learning rate of this step. Raises Agreed where the schedule leads out of floating point."""
+        """The learning rate of this step. Raises Agreed if it is too large for floating point."""
         try:
             rate = recipe.learning_rate(self.settings, self.position.step, self.loader.steps_per_epoch)
         except OverflowError:
@@ -214,9 +214,9 @@ class Training:
         return rate
 
     def _leaving(self) -> bool:
-        """Whether the ranks are to leave. The question waits for all of them, so the next one is seconds away.
+        """Whether the ranks are to leave. Asking waits for all ranks, so questions are seconds apart.
 
-        The step of the next one follows from the ranks' mean pace, so it is the same on every rank.
+        The step of the next question follows from the ranks' mean pace, so it is the same on every rank.
         """
         (step, then), now = self.looked, time.monotonic()
         seconds = torch.tensor([now - then], dtype=torch.float64, device=self.world.device)
@@ -226,7 +226,7 @@ class Training:
         return self.session.leaving()
 
     def _tell(self) -> None:
-        """Now and then say which step it is; costs no communication."""
+        """Report the step every TELL_EVERY_S seconds; costs no communication."""
         if time.monotonic() - self.told >= TELL_EVERY_S:
             self.told = time.monotonic()
             self.session.progress(Stepped(self.phase, self.position.step, self.total))

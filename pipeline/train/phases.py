@@ -15,7 +15,7 @@ from pipeline.network.layers import CONVOLUTIONS, LAYERS
 
 
 def at(step: int, total: int, count: int) -> int:
-    """Which of `count` phases update `step` (from 0) of `total` falls into: equal shares, the rest to the last."""
+    """The phase, of `count`, of update `step` (from 0) of `total`: equal shares, and the last takes the remainder."""
     return min(step // max(1, total // count), count - 1)
 
 
@@ -50,7 +50,7 @@ def require_layers(model: nn.Module, phases: Sequence[str]) -> None:
 
 
 def hold(model: nn.Module, phase: str, trainable: Sequence[str]) -> None:
-    """Let gradients reach the parameters of a phase only, of those that are `trainable` at all, and drop the others'.
+    """Let gradients reach only the `trainable` parameters that belong to the phase, and drop all gradients so far.
 
     An optimizer leaves a parameter without a gradient as it is, to the bit: no weight decay, no momentum.
     """

@@ -24,7 +24,7 @@ from pipeline.train.world import World
 
 
 def staying() -> bool:
-    """The answer of processes whose machines nobody takes away."""
+    """The `leaving` of processes whose machines are never taken away."""
     return False
 
 
@@ -78,9 +78,9 @@ class Session:
         return answers
 
     def calibration(self, samples: int, share: bool = False) -> Iterator[Batch]:
-        """So many train samples, without augmentation, in batches of data.eval_batch.
+        """`samples` train samples, without augmentation, in batches of data.eval_batch.
 
-        The same ones on every rank; with `share`, each rank has its own of them.
+        Every rank gets all of them; with `share`, each rank gets its own share of them.
         """
         loader = EvalLoader(self.split("train"), self.config.data, limit=samples, seed=self.config.seed)
         return loader.batches(self.world.rank, self.world.size) if share else loader.batches(0, 1)
@@ -92,8 +92,8 @@ class Session:
             return None
         named = ", ".join(f"{key} ({reason})" for key, reason in list(self.split(split).bad.items())[:5])
         return (
-            f"{bad} of {seen} images of {split} are unreadable, more than data.max_bad_fraction={limit}: {named}; mend "
-            "the shards (`secateur shards verify` lists them) or raise data.max_bad_fraction"
+            f"{bad} of {seen} images of {split} are unreadable, more than data.max_bad_fraction={limit}: {named}; "
+            "repair the shards (`secateur shards verify` lists them) or raise data.max_bad_fraction"
         )
 
 
@@ -114,7 +114,7 @@ def data_root(config: Config, run: Run) -> str:
 
 
 def check_output(model: nn.Module, factory: str, feed: Feed, classes: int) -> None:
-    """Raise UserError if the network does not take the images, or its output is of no use to the task."""
+    """Raise UserError if the network does not take the images, or the task cannot use its output."""
     training = model.training
     model.eval()
     try:

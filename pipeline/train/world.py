@@ -96,7 +96,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def configure_process(threads: int) -> None:
-    """Set what decides bits and would otherwise depend on who started the process (Ray sets OMP_NUM_THREADS)."""
+    """Set what affects the bits of results and would else depend on the launcher (Ray sets OMP_NUM_THREADS)."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False

@@ -198,7 +198,7 @@ def test_a_round_that_was_undone_is_refused_with_what_was_tried(tmp_path: Path) 
 def test_a_pruned_round_is_left_at_the_same_tensors_only(tmp_path: Path) -> None:
     source_in(tmp_path)
     config = config_of(tmp_path, "branch", **{"start.from": "source:1"})
-    with pytest.raises(UserError, match=r"choose 1\.weight in only one of the two: give them as there"):
+    with pytest.raises(UserError, match=r"choose 1\.weight in only one of the two runs: give them as in the source"):
         branch.find(config, network()[:1])
     dense = config_of(tmp_path, "branch", **{"start.from": "source:0"})
     assert branch.find(dense, network()[:1]).origin == Origin(4, 4)
@@ -245,6 +245,6 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
     few_samples.session_on(other, [([[255]], 0), ([[1]], 1)], classes=2)
     here = few_samples.run_in(tmp_path / "runs/strange")
     config = config_of(tmp_path, "strange", **{"start.from": "source:1", "data.root": str(other)})
-    with pytest.raises(UserError, match=r"the \w+ images are others than those of '.*source'.*give the same data.root"):
+    with pytest.raises(UserError, match=r"the \w+ images differ from those of '.*source'.*give the same data.root"):
         branch.take(config, here, network())
     assert not here.has("start/start.json")

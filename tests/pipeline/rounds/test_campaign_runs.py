@@ -298,7 +298,7 @@ def test_other_data_under_the_same_settings_are_noticed(source: Config, tmp_path
     sha = json.loads(text)["splits"]["val"][0]["sha256"]
     (root / "manifest.json").write_text(text.replace(sha, sha[::-1]))
     config = branch_of(source, "other", {"start.from": "source:2", "prune.list": [0.1], "data.root": str(root)})
-    with pytest.raises(UserError, match="the val images are others than those of"):
+    with pytest.raises(UserError, match="the val images differ from those of"):
         to_test(config)
 
 
