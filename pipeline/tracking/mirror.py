@@ -77,8 +77,10 @@ class Mirror:
         synced = self.flush(timeout)
         if synced is None:
             why = "" if self._told else f" ({self._problem or 'the server is too slow'})"
+            server = f" --uri {self._config.tracking.uri}" if self._config.tracking.uri else ""
             self._on_problem(
                 f"MLflow does not hold all of this run{why}; when its server answers: secateur sync {self._run_dir}"
+                f"{server}"
             )
         return synced
 
