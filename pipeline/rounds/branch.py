@@ -68,8 +68,8 @@ def source_root(start: Start, runs_dir: str) -> str:
 def find(config: Config, prunable: Sequence[Prunable]) -> Source:
     """The run and round of `start.from`.
 
-    Raises UserError where there is no such run, links lead out of it, its round is undone or unfinished, or the two do not
-    fit together.
+    Raises UserError where there is no such run, links lead out of it, its round is undone or unfinished, or the two do
+    not fit together.
     """
     given = f"start.from={config.start.source}"
     root = source_root(config.start, config.runs_dir)

@@ -55,14 +55,19 @@ def require_named_server(tracking: Tracking, origin: str, remedy: str) -> None:
 
     MLFLOW_TRACKING_URI names a server that may have them. `remedy` says how to name one for a single command.
     """
+    if held := sent(tracking):
+        raise UserError(
+            f"{origin} names the server tracking.uri={tracking.uri}, which would be sent your credentials "
+            f"({', '.join(held)}): if it is a server of yours, {remedy}, or set MLFLOW_TRACKING_URI to it"
+        )
+
+
+def sent(tracking: Tracking) -> list[str]:
+    """Where this environment has credentials that tracking.uri would get, though MLFLOW_TRACKING_URI is another."""
     uri = tracking.uri
-    held = _credentials()
-    if uri is None or not _is_remote(uri) or not held or _same(uri, os.environ.get("MLFLOW_TRACKING_URI", "")):
-        return
-    raise UserError(
-        f"{origin} names the server tracking.uri={storage.hide(uri)}, which would be sent your credentials "
-        f"({', '.join(held)}): if it is a server of yours, {remedy}, or set MLFLOW_TRACKING_URI to it"
-    )
+    if uri is None or not _is_remote(uri) or _same(uri, os.environ.get("MLFLOW_TRACKING_URI", "")):
+        return []
+    return _credentials()
 
 
 def is_named(setting: str, overrides: Sequence[str]) -> bool:

@@ -35,8 +35,8 @@ def read_tree(path: str | Path, overrides: list[str]) -> Any:
     """The settings of a file with the overrides merged in and interpolations (${seed}) resolved, not yet validated.
 
     Raises UserError for what is no mapping of plain values, for overrides that are not key=value, for an interpolation
-    that calls a resolver (${oc.env:HOME}), and for a text that is larger, deeper or, with its aliases written out, longer
-    than any config.
+    that calls a resolver (${oc.env:HOME}), and for a text that is larger, deeper or, with its aliases written out,
+    longer than any config.
     """
     text = _text(path)
     try:
