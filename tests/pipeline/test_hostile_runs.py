@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import http.server
 import json
 import os
 import shutil
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,9 @@ import yaml
 from run_files import config as run_config
 from run_files import whole
 from torch import nn
+from web_server import Quiet, serving
 
 from cluster.cli import command_line as cluster_main
-from pipeline import storage
 from pipeline.__main__ import command_line as pipeline_main
 from pipeline.base.errors import UserError
 from pipeline.network.build import build_network
@@ -32,14 +29,14 @@ Said = Callable[..., str]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Said:
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
     """Carry out a command line that must end in one message and code 2; returns the message."""
 
     def command(*args: str, main: Callable[[], None] = cluster_main) -> str:
         monkeypatch.setattr(sys, "argv", ["secateur", *args])
         with pytest.raises(SystemExit) as ended:
             main()
-        written = capfd.readouterr()
+        written = capsys.readouterr()
         assert ended.value.code == 2, written
         assert "Traceback" not in written.out + written.err
         (error,) = [line for line in written.err.splitlines() if line.startswith("error: ")]
@@ -49,8 +46,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture
-def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A factory in the working directory whose import leaves a marker; unless it is trusted, there must be none."""
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A factory in the working directory whose import leaves a marker."""
     (tmp_path / "evil_factory.py").write_text(
         "from torch import nn\n"
         f"open({str(tmp_path / 'MARKER')!r}, 'w').close()\n"
@@ -59,7 +56,7 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [part for part in sys.path if part])
     sys.modules.pop("evil_factory", None)
-    yield "evil_factory:build"
+    return "evil_factory:build"
 
 
 def stranger(tmp_path: Path, **sections: Any) -> Path:
@@ -96,15 +93,13 @@ def test_a_run_from_anybody_names_no_code(tmp_path: Path, evil: str, refused: Sa
 
 
 def test_a_config_from_a_url_names_no_code(
-    evil: str, files: Callable[[Path], str], tmp_path: Path, refused: Said, secateur: Said
+    evil: str, files: Callable[[Path], str], tmp_path: Path, refused: Said
 ) -> None:
     (tmp_path / "web").mkdir()
-    (tmp_path / "web/c.yaml").write_text(
-        f"{{name: a, data: {{source: digits, size: 8}}, model: {{factory: '{evil}'}}}}"
-    )
-    (tmp_path / "web/torchvision.yaml").write_text(
-        "{name: a, data: {source: digits, size: 64, resize: 64, channels: 1}, model: {factory: torchvision.models.alexnet}}"
-    )
+    data = {"source": "digits", "size": 64, "resize": 64}
+    for name, factory in (("c", evil), ("torchvision", "torchvision.models.alexnet")):
+        tree = {"name": "a", "data": data, "model": {"factory": factory}}
+        (tmp_path / f"web/{name}.yaml").write_text(yaml.safe_dump(tree))
     url = files(tmp_path / "web")
     assert "--trust-code" in refused("plan", f"{url}/c.yaml")
     assert "--trust-code" in refused("submit", f"{url}/c.yaml")
@@ -115,9 +110,9 @@ def test_a_config_from_a_url_names_no_code(
 @pytest.mark.parametrize(
     "factory",
     [
-        "os:system", "os.system", "posix:system", "shutil:rmtree", "subprocess:run", "subprocess.Popen", "builtins:open",
-        "builtins.exec", "webbrowser:open", "pathlib:Path", "torch:save", "torchvision.models.resnet:partial",
-        "torchvision.models.alexnet:torch", "torchvision.models._api:os.system",
+        "os:system", "os.system", "posix:system", "shutil:rmtree", "subprocess:run", "subprocess.Popen",
+        "builtins:open", "builtins.exec", "webbrowser:open", "pathlib:Path", "torch:save",
+        "torchvision.models.resnet:partial", "torchvision.models.alexnet:torch", "torchvision.models._api:os.system",
         "pipeline.storage.local:shutil.rmtree", "pipeline.storage:remove_tree", "pipeline.storage:write_bytes",
     ],
 )  # fmt: skip
@@ -192,25 +187,15 @@ def listener() -> Iterator[tuple[str, list[str]]]:
     """A web server that somebody else named, and what it was sent: every Authorization header, or none."""
     sent: list[str] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self) -> None:
             sent.append(self.headers.get("Authorization", ""))
             self.send_error(404)
 
         do_POST = do_GET
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    yield from ((url, sent) for url in _serve(Handler))
-
-
-def _serve(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as url:
+        yield url, sent
 
 
 @pytest.fixture
@@ -218,7 +203,7 @@ def files() -> Iterator[Callable[[Path], str]]:
     """A web server that gives the files of a folder in parts."""
     root: list[Path] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self) -> None:
             data = (root[0] / self.path.lstrip("/")).read_bytes()
             self.send_response(206)
@@ -227,11 +212,13 @@ def files() -> Iterator[Callable[[Path], str]]:
             self.end_headers()
             self.wfile.write(data)
 
-        def log_message(self, *_: Any) -> None:
-            pass
+    with serving(Handler) as url:
 
-    for url in _serve(Handler):
-        yield lambda folder: (root.append(folder), url)[1]
+        def at(folder: Path) -> str:
+            root.append(folder)
+            return url
+
+        yield at
 
 
 def test_credentials_go_only_to_a_server_that_the_user_named(
@@ -263,64 +250,6 @@ def test_credentials_go_only_to_a_server_that_the_user_named(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert "did not take the run" in refused("sync", str(run))
     assert set(sent) == {""}
-
-
-# redirects -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_redirect_never_leads_to_a_link_local_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    connected: list[Any] = []
-    connect = socket.socket.connect
-    monkeypatch.setattr(socket.socket, "connect", lambda s, to: (connected.append(to), connect(s, to))[1])
-    places = ["169.254.169.254", "2852039166", "[::ffff:169.254.169.254]", "[fe80::1]"]
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(307)
-            self.send_header("Location", f"http://{places[0]}/latest/meta-data")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    for url in _serve(Handler):
-        while places:
-            for look in (storage.read_bytes, storage.exists):
-                with pytest.raises(UserError, match=r"'http://127\.0\.0\.1.* redirects to .*a link-local address"):
-                    look(f"{url}/manifest.json")
-            del places[0]
-        assert {to[0] for to in connected} == {"127.0.0.1"}
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "why"),
-    [
-        ("https://8.8.8.8/x", "http://8.8.8.8/x", "not encrypted"),
-        ("https://8.8.8.8/x", "https://127.0.0.1/x", "your own network"),
-        ("http://8.8.8.8/x", "http://10.0.0.1/x", "your own network"),
-        ("http://8.8.8.8/x", "//[::1]:80/x", "your own network"),
-        ("http://8.8.8.8/x", "http://0/x", "your own network"),
-        ("http://8.8.8.8/x", "http://ann@8.8.4.4/x", "user name"),
-        ("http://8.8.8.8/x", "file:///etc/passwd", "not on a web server"),
-        ("http://8.8.8.8/x", "http://[/x", "no address"),
-    ],
-)
-def test_redirects_that_are_not_followed(source: str, target: str, why: str) -> None:
-    from pipeline.storage import redirects
-
-    with pytest.raises(UserError, match=why):
-        redirects.follow(source, target)
-
-
-def test_redirects_that_are_followed() -> None:
-    from pipeline.storage import redirects
-
-    assert redirects.follow("http://8.8.8.8/a/x", "https://8.8.4.4/y") == "https://8.8.4.4/y"
-    assert redirects.follow("http://10.0.0.1/a/x", "z") == "http://10.0.0.1/a/z"
-    assert redirects.follow("http://127.0.0.1:80/a", "http://10.0.0.1/") == "http://10.0.0.1/"
 
 
 # links ---------------------------------------------------------------------------------------------------------------

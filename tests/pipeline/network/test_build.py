@@ -123,7 +123,8 @@ def test_a_module_in_the_working_directory(tmp_path: Path) -> None:
         ({"factory": ":f"}, r"not an import path"),
         ({"factory": "builtins.dict"}, r"is of Python's standard library \(builtins\)"),
         ({"factory": "torch.Size"}, r"is a type, not a function or class that makes a torch.nn.Module"),
-        ({"factory": "torch.hub:get_dir"}, r"made a str, not a torch.nn.Module"),
+        ({"factory": "torch.hub:get_dir"}, r"returns str by its annotation, not a torch.nn.Module"),
+        ({"factory": "torchvision.models:list_models"}, r"made a list, not a torch.nn.Module"),
     ],
 )
 def test_mistakes_in_the_factory(settings: dict[str, Any], message: str) -> None:
