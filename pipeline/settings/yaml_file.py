@@ -123,21 +123,22 @@ def _require_small(root: yaml.Node | None) -> None:
 
 def _require_no_resolver(root: yaml.Node | None, origin: str) -> None:
     """UserError where a text of a document would call a resolver of OmegaConf, before any is called."""
-    ahead, seen = [root] if root is not None else [], set[int]()
+    ahead, seen = [("", root)], set[int]()
     while ahead:
-        node = ahead.pop()
+        where, node = ahead.pop()
         if id(node) in seen:
             continue
         seen.add(id(node))
         if isinstance(node, yaml.ScalarNode) and _calls_resolver(node.value):
             raise UserError(
-                f"{origin}: {short(node.value)} calls a resolver (a name and a colon after '${{'), which could read "
-                "this machine's environment: write the value itself, or give it as KEY=VALUE on the command line"
+                f"{origin}: {where}{short(node.value)} calls a resolver (a name and a colon after '${{'), which could "
+                "read this machine's environment: write the value itself, or give it as KEY=VALUE on the command line"
             )
         if isinstance(node, yaml.SequenceNode):
-            ahead += node.value
+            ahead += [(where, part) for part in node.value]
         elif isinstance(node, yaml.MappingNode):
-            ahead += [part for pair in node.value for part in pair]
+            for key, value in node.value:
+                ahead += [(where, key), (f"{where.removesuffix('=')}{'.' if where else ''}{key.value}=", value)]
 
 
 def _calls_resolver(text: str) -> bool:
