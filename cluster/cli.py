@@ -16,7 +16,7 @@ from cluster.packed_cli import packed_app
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
 from pipeline.cli import commands
-from pipeline.cli.commands import ConfigPath, Overrides
+from pipeline.cli.commands import ConfigPath, Overrides, TrustCode
 from pipeline.cli.console import Display, main_module, one_message, show_bench, show_scan
 from pipeline.data import push, shards
 from pipeline.export.bench import bench_run
@@ -26,6 +26,7 @@ from pipeline.results import report as reports
 from pipeline.run import state
 from pipeline.run.events import ShardsCounted
 from pipeline.run.state import config_of
+from pipeline.settings import trust
 from pipeline.train.world import configure_process
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -40,9 +41,9 @@ Address = Annotated[str | None, typer.Option(help="Ray dashboard, as in http://1
 
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
+def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
     """Train, scan, prune and retrain in rounds, report; goes on where it was stopped."""
-    commands.run(commands.load(config, _checked(config, overrides)), RayEngine())
+    commands.run(commands.load(config, _checked(config, overrides), trust_code=trust_code), RayEngine())
 
 
 app.command("plan")(commands.plan_command)
@@ -56,12 +57,13 @@ def scan(
     merge: Annotated[
         list[str] | None, typer.Option(help="Take the levels of these scan.json, of other machines.", metavar="FILE...")
     ] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Only the sensitivity scan, with what it needs before it (shards, dense network)."""
     given = overrides or []
     files = [*merge, *(part for part in given if "=" not in part)] if merge else []
     given = [part for part in given if part not in files]
-    loaded = commands.load(config, _checked(config, given))
+    loaded = commands.load(config, _checked(config, given), trust_code=trust_code)
     engine = RayEngine()
     with Display() as display, state.open_run(loaded) as here:
         try:
@@ -97,20 +99,27 @@ def report(run_dir: RunPath) -> None:
 
 @app.command()
 def bench(
-    run_dir: RunPath, repeats: Annotated[int, typer.Option(help="Timed passes of each network.", min=5)] = 100
+    run_dir: RunPath,
+    repeats: Annotated[int, typer.Option(help="Timed passes of each network.", min=5)] = 100,
+    trust_code: TrustCode = False,
 ) -> None:
     """Measure dense, pruned, compact and CSR networks of a finished run on this machine, and export ONNX."""
     config = config_of(run_dir)
+    trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
     configure_process(config.threads)
     with state.open_run(config) as here:
-        found = bench_run(here.root, repeats)
+        found = bench_run(here.root, repeats, trust_code=trust_code)
         final.update(here, latency_ms=found.summary)
     show_bench(found)
 
 
 @app.command()
 def sync(
-    run_dir: RunPath, uri: Annotated[str | None, typer.Option(help="Tracking server; the run's by default.")] = None
+    run_dir: RunPath,
+    uri: Annotated[
+        str | None,
+        typer.Option(help="Tracking server; the run's by default, where no credentials would be sent to it."),
+    ] = None,
 ) -> None:
     """Bring MLflow up to date from the run's folder; twice is the same as once."""
     synced = commands.sync(run_dir, uri)
@@ -126,9 +135,10 @@ def submit_command(
     runtime_env: Annotated[
         str | None, typer.Option(help="YAML with more of Ray's runtime_env: env_vars, pip.", metavar="FILE")
     ] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Run it as a Ray job; submitting it again resumes, or follows the job that is at it."""
-    raise SystemExit(submit.submit(config, overrides or [], address, wait, runtime_env))
+    raise SystemExit(submit.submit(config, overrides or [], address, wait, runtime_env, trust_code))
 
 
 @app.command()
@@ -161,7 +171,7 @@ def shards_build(
     config: ConfigPath, out: Annotated[str, typer.Argument(help="Folder for the shards.")], overrides: Overrides = None
 ) -> None:
     """Write WebDataset shards and manifest.json from the config's data source."""
-    loaded = commands.load(config, overrides)
+    loaded = commands.load(config, overrides, trust_code=True)  # no network is built here
     with Display() as display:
         made = shards.build(loaded.data, loaded.seed, out, _counting(display))
     _describe(made)

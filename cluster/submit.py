@@ -28,12 +28,20 @@ _QUIET_S = 120.0  # silence after which a connection counts as lost: a run print
 _AGAIN_S = 1.0
 
 
-def entrypoint(config: str | Path, overrides: list[str]) -> str:
+def entrypoint(config: str | Path, overrides: list[str], trust_code: bool = False) -> str:
     """The command that the job runs in its working directory."""
-    return shlex.join(["python", "-m", "cluster", "run", str(config), *overrides])
+    trusted = ["--trust-code"] if trust_code else []
+    return shlex.join(["python", "-m", "cluster", "run", str(config), *overrides, *trusted])
 
 
-def submit(config: str, overrides: list[str], address: str | None, wait: bool, runtime_env: str | None = None) -> int:
+def submit(
+    config: str,
+    overrides: list[str],
+    address: str | None,
+    wait: bool,
+    runtime_env: str | None = None,
+    trust_code: bool = False,
+) -> int:
     """Submit a run as a job and return the job's exit code (0 at once with wait=False).
 
     A job that carries out the run already is followed instead. The working directory is the current folder. Raises
@@ -46,12 +54,12 @@ def submit(config: str, overrides: list[str], address: str | None, wait: bool, r
         raise UserError(
             f"config '{config}' holds a password or signature, which a job's command would show: copy it here"
         )
-    loaded = commands.read(config, overrides)
+    loaded = commands.read(config, overrides, trust_code=trust_code)
     require_shared_paths(loaded, "a job's working directory is temporary and the next submission does not see it")
     environment = job_env.make(loaded, runtime_env, Path.cwd())
     where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     where = where or "http://127.0.0.1:8265"
-    client, command, root = _client(where), entrypoint(config, overrides), run_root(loaded)
+    client, command, root = _client(where), entrypoint(config, overrides, trust_code), run_root(loaded)
     job = _live_job(client, root, command)
     if job is None:
         check(loaded)

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from pipeline.cli import commands
-from pipeline.cli.commands import ConfigPath, Overrides
+from pipeline.cli.commands import ConfigPath, Overrides, TrustCode
 from pipeline.cli.console import main_module, one_message
 from pipeline.local import LocalEngine
 from pipeline.paper import reproduce as paper
@@ -17,9 +17,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
+def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
     """Train, scan, prune and retrain, report; goes on where it was stopped."""
-    loaded = commands.load(config, overrides)
+    loaded = commands.load(config, overrides, trust_code=trust_code)
     configure_process(loaded.threads)
     with torchrun_world(loaded.device) as world:
         engine = LocalEngine(world)

@@ -22,6 +22,7 @@ from pipeline.rounds import outlook, preflight
 from pipeline.run import lease
 from pipeline.run.result import Result
 from pipeline.run.state import Run, config_of, run_root
+from pipeline.settings import trust
 from pipeline.settings.config import Config, dump_config, load_config, parse_config
 from pipeline.tracking import mirror, tracking
 from pipeline.tracking.tracking import Synced
@@ -33,14 +34,25 @@ Budgets = Annotated[
     str | None, typer.Option(metavar="2,4,8", help="Show what several compressions would keep, solved from the scan.")
 ]
 FigureFile = Annotated[str | None, typer.Option(metavar="FILE", help="Draw their curve, as .svg or .png.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Run the code of a network that a URL's or a run's config names by import path."),
+]
 
 
-def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
+def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True, trust_code: bool = False) -> Config:
     """The config of a command as it was given: every name in it exists, and its settings fit together.
 
-    Only a plan can do without the files of a source whose numbers are known. Raises UserError.
+    Only a plan can do without the files of a source whose numbers are known. A config from a URL or a run's folder
+    names no code unless `trust_code`, and no server for credentials of the user's. Raises UserError.
     """
     config = load_config(path, overrides)
+    if trust.is_foreign(path):
+        trust.require_known_code(config.model, f"config '{path}'", trust_code)
+        if config.tracking.enabled and not trust.is_named("tracking.uri", overrides or []):
+            trust.require_named_server(
+                config.tracking, f"config '{path}'", f"add tracking.uri={config.tracking.uri} to the command"
+            )
     try:
         preflight.check_names(config, planned=not needs_data)
     except UserError as error:
@@ -48,9 +60,9 @@ def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
     return config
 
 
-def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True) -> Config:
+def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True, trust_code: bool = False) -> Config:
     """As `read`, with local paths made absolute: workers may run in other folders."""
-    config = read(path, overrides, needs_data=needs_data)
+    config = read(path, overrides, needs_data=needs_data, trust_code=trust_code)
 
     def absolute(value: str | None) -> str | None:
         return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))
@@ -99,10 +111,14 @@ def run(config: Config, engine: Engine) -> Result:
 
 
 def plan_command(
-    config: ConfigPath, overrides: Overrides = None, budgets: Budgets = None, figure: FigureFile = None
+    config: ConfigPath,
+    overrides: Overrides = None,
+    budgets: Budgets = None,
+    figure: FigureFile = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
-    show(load(config, overrides, needs_data=False), budgets, figure)
+    show(load(config, overrides, needs_data=False, trust_code=trust_code), budgets, figure)
 
 
 def show(config: Config, compressions: str | None = None, figure: str | None = None) -> None:
@@ -138,10 +154,13 @@ def show_options(config: Config, compressions: str, figure: str | None) -> None:
 def sync(run_dir: str | Path, uri: str | None = None) -> Synced:
     """Make the run's server, or another at `uri`, hold the run; twice is the same as once.
 
-    A finished run that could not learn its place in MLflow is told it now, as it would have been at its end.
+    A finished run that could not learn its place in MLflow is told it now, as it would have been at its end. Raises
+    UserError where credentials would go to a server that only the run's folder names.
     """
     config = config_of(run_dir)
-    if uri is not None:
+    if uri is None:
+        trust.require_named_server(config.tracking, f"run '{run_dir}'", f"add --uri {config.tracking.uri}")
+    else:
         values = config.model_dump(mode="json")
         config = parse_config({**values, "tracking": {**values["tracking"], "uri": uri}}, origin="--uri")
     synced = tracking.sync(run_dir, config)

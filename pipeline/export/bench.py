@@ -23,6 +23,7 @@ from pipeline.network.compact import Compacted, compact
 from pipeline.network.weights import load_weights
 from pipeline.run.result import LatencySummary
 from pipeline.run.state import Run, config_of
+from pipeline.settings import trust
 from pipeline.settings.data import Data
 from pipeline.task.feed import Feed
 from pipeline.train import checkpoint, session
@@ -50,13 +51,14 @@ class Bench(Record):
     summary: LatencySummary
 
 
-def bench_run(run_dir: str | Path, repeats: int = 100) -> Bench:
+def bench_run(run_dir: str | Path, repeats: int = 100, *, trust_code: bool = False) -> Bench:
     """Write final/{compact.safetensors, model.onnx, compact.onnx, fc.csr.safetensors, latency.json}; returns the last.
 
-    Measured on config.device with config.threads. Raises UserError for a run that is not finished, and where
-    onnxscript or onnxruntime is missing.
+    Measured on config.device with config.threads. Raises UserError for a run that is not finished, where its config
+    names a network by import path (unless `trust_code`), and where onnxscript or onnxruntime is missing.
     """
     config = config_of(run_dir)
+    trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
     here = Run(str(run_dir), 0)
     if not here.has("final", "model.safetensors"):
         raise UserError(f"'{run_dir}' has no final/model.safetensors: carry the run to its end first (secateur run)")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
-from pipeline.base.names import hint
 from pipeline.base.seeding import derive
-from pipeline.network.paper_networks import BUILTIN
+from pipeline.network import factory as factories
 from pipeline.network.weights import load_weights
 from pipeline.settings.model import Model
 
@@ -35,7 +31,7 @@ def build_network(model: Model, num_classes: int | None = None, seed: int = 0) -
     A network that gives several outputs, as torchvision's with auxiliary heads do in training, gives its first one, and
     one that gives Hugging Face's outputs its `logits`.
     """
-    factory = _factory(model.factory)
+    factory = factories.find(model.factory)
     kwargs = {**_class_argument(factory, model.kwargs, num_classes), **model.kwargs}
     # devices=[]: only the CPU's generator is touched, and it is put back.
     with torch.random.fork_rng(devices=[]):
@@ -65,40 +61,6 @@ def _logits(_module: nn.Module, _inputs: object, output: Any) -> Any:
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
     return output
-
-
-def _factory(path: str) -> Callable[..., Any]:
-    """The callable that model.factory names: a built-in, package.mod.attr or package.mod:attr."""
-    if "." not in path and ":" not in path:
-        if path in BUILTIN:
-            return BUILTIN[path]
-        raise UserError(
-            f"model.factory='{path}' is unknown; {hint(path, BUILTIN)}; or an import path such as my_module:build"
-        )
-    where, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
-    if not where or not attribute:
-        raise UserError(f"model.factory='{path}' is not an import path; write package.module:function")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's own module beside the config
-    try:
-        found: Any = importlib.import_module(where)
-    except (ImportError, SyntaxError, TypeError, ValueError) as error:  # the last two for a name that is none
-        raise UserError(
-            f"model.factory='{path}': module '{where}' cannot be imported: {error}; it must be installed or lie under "
-            f"{os.getcwd()}"
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"model.factory='{path}': '{where}' has no '{part}'; {hint(part, _public(found))}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"model.factory='{path}' is a {type(found).__name__}, not a function or class")
-    factory: Callable[..., Any] = found
-    return factory
-
-
-def _public(thing: Any) -> list[str]:
-    return [name for name in dir(thing) if not name.startswith("_")]
 
 
 def _class_argument(factory: Callable[..., Any], given: Mapping[str, Any], classes: int | None) -> dict[str, int]:

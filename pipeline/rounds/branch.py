@@ -67,7 +67,8 @@ def source_root(start: Start, runs_dir: str) -> str:
 def find(config: Config, prunable: Sequence[Prunable]) -> Source:
     """The run and round of `start.from`.
 
-    Raises UserError where there is no such run, its round is undone or unfinished, or branch and source do not fit.
+    Raises UserError where there is no such run, links lead out of it, its round is undone or unfinished, or branch and
+    source do not fit.
     """
     given = f"start.from={config.start.source}"
     root = source_root(config.start, config.runs_dir)
@@ -76,6 +77,7 @@ def find(config: Config, prunable: Sequence[Prunable]) -> Source:
         raise UserError(f"{given} is this run itself: give the branch another name=...")
     if not (run.has("config.yaml") and run.has("run.json")):
         raise UserError(f"{given}: '{root}' is not a run; give a name under runs_dir, a path or a URL, and the round")
+    storage.require_closed(root)
     theirs = load_config(run.path("config.yaml"))
     changed = differences(theirs, config, ignore=OWN)
     if changed:

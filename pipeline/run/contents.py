@@ -128,7 +128,10 @@ def read(run_dir: str | Path) -> Contents:
 
 
 def mirrored_files(run_dir: str | Path) -> dict[str, Stat]:
-    """The files in a run directory that describe the run, by their path within it: no shards, no checkpoints."""
+    """The files in a run directory that describe the run, by their path within it: no shards, no checkpoints.
+
+    Raises UserError where one of them is a link to a file elsewhere: what is mirrored is shown to others.
+    """
     found: dict[str, Stat] = {}
     for folder in ("", "dense", "scan", "rounds"):
         there = storage.stats(storage.join(run_dir, folder))
@@ -141,7 +144,9 @@ def mirrored_files(run_dir: str | Path) -> dict[str, Stat]:
     scans = storage.stats(storage.join(run_dir, "scan"))
     found |= {f"scan/{name}": known for name, known in scans.items() if _AFTER.fullmatch(name)}
     final = storage.stats(storage.join(run_dir, "final"))
-    return found | {f"final/{name}": known for name, known in final.items() if not name.endswith(".tmp")}
+    found |= {f"final/{name}": known for name, known in final.items() if not name.endswith(".tmp")}
+    storage.require_inside(run_dir, found)
+    return found
 
 
 def _is_in(path: str, folder: str, there: dict[str, Stat]) -> bool:

@@ -143,10 +143,14 @@ def _check_config(root: str, config: Config) -> None:
 
 
 def config_of(run_dir: str | Path) -> Config:
-    """The config of an existing run, its runs_dir being where the run lies now."""
+    """The config of an existing run, its runs_dir being where the run lies now.
+
+    Raises UserError where the folder is no run, or holds links that lead out of it.
+    """
     file = storage.join(run_dir, "config.yaml")
     if not storage.exists(file):
         raise UserError(f"'{run_dir}' is not a run: it has no config.yaml; give a folder such as runs/demo")
+    storage.require_closed(run_dir)
     place = str(storage.local_path(run_dir).resolve()) if storage.is_local(run_dir) else str(run_dir).rstrip("/")
     runs_dir, _, name = place.rpartition("/")
     return load_config(file).model_copy(update={"runs_dir": runs_dir, "name": name})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.settings.base import short
 
 MOST_BYTES = 2**20
 MOST_VALUES = 20_000  # with aliases expanded
@@ -26,15 +28,21 @@ _MISTAKES = (
 )  # fmt: skip
 
 
-def read_tree(path: str | Path, overrides: list[str]) -> Any:
-    """The settings of a file with the overrides merged in and interpolations resolved, not yet validated.
+_MARKS = re.compile(r"(?P<escapes>\\*)(?P<open>\$\{)|[:}]")  # of an interpolation: ${, : and }
 
-    Raises UserError for a text that is no mapping of plain values, for overrides that are not key=value, and for a text
-    that is too large, too deep or, with its aliases expanded, too long.
+
+def read_tree(path: str | Path, overrides: list[str]) -> Any:
+    """The settings of a file with the overrides merged in and interpolations (${seed}) resolved, not yet validated.
+
+    Raises UserError for a text that is no mapping of plain values, for overrides that are not key=value, for an
+    interpolation that calls a resolver (${oc.env:HOME}), and for a text that is too large, too deep or, with its
+    aliases expanded, too long.
     """
     text = _text(path)
     try:
-        _require_small(yaml.compose(text, Loader=_LOADER))
+        document = yaml.compose(text, Loader=_LOADER)
+        _require_small(document)
+        _require_no_resolver(document, f"config '{path}'")
         tree: Any = OmegaConf.create(text)
     except _MISTAKES as error:
         raise UserError(f"config '{path}' is not valid YAML: {_one_line(error)}") from error
@@ -55,7 +63,9 @@ def _merged(tree: DictConfig, override: str) -> Any:
     try:
         if key.count(".") > MOST_DEPTH:
             raise ValueError(f"more than {MOST_DEPTH} levels of settings")
-        _require_small(yaml.compose(value, Loader=_LOADER))
+        document = yaml.compose(value, Loader=_LOADER)
+        _require_small(document)
+        _require_no_resolver(document, f"override '{override[:200]}'")
         return OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
     except _MISTAKES as error:
         raise UserError(f"override '{override[:200]}' cannot be read: {_one_line(error)}") from error
@@ -109,6 +119,39 @@ def _require_small(root: yaml.Node | None) -> None:
 
     if root is not None:
         size(root, 0)
+
+
+def _require_no_resolver(root: yaml.Node | None, origin: str) -> None:
+    """UserError where a text of a document would call a resolver of OmegaConf, before any is called."""
+    ahead, seen = [("", root)], set[int]()
+    while ahead:
+        where, node = ahead.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode) and _calls_resolver(node.value):
+            raise UserError(
+                f"{origin}: {where}{short(node.value)} calls a resolver (a name and a colon after '${{'), which could "
+                "read this machine's environment: write the value itself, or give it as KEY=VALUE on the command line"
+            )
+        if isinstance(node, yaml.SequenceNode):
+            ahead += [(where, part) for part in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                ahead += [(where, key), (f"{where.removesuffix('=')}{'.' if where else ''}{key.value}=", value)]
+
+
+def _calls_resolver(text: str) -> bool:
+    """Whether an interpolation in a text holds a colon, as in ${oc.env:HOME}; ${seed} names a setting and does not."""
+    depth = 0
+    for mark in _MARKS.finditer(text):
+        if mark["open"] and (depth or len(mark["escapes"]) % 2 == 0):  # \\${ is no interpolation
+            depth += 1
+        elif depth and mark[0] == "}":
+            depth -= 1
+        elif depth and mark[0] == ":":
+            return True
+    return False
 
 
 def _one_line(error: Exception) -> str:

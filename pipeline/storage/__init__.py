@@ -121,6 +121,21 @@ def list_folders(folder: str | Path) -> list[str]:
     return sorted(_store(folder).folders(str(folder)))
 
 
+def require_inside(folder: str | Path, names: Iterable[str]) -> None:
+    """Raise UserError where a file within a folder, by its path from there, lies elsewhere by a link."""
+    if is_local(folder):
+        local.require_inside(folder, names)
+
+
+def require_closed(folder: str | Path) -> None:
+    """Raise UserError where anything at any depth of a folder is a link out of it, or neither file nor folder.
+
+    Stores other than this machine's file systems have no links.
+    """
+    if is_local(folder):
+        local.require_closed(folder)
+
+
 def read_bytes(url: str | Path) -> bytes:
     """A whole file. Raises FileNotFoundError."""
     return _store(url).read(str(url))

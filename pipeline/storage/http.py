@@ -11,7 +11,7 @@ import urllib3
 from urllib3 import exceptions as failures
 
 from pipeline.base.errors import UserError
-from pipeline.storage import retry
+from pipeline.storage import redirects, retry
 from pipeline.storage.ranges import Body, RangeStream
 from pipeline.storage.retry import Passing
 from pipeline.storage.stat import Stat
@@ -37,21 +37,36 @@ def _pool() -> urllib3.PoolManager:
 
 
 def _request(method: str, url: str, headers: dict[str, str]) -> Any:
-    """One request, redirects followed. Raises _Status where the answer is not 200, 206 or 416."""
+    """One request, redirects followed. Raises _Status where the answer is not 200, 206 or 416.
+
+    Raises UserError where a redirect leads where it must not.
+    """
     if urlsplit(url).username is not None:
         raise UserError(
             f"'{urlsplit(url).hostname}': a URL with a password would stand in config and log: leave it out"
         )
-    answer = _pool().request(
-        method, url, headers={"Accept-Encoding": "identity", **headers}, preload_content=False,
-        timeout=urllib3.Timeout(connect=min(10.0, retry.timeout_s()), read=retry.timeout_s()),
-        retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5),
-    )  # fmt: skip
+    answer, place = _answer(method, url, headers), url
+    for _ in range(redirects.MOST):
+        location = answer.get_redirect_location()
+        if not location:
+            break
+        answer.drain_conn()
+        answer.release_conn()
+        place = redirects.follow(place, location)
+        answer = _answer(method, place, headers)
     if answer.status not in (200, 206, 416):
         answer.drain_conn()
         answer.release_conn()
         raise _Status(answer.status)
     return answer
+
+
+def _answer(method: str, url: str, headers: dict[str, str]) -> Any:
+    return _pool().request(
+        method, url, headers={"Accept-Encoding": "identity", **headers}, preload_content=False, redirect=False,
+        timeout=urllib3.Timeout(connect=min(10.0, retry.timeout_s()), read=retry.timeout_s()),
+        retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0),
+    )  # fmt: skip
 
 
 def _judge(url: str, error: Exception) -> Passing:

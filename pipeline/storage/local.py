@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
@@ -64,6 +64,40 @@ def folders(folder: str | Path) -> list[str]:
     """Names of the folders directly in a folder."""
     path = local_path(folder)
     return [entry.name for entry in os.scandir(path) if entry.is_dir()] if path.is_dir() else []
+
+
+def require_inside(folder: str | Path, names: Iterable[str]) -> None:
+    """Raise UserError where a file within a folder, by its path from there, lies elsewhere by a link."""
+    root = local_path(folder)
+    real = os.path.realpath(root)
+    for name in names:
+        try:
+            place = os.path.realpath(root / name, strict=True)
+        except FileNotFoundError:
+            place = os.path.realpath(root / name)
+        except OSError as error:
+            raise UserError(f"'{root / name}' cannot be followed ({error.strerror}): remove it") from error
+        if not Path(place).is_relative_to(real):
+            raise UserError(
+                f"'{root / name}' leads out of its folder, to '{place}': put what is meant in its place, or remove it"
+            )
+
+
+def require_closed(folder: str | Path) -> None:
+    """Raise UserError where anything at any depth of a folder is a link out of it, or neither file nor folder."""
+    root, ahead = local_path(folder), [""]
+    while ahead:
+        within = ahead.pop()
+        for entry in os.scandir(root / within):
+            name = os.path.join(within, entry.name)
+            if entry.is_symlink():
+                require_inside(root, [name])
+            elif entry.is_dir(follow_symlinks=False):
+                ahead.append(name)
+            elif not entry.is_file(follow_symlinks=False):
+                raise UserError(
+                    f"'{root / name}' is neither a file nor a folder, and reading it may not end: remove it"
+                )
 
 
 def read(url: str | Path) -> bytes:

@@ -11,6 +11,7 @@ from pipeline import storage
 from pipeline.base.environment import number
 from pipeline.base.errors import UserError
 from pipeline.run.contents import mirrored_files
+from pipeline.settings import trust
 from pipeline.settings.config import Config
 from pipeline.tracking import tracking
 from pipeline.tracking.tracking import Synced
@@ -77,8 +78,10 @@ class Mirror:
         synced = self.flush(timeout)
         if synced is None:
             why = "" if self._told else f" ({self._problem or 'the server is too slow'})"
+            server = f" --uri {self._config.tracking.uri}" if trust.sent(self._config.tracking) else ""
             self._on_problem(
                 f"MLflow does not hold all of this run{why}; when its server answers: secateur sync {self._run_dir}"
+                f"{server}"
             )
         return synced
 

@@ -139,11 +139,12 @@ def whole_after_sync(run: LocalRun, undisturbed: Undisturbed) -> None:
     """The weights are the undisturbed run's; after a sync, and after a second, MLflow is what it would have been."""
     assert same_weights(undisturbed.run.folder, run.folder)
     assert "resumed" not in run.output  # nothing was done twice
-    first = commands.sync(run.folder)
+    server = config_of(run.folder).tracking.uri  # named, since it is sent a password
+    first = commands.sync(run.folder, server)
     assert json.loads((run.folder / "result.json").read_text())["mlflow"] == first.place.model_dump()
     held = of_this_run(run)
     assert shape(held) == undisturbed.shape
-    assert commands.sync(run.folder) == first
+    assert commands.sync(run.folder, server) == first
     assert of_this_run(run) == held == from_scratch(run)
 
 
@@ -157,7 +158,7 @@ def test_away_from_the_start(
     assert run.output.count("The run goes on; MLflow is tried again") == 1, run.output
     assert run.output.count(COMMAND) == 1
     server.start()
-    typed = program("cluster", "sync", str(run.folder), ray=False)
+    typed = program("cluster", "sync", str(run.folder), "--uri", server.uri, ray=False)
     assert typed.returncode == 0, typed.stderr
     whole_after_sync(run, undisturbed)
     line("MLflow away from the start", "identical", 0, seconds - undisturbed.seconds)

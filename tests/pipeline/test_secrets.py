@@ -66,9 +66,9 @@ def test_a_run_leaves_no_secret_behind(
         assert wrongly[0] == 0
         assert "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in wrongly[1]
         assert wrongly[1].count(f"secateur sync {run}") == 1
-        assert said(cluster_main, "sync", run)[0] == 2
+        assert said(cluster_main, "sync", run, "--uri", tracking_server.uri)[0] == 2
     hidden["MLFLOW_TRACKING_PASSWORD"] = tracking_server.password
-    synced = said(cluster_main, "sync", run)
+    synced = said(cluster_main, "sync", run, "--uri", tracking_server.uri)
     assert synced[0] == 0, synced
     assert tracking_server.uri in synced[1]
     nowhere = said(pipeline_main, *command, f"runs_dir=s3://nowhere-{secrets.token_hex(4)}/runs")

@@ -120,7 +120,10 @@ def test_a_module_in_the_working_directory(tmp_path: Path) -> None:
         ({"factory": "torchvision.models.squeezenet1_2"}, r"did you mean 'squeezenet1_\d'"),
         ({"factory": "torch.nn.modules"}, r"is a module, not a function"),
         ({"factory": ":f"}, r"not an import path"),
-        ({"factory": "builtins.dict"}, r"made a dict, not a torch.nn.Module"),
+        ({"factory": "builtins.dict"}, r"is of Python's standard library \(builtins\)"),
+        ({"factory": "torch.Size"}, r"is a type, not a function or class that makes a torch.nn.Module"),
+        ({"factory": "torch.hub:get_dir"}, r"returns str by its annotation, not a torch.nn.Module"),
+        ({"factory": "torchvision.models:list_models"}, r"made a list, not a torch.nn.Module"),
     ],
 )
 def test_mistakes_in_the_factory(settings: dict[str, Any], message: str) -> None:
