@@ -1,0 +1,130 @@
+"""Settings that do nothing beside the others of a run: each is told of, none is left out in silence.
+
+A setting that has its effect only beside another one has a row here, with what must hold. All others always count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from pipeline import storage
+from pipeline.data import sources
+from pipeline.prune import allocation, criteria, schedules
+from pipeline.settings.config import Config
+
+
+class Row(NamedTuple):
+    """A setting, whether it counts in a run, and what it needs, in words."""
+
+    setting: str
+    counts: Callable[[Config], bool]
+    needs: str
+
+
+def _built(config: Config) -> bool:
+    return not sources.of(config.data).in_place
+
+
+def _racing(config: Config) -> bool:
+    return config.scan.interval is not None
+
+
+def _no_loss(config: Config) -> bool:
+    return config.target.no_loss
+
+
+def _scheduled(config: Config) -> bool:
+    """Whether prune.rounds says how many rounds there are."""
+    return not config.target.no_loss and config.prune.schedule in ("geometric", "cubic")
+
+
+def _from_list(config: Config) -> bool:
+    return not config.target.no_loss and schedules.of(config.prune).from_list
+
+
+def _training(name: str) -> tuple[Row, ...]:
+    """The rows of one training's settings: dense or retrain."""
+
+    def of(config: Config) -> Any:
+        return getattr(config, name)
+
+    return (
+        Row(f"{name}.milestones", lambda c: of(c).schedule == "step", f"{name}.schedule=step"),
+        Row(f"{name}.gamma", lambda c: of(c).schedule in ("step", "inv"), f"{name}.schedule=step or inv"),
+        Row(f"{name}.power", lambda c: of(c).schedule == "inv", f"{name}.schedule=inv"),
+        Row(f"{name}.momentum", lambda c: of(c).optimizer == "sgd", f"{name}.optimizer=sgd"),
+        Row(f"{name}.nesterov", lambda c: of(c).optimizer == "sgd", f"{name}.optimizer=sgd"),
+    )
+
+
+ROWS = (
+    Row("data.root", lambda c: sources.of(c.data).needs_root, "a data.source that reads files"),
+    Row("data.val_fraction", _built, "a data.source that shards are built from: an index says what its val is"),
+    Row("data.test_fraction", lambda c: c.data.source in ("digits", "folder"), "data.source=digits or folder"),
+    Row("data.class_index", lambda c: c.data.source in ("folder", "imagenet"), "data.source=folder or imagenet"),
+    Row("data.follow_links", lambda c: c.data.source == "folder", "data.source=folder"),
+    Row("data.shard_samples", _built, "a data.source that shards are built from"),
+    Row("data.shrink", _built, "a data.source that shards are built from"),
+    Row("data.quality", lambda c: _built(c) and c.data.shrink is not None, "data.shrink"),
+    Row("data.shift", lambda c: "shift" in c.data.augment, "data.augment with shift"),
+    Row("data.cache_disk_bytes", lambda c: c.data.cache_dir is not None, "data.cache_dir"),
+    Row("model.checkpoint_key", lambda c: c.model.checkpoint is not None, "model.checkpoint"),
+    *_training("dense"),
+    *_training("retrain"),
+    Row("retrain.temperature", lambda c: c.retrain.distill > 0, "retrain.distill"),
+    Row("scan.tolerance", lambda c: c.scan.mode == "adaptive", "scan.mode=adaptive"),
+    Row("scan.max_levels", lambda c: c.scan.mode == "adaptive", "scan.mode=adaptive"),
+    Row("scan.hopeless", _racing, "scan.interval"),
+    Row("scan.together", lambda c: allocation.of(c.prune).needs_together, "prune.allocation=budget"),
+    Row(
+        "prune.statistics_samples",
+        lambda c: criteria.of(c.prune).statistic is not None,
+        "a prune.criterion with statistics: taylor or obs",
+    ),
+    Row("prune.densities", lambda c: allocation.of(c.prune).fixes_densities, "prune.allocation=explicit"),
+    Row("prune.rounds", _scheduled, "prune.schedule=geometric or cubic, and a target.mode other than no-loss"),
+    Row("prune.list", _from_list, "prune.schedule=list"),
+    Row(
+        "prune.sigma",
+        lambda c: c.prune.allocation == "paper" or c.target.by_thresholds,
+        "prune.allocation=paper or target.mode=thresholds",
+    ),
+    Row("prune.gradual_every", lambda c: c.prune.gradual > 0, "prune.gradual"),
+    Row("target.step", _no_loss, "target.mode=no-loss"),
+    Row("target.smallest_step", _no_loss, "target.mode=no-loss"),
+    Row("target.tolerance", _no_loss, "target.mode=no-loss"),
+    Row("target.confidence", _no_loss, "target.mode=no-loss"),
+    Row("target.max_rounds", _no_loss, "target.mode=no-loss"),
+    Row("cluster.resize_seconds", lambda c: not isinstance(c.cluster.workers, int), "cluster.workers=[min, max]"),
+    Row("cluster.lease_seconds", lambda c: not storage.is_local(c.runs_dir), "runs_dir on S3"),
+    Row("tracking.uri", lambda c: c.tracking.enabled, "tracking.enabled=true"),
+    Row("tracking.experiment", lambda c: c.tracking.enabled, "tracking.enabled=true"),
+)
+
+
+def idle(config: Config) -> Iterator[str]:
+    """A sentence for each setting that is not at its default and does nothing in this run.
+
+    The names of criterion, allocation, schedule and source must exist.
+    """
+    for row in ROWS:
+        *parents, leaf = row.setting.split(".")
+        section: Any = config
+        for parent in parents:
+            section = getattr(section, parent)
+        value = getattr(section, leaf)
+        if value != default(section, leaf) and not row.counts(config):
+            yield f"{row.setting}={_short(value)} is ignored: it needs {row.needs}"
+
+
+def default(section: BaseModel, leaf: str) -> Any:
+    """The default of a setting of a section."""
+    return type(section).model_fields[leaf].get_default(call_default_factory=True)
+
+
+def _short(value: Any) -> str:
+    text = str([*value]) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
