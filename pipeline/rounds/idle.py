@@ -5,6 +5,7 @@ A setting that has its effect only beside another one has a row here, with what 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from pipeline import storage
 from pipeline.data import sources
 from pipeline.prune import allocation, criteria, schedules
 from pipeline.settings.config import Config
+from pipeline.settings.data import Data
 
 
 class Row(NamedTuple):
@@ -24,33 +26,13 @@ class Row(NamedTuple):
     needs: str
 
 
-def _built(config: Config) -> bool:
-    return not sources.of(config.data).in_place
-
-
-def _racing(config: Config) -> bool:
-    return config.scan.interval is not None
-
-
-def _no_loss(config: Config) -> bool:
-    return config.target.no_loss
-
-
-def _scheduled(config: Config) -> bool:
-    """Whether prune.rounds says how many rounds there are."""
-    return not config.target.no_loss and config.prune.schedule in ("geometric", "cubic")
-
-
-def _from_list(config: Config) -> bool:
-    return not config.target.no_loss and schedules.of(config.prune).from_list
+def _built(data: Data) -> bool:
+    return not sources.of(data).in_place
 
 
 def _training(name: str) -> tuple[Row, ...]:
     """The rows of one training's settings: dense or retrain."""
-
-    def of(config: Config) -> Any:
-        return getattr(config, name)
-
+    of = operator.attrgetter(name)
     return (
         Row(f"{name}.milestones", lambda c: of(c).schedule == "step", f"{name}.schedule=step"),
         Row(f"{name}.gamma", lambda c: of(c).schedule in ("step", "inv"), f"{name}.schedule=step or inv"),
@@ -62,13 +44,17 @@ def _training(name: str) -> tuple[Row, ...]:
 
 ROWS = (
     Row("data.root", lambda c: sources.of(c.data).needs_root, "a data.source that reads files"),
-    Row("data.val_fraction", _built, "a data.source that shards are built from: an index says what its val is"),
+    Row(
+        "data.val_fraction",
+        lambda c: _built(c.data),
+        "a data.source that shards are built from: an index says what its val is",
+    ),
     Row("data.test_fraction", lambda c: c.data.source in ("digits", "folder"), "data.source=digits or folder"),
     Row("data.class_index", lambda c: c.data.source in ("folder", "imagenet"), "data.source=folder or imagenet"),
     Row("data.follow_links", lambda c: c.data.source == "folder", "data.source=folder"),
-    Row("data.shard_samples", _built, "a data.source that shards are built from"),
-    Row("data.shrink", _built, "a data.source that shards are built from"),
-    Row("data.quality", lambda c: _built(c) and c.data.shrink is not None, "data.shrink"),
+    Row("data.shard_samples", lambda c: _built(c.data), "a data.source that shards are built from"),
+    Row("data.shrink", lambda c: _built(c.data), "a data.source that shards are built from"),
+    Row("data.quality", lambda c: _built(c.data) and c.data.shrink is not None, "data.shrink"),
     Row("data.shift", lambda c: "shift" in c.data.augment, "data.augment with shift"),
     Row("data.cache_disk_bytes", lambda c: c.data.cache_dir is not None, "data.cache_dir"),
     Row("model.checkpoint_key", lambda c: c.model.checkpoint is not None, "model.checkpoint"),
@@ -77,7 +63,7 @@ ROWS = (
     Row("retrain.temperature", lambda c: c.retrain.distill > 0, "retrain.distill"),
     Row("scan.tolerance", lambda c: c.scan.mode == "adaptive", "scan.mode=adaptive"),
     Row("scan.max_levels", lambda c: c.scan.mode == "adaptive", "scan.mode=adaptive"),
-    Row("scan.hopeless", _racing, "scan.interval"),
+    Row("scan.hopeless", lambda c: c.scan.interval is not None, "scan.interval"),
     Row("scan.together", lambda c: allocation.of(c.prune).needs_together, "prune.allocation=budget"),
     Row(
         "prune.statistics_samples",
@@ -85,19 +71,23 @@ ROWS = (
         "a prune.criterion with statistics: taylor or obs",
     ),
     Row("prune.densities", lambda c: allocation.of(c.prune).fixes_densities, "prune.allocation=explicit"),
-    Row("prune.rounds", _scheduled, "prune.schedule=geometric or cubic, and a target.mode other than no-loss"),
-    Row("prune.list", _from_list, "prune.schedule=list"),
+    Row(
+        "prune.rounds",
+        lambda c: not c.target.no_loss and c.prune.schedule in ("geometric", "cubic"),
+        "prune.schedule=geometric or cubic, and a target.mode other than no-loss",
+    ),
+    Row("prune.list", lambda c: not c.target.no_loss and schedules.of(c.prune).from_list, "prune.schedule=list"),
     Row(
         "prune.sigma",
         lambda c: c.prune.allocation == "paper" or c.target.by_thresholds,
         "prune.allocation=paper or target.mode=thresholds",
     ),
     Row("prune.gradual_every", lambda c: c.prune.gradual > 0, "prune.gradual"),
-    Row("target.step", _no_loss, "target.mode=no-loss"),
-    Row("target.smallest_step", _no_loss, "target.mode=no-loss"),
-    Row("target.tolerance", _no_loss, "target.mode=no-loss"),
-    Row("target.confidence", _no_loss, "target.mode=no-loss"),
-    Row("target.max_rounds", _no_loss, "target.mode=no-loss"),
+    Row("target.step", lambda c: c.target.no_loss, "target.mode=no-loss"),
+    Row("target.smallest_step", lambda c: c.target.no_loss, "target.mode=no-loss"),
+    Row("target.tolerance", lambda c: c.target.no_loss, "target.mode=no-loss"),
+    Row("target.confidence", lambda c: c.target.no_loss, "target.mode=no-loss"),
+    Row("target.max_rounds", lambda c: c.target.no_loss, "target.mode=no-loss"),
     Row("cluster.resize_seconds", lambda c: not isinstance(c.cluster.workers, int), "cluster.workers=[min, max]"),
     Row("cluster.lease_seconds", lambda c: not storage.is_local(c.runs_dir), "runs_dir on S3"),
     Row("tracking.uri", lambda c: c.tracking.enabled, "tracking.enabled=true"),
