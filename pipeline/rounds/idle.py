@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pipeline import storage
 from pipeline.data import sources
 from pipeline.prune import allocation, criteria, schedules
+from pipeline.settings.base import short
 from pipeline.settings.config import Config
 from pipeline.settings.data import Data
 
@@ -107,14 +108,10 @@ def idle(config: Config) -> Iterator[str]:
             section = getattr(section, parent)
         value = getattr(section, leaf)
         if value != default(section, leaf) and not row.counts(config):
-            yield f"{row.setting}={_short(value)} is ignored: it needs {row.needs}"
+            given = short([*value] if isinstance(value, tuple) else value, 60)
+            yield f"{row.setting}={given} is ignored: it needs {row.needs}"
 
 
 def default(section: BaseModel, leaf: str) -> Any:
     """The default of a setting of a section."""
     return type(section).model_fields[leaf].get_default(call_default_factory=True)
-
-
-def _short(value: Any) -> str:
-    text = str([*value]) if isinstance(value, tuple) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
