@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,12 +15,19 @@ POSITIONS = 256  # output positions of a convolution that are taken of each samp
 LARGEST_BYTES = 2**30  # of the products of one layer's inputs with each other, float64
 
 # Layers of these types, or of types that compute as they do, multiply their inputs with the weight as it is.
+_OF_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear  # it holds a weight, and is never called
 _FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether the layer's output is its weight times `rows`, plus its bias: a subclass may compute something else."""
-    return type(layer).forward in _FORWARDS
+    return type(layer).forward in _FORWARDS and not isinstance(layer, _OF_ATTENTION)
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer is called with, by place or by keyword."""
+    inputs: Tensor = args[0] if args else kwargs["input"]
+    return inputs
 
 
 def matrix(layer: Any, weight: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ Quantity = Literal["weights", "flops", "bytes"]  # what a budget is of
 class Counted:
     """FLOPs of one sample (a multiply-add is 2), by the weight that an operator multiplied by.
 
-    `by_tensor` has every weight of `weights_by_tensor`. `unattributed` are FLOPs of products without a single weight: of
-    attention's activations with each other, or by a weight computed from several. `unused` names weights that the
+    `by_tensor` has every weight of `weights_by_tensor`. `unattributed` are FLOPs of products without a single weight:
+    of attention's activations with each other, or by a weight computed from several. `unused` names weights that the
     forward pass never reads, `uncounted` those that it reads, but of whose products none could be attributed, and
     `outside` those that are multiplied by outside of a call of their own layer: by attention, or by F.linear.
     """

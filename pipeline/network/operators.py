@@ -65,7 +65,8 @@ class Product:
     """A multiplication: an operator, its FLOPs, and the weight that it uses.
 
     `name` is None where no single weight is a factor: activations times activations, or a weight that was computed from
-    several. `factors` are the operator's factors, `layer` the linear or convolution layer in whose call it runs, if any.
+    several. `factors` are what is multiplied, `weights` those of them that stem from weights, `layer` is the linear or
+    convolution layer in whose call it runs, if any.
     """
 
     name: str | None
@@ -92,7 +93,7 @@ class Operators(TorchDispatchMode):
         self.inside: list[nn.Module] = []
         self._weights: dict[int, list[tuple[int, int, str]]] = {}
         for name, weight in weights.items():
-            start = weight.storage_offset()
+            start = int(weight.storage_offset())
             self._weights.setdefault(key(weight), []).append((start, start + weight.numel(), name))
         # The weak reference keeps the number of a memory that is gone from being given to another.
         self._origins: dict[int, tuple[StorageWeakRef, Names | None]] = {}

@@ -42,9 +42,10 @@ def survey(
     """Every parameter, in definition order: prunable, or left out with the reason.
 
     Prunable are the weights of linear and convolution layers (grouped ones too), and the projections of attention
-    (`in_proj_weight`), whose names match a pattern of `include` and none of `exclude`. A tensor that several layers share counts once, under its first name. If it is also
-    shared with another kind of module (an embedding) it is left out, since that module would be pruned too. Raises
-    UserError for a pattern that matches nothing, and where nothing is left to prune.
+    (`in_proj_weight`), whose names match a pattern of `include` and none of `exclude`. A tensor that several layers
+    share counts once, under its first name. If it is also shared with another kind of module (an embedding) it is left
+    out, since that module would be pruned too. Raises UserError for a pattern that matches nothing, and where nothing
+    is left to prune.
     """
     uses: dict[int, list[tuple[str, Tensor]]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
