@@ -219,3 +219,16 @@ class ByName(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.fc2(input=self.act(input=self.fc1(input=x.flatten(1))))
         return logits
+
+
+class Mixed(nn.Module):
+    """The first product is by a weight computed from two layers' weights, neither of which is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(64, 16), nn.Linear(64, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.linear(x.flatten(1), self.one.weight + self.two.weight)
+        logits: Tensor = self.head(torch.relu(hidden))
+        return logits

@@ -169,9 +169,12 @@ def _attempt(name: str, make: Callable[[], T], missing: dict[str, str]) -> T | N
         return make()
     except torch.OutOfMemoryError:
         raise  # the command line has words for it
-    except (UserError, *FOREIGN) as error:
-        missing[name] = " ".join(str(error).split())[:300] or type(error).__name__
-        return None
+    except UserError as error:
+        missing[name] = str(error)
+    except FOREIGN as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        missing[name] = f"the network's code does not work with it: {reason}"
+    return None
 
 
 def _rounding(wanted: Tensor) -> float:
