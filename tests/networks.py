@@ -153,3 +153,82 @@ def _block(draw: random.Random, channels: int) -> tuple[nn.Module, int]:
         nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False), nn.AvgPool2d(2, stride=1, ceil_mode=True),
     ]  # fmt: skip
     return draw.choice(pools), channels
+
+
+class Attending(nn.Module):
+    """Images (batch, 1, 8, 8) to 16 patches of `width` numbers, attention among them, and 10 classes."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, width, 2, 2)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.embed(x).flatten(2).transpose(1, 2)
+        mixed, _ = self.attention(patches, patches, patches, need_weights=False)
+        logits: Tensor = self.head((patches + mixed).mean(1))
+        return logits
+
+
+class Encoding(nn.Module):
+    """As Attending, with a whole encoder layer, which takes a fused path in evaluation mode."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, width, 2, 2)
+        self.encoder = nn.TransformerEncoderLayer(width, 2, 16, batch_first=True)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.encoder(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+        return logits
+
+
+class ThereAndBack(nn.Module):
+    """A layer, and then its weight transposed, outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(64, 16), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.fc1(x.flatten(1)))
+        logits: Tensor = self.fc2(torch.relu(nn.functional.linear(hidden, self.fc1.weight.t())))
+        return logits
+
+
+class Rows(nn.Module):
+    """Linear layers on (batch, rows, numbers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.relu(self.fc1(x[:, 0]))).mean(1)
+
+
+class ByName(nn.Module):
+    """Every layer is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc2(input=self.act(input=self.fc1(input=x.flatten(1))))
+        return logits
+
+
+class Mixed(nn.Module):
+    """The first product is by a weight computed from two layers' weights, neither of which is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(64, 16), nn.Linear(64, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.linear(x.flatten(1), self.one.weight + self.two.weight)
+        logits: Tensor = self.head(torch.relu(hidden))
+        return logits

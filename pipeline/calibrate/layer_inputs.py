@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,13 +14,20 @@ from pipeline.base.seeding import derive
 POSITIONS = 256  # the most output positions of a convolution that are taken from each sample
 LARGEST_BYTES = 2**30  # the largest X Xᵀ: products of one layer's inputs with each other, float64
 
-# Layers with one of these forward methods multiply their inputs by the weight as it is.
+# Layers of these types, or of types with one of their forward methods, multiply their inputs by the weight as it is.
+_OF_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear  # it holds a weight, and is never called
 _FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether the layer's output is its weight times `rows`, plus its bias: a subclass may compute something else."""
-    return type(layer).forward in _FORWARDS
+    return type(layer).forward in _FORWARDS and not isinstance(layer, _OF_ATTENTION)
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer is called with, by place or by keyword."""
+    inputs: Tensor = args[0] if args else kwargs["input"]
+    return inputs
 
 
 def matrix(layer: Any, weight: Tensor) -> Tensor:

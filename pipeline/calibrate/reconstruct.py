@@ -8,7 +8,7 @@ do not add up from layer to layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from pipeline.calibrate import layer_inputs
 from pipeline.data.loader import Batch
+from pipeline.network import cost
 from pipeline.network.layers import layers_by_tensor
 from pipeline.network.modes import evaluating
 from pipeline.network.trace import graph_of, nbytes
@@ -47,7 +48,7 @@ def reconstruct(
     """
     fits: list[Fit] = []
     with evaluating(model), evaluating(reference):
-        layers, notes = _layers(model, masks)
+        layers, notes = _layers(model, masks, cost.count(model, feed.shape).outside)
         both = _Both(model, reference, batches, feed, world.device)
         for place, target, name in both.order({id(layer): name for name, layer in layers.items()}):
             layer, before = model.get_submodule(target), reference.get_submodule(target)
@@ -60,14 +61,22 @@ def reconstruct(
     return fits, notes
 
 
-def _layers(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[dict[str, nn.Module], list[str]]:
-    """The layer of each tensor that can be reconstructed, and notes that say why others cannot."""
+def _layers(
+    model: nn.Module, masks: Mapping[str, Tensor], outside: Collection[str]
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """The layer of each tensor that can be reconstructed, and notes that say why others cannot.
+
+    `outside` names tensors that are used outside of a call of their layer.
+    """
     found: dict[str, nn.Module] = {}
-    notes = []
-    for name, users in layers_by_tensor(model).items():
+    held = layers_by_tensor(model)
+    notes = [f"{name} is a weight of attention, not of a layer" for name in masks if name not in held]
+    for name, users in held.items():
         if name not in masks:
             continue
-        if len(users) > 1:
+        if name in outside:
+            notes.append(f"{name} is used outside of a layer of its own (by attention, or by F.linear)")
+        elif len(users) > 1:
             notes.append(f"{name} is shared by {len(users)} layers")
         elif not layer_inputs.is_plain(users[0]):
             notes.append(f"{name} belongs to a {type(users[0]).__name__}, which computes in a way of its own")

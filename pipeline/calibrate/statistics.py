@@ -6,7 +6,7 @@ a statistic, write its functions and put it into STATISTICS.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
+from pipeline.base.names import few
 from pipeline.calibrate import layer_inputs
 from pipeline.data.loader import Batch
 from pipeline.network.layers import layers_by_tensor
@@ -26,6 +27,7 @@ from pipeline.train.world import World
 
 GROUP = 8  # samples in one mean loss, of which the gradient is taken
 DAMPING = 0.01  # share of the diagonal's mean that is added to the diagonal (Frantar et al. 2022 and others)
+REMEDY = "choose another criterion, or name the tensor in prune.exclude"
 
 Batches = Callable[[], Iterable[Batch]]  # this rank's share; called once for each pass
 
@@ -36,10 +38,12 @@ class Statistic:
 
     measure(model, names, batches, feed, world): the numbers by tensor, shaped like it; the network is in evaluation
     mode. require(model, names, criterion): raises UserError, naming the criterion, for a tensor that has none.
+    `of_layers`: it is of what layers are given, so a weight that is also used outside of its layer has none.
     """
 
     measure: Callable[[nn.Module, Sequence[str], Batches, Feed, World], dict[str, Tensor]]
     require: Callable[[nn.Module, Sequence[str], str], None]
+    of_layers: bool = False
 
 
 def measure(
@@ -75,28 +79,41 @@ def statistics_for(session: Session, model: nn.Module, names: list[str]) -> dict
     return measure(config.prune.criterion, model, names, share, session.feed, session.world)
 
 
-def require(model: nn.Module, names: Sequence[str], prune: Prune) -> None:
-    """Raise UserError if the statistic that the criterion needs cannot be measured for these tensors."""
+def require(model: nn.Module, names: Sequence[str], prune: Prune, outside: Collection[str] = ()) -> None:
+    """Raise UserError if the statistic that the criterion needs cannot be measured for these tensors.
+
+    `outside` names tensors that are used outside of a call of their layer (`cost.Counted`).
+    """
     kind = criteria.of(prune).statistic
-    if kind is not None:
-        STATISTICS[kind].require(model, names, prune.criterion)
+    if kind is None:
+        return
+    STATISTICS[kind].require(model, names, prune.criterion)
+    found = [name for name in names if name in outside] if STATISTICS[kind].of_layers else []
+    if found:
+        raise UserError(
+            f"prune.criterion={prune.criterion}: {few(found)} is used outside of a layer of its own (by attention, or "
+            f"by F.linear), where its inputs are not measured: {REMEDY}"
+        )
 
 
 def _require_curvature(model: nn.Module, names: Iterable[str], criterion: str) -> None:
     """Raise UserError for a tensor whose layer is too large, or computes in a way of its own, for the curvature."""
     layers = layers_by_tensor(model)
     for name in names:
+        if name not in layers:
+            raise UserError(
+                f"prune.criterion={criterion}: {name} is a weight of attention, whose inputs are not measured: {REMEDY}"
+            )
         for layer in layers[name]:
             if not layer_inputs.is_plain(layer):
                 raise UserError(
                     f"prune.criterion={criterion}: {name} belongs to a {type(layer).__name__}, which computes in a way "
-                    "of its own: choose another criterion, or name the tensor in prune.exclude"
+                    f"of its own: {REMEDY}"
                 )
         if layer_inputs.gram_bytes(layers[name][0]) > layer_inputs.LARGEST_BYTES:
             raise UserError(
                 f"prune.criterion={criterion}: {name} has so many inputs that their products with each other take more "
-                f"than {layer_inputs.LARGEST_BYTES / 2**30:g} GiB: choose another criterion, or name the tensor in "
-                "prune.exclude"
+                f"than {layer_inputs.LARGEST_BYTES / 2**30:g} GiB: {REMEDY}"
             )
 
 
@@ -166,8 +183,8 @@ def _grams(
     grams: dict[str, Tensor] = {}
 
     def add(name: str) -> Any:
-        def hook(layer: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = layer_inputs.rows(layer, given[0], feed.seed)
+        def hook(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            rows = layer_inputs.rows(layer, layer_inputs.given(args, kwargs), feed.seed)
             every = output.numel() / layer.weight.shape[0]  # all output positions; rows may be a part of them
             grams[name] += (rows.mT @ rows).double() * (every / rows.shape[1])
 
@@ -177,7 +194,9 @@ def _grams(
         first: Any = users[0]
         groups, _, inputs = layer_inputs.matrix(first, first.weight).shape
         grams[name] = torch.zeros(groups, inputs, inputs, dtype=torch.float64, device=world.device)
-    handles = [user.register_forward_hook(add(name)) for name, users in layers.items() for user in users]
+    handles = [
+        user.register_forward_hook(add(name), with_kwargs=True) for name, users in layers.items() for user in users
+    ]
     count = torch.zeros(1, dtype=torch.float64, device=world.device)
     try:
         for images, labels in _readable(batches, world):
@@ -209,5 +228,5 @@ def _counted(count: Tensor, world: World) -> float:
 
 STATISTICS: dict[str, Statistic] = {
     "gradient": Statistic(_gradients, lambda model, names, criterion: None),
-    "curvature": Statistic(_curvatures, _require_curvature),
+    "curvature": Statistic(_curvatures, _require_curvature, of_layers=True),
 }

@@ -10,6 +10,7 @@ from typing import assert_never
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -271,6 +272,8 @@ def show_bench(found: Bench, console: Console | None = None) -> None:
     for row in found.rows:
         spread = f"{row.median_ms:.3f} ({row.p10_ms:.3f}-{row.p90_ms:.3f})"
         table.add_row(row.name, str(row.batch), spread, f"{row.parameter_bytes / 1000:,.0f} kB")
+    for name, why in found.missing.items():
+        table.add_row(name, "-", escape(f"none: {why}"), "-")
     console.print(table)
     removed = ", ".join(f"{layer} {count}" for layer, count in found.removed.items() if count)
     console.print(f"units removed from the compact network: {removed or 'none'}", markup=False)

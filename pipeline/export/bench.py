@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ from pipeline.data.images import normalize
 from pipeline.data.split import Split
 from pipeline.export import export, latency
 from pipeline.export.latency import Latency
-from pipeline.network.build import build_network
+from pipeline.network.build import FOREIGN, build_network
 from pipeline.network.compact import Compacted, compact
 from pipeline.network.weights import load_weights
 from pipeline.run.result import LatencySummary
@@ -31,6 +34,7 @@ from pipeline.train.world import choose_device
 
 BATCHES = (1, 64)
 SAMPLES = 64  # random and real inputs each, on which the compact network and the ONNX files are checked
+T = TypeVar("T")
 TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that passes for rounding of float32
 
 
@@ -40,7 +44,8 @@ class Bench(Record):
 
     `rows` are of the networks dense, pruned, compact, and CSR (the pruned network with CSR matrices). `differences` has
     the largest difference from the pruned network's outputs, by file. `removed` counts units by layer, and `notes` say
-    what compaction left alone. `summary` is result.json's latency_ms, at batch 1.
+    what compaction left alone. `summary` is result.json's latency_ms, at batch 1. `missing` says, by form or file, why
+    this network has none.
     """
 
     rows: tuple[Latency, ...]
@@ -49,13 +54,15 @@ class Bench(Record):
     removed: dict[str, int]
     notes: tuple[str, ...]
     summary: LatencySummary
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 def bench_run(run_dir: str | Path, repeats: int = 100, *, trust_code: bool = False) -> Bench:
     """Write final/{compact.safetensors, model.onnx, compact.onnx, fc.csr.safetensors, latency.json}; returns the last.
 
-    Measured on config.device with config.threads. Raises UserError for a run that is not finished, where its config
-    names a network by import path (unless `trust_code`), and where onnxscript or onnxruntime is missing.
+    Measured on config.device with config.threads. A form or file that the network cannot take, or for which a package
+    is missing, is left out, and `missing` says why. Raises UserError for a run that is not finished, and where its
+    config names a network by import path (unless `trust_code`).
     """
     config = config_of(run_dir)
     trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
@@ -69,13 +76,16 @@ def bench_run(run_dir: str | Path, repeats: int = 100, *, trust_code: bool = Fal
     dense.load_state_dict(checkpoint.load(here, "dense/checkpoint").weights)
     split = loader.open_split(config.data, session.data_root(config, here), manifest, "val")
     inputs = check_inputs(split, config.data, config.seed)
-    found = compact(pruned, inputs[:2])
-    differences = write_files(here, pruned, found, inputs)
-    device = choose_device(config.device)
-    rows = latency.measure(
-        {"dense": dense, "pruned": pruned, "compact": found.model, "CSR": export.to_csr(pruned)},
-        Feed.of(config).shape, BATCHES, config.threads, latency.Passes(repeats), device,
-    )  # fmt: skip
+    missing: dict[str, str] = {}
+    found = _attempt("compact", lambda: compact(pruned, inputs[:2]), missing)
+    differences = write_files(here, pruned, found, inputs, missing)
+    device, shape = choose_device(config.device), Feed.of(config).shape
+    forms = {"dense": dense, "pruned": pruned}
+    if found is not None and "compact.safetensors" in differences:
+        forms["compact"] = found.model
+    sparse = _attempt("CSR", lambda: checked_csr(pruned, inputs, shape, device), missing)
+    forms |= {} if sparse is None else {"CSR": sparse}
+    rows = latency.measure(forms, shape, BATCHES, config.threads, latency.Passes(repeats), device)
     where = device_name(device, config.threads)
     verdict = latency.verdict(rows, where)
     single = {row.name: row.median_ms for row in rows if row.batch == BATCHES[0]}
@@ -84,11 +94,27 @@ def bench_run(run_dir: str | Path, repeats: int = 100, *, trust_code: bool = Fal
         batch=BATCHES[0],
         dense=single["dense"],
         pruned=single["pruned"],
-        compact=single["compact"],
+        compact=single.get("compact"),
         verdict=verdict,
     )
-    made = Bench(tuple(rows), verdict, differences, found.removed, tuple(found.notes), summary)
+    removed, notes = ({}, ()) if found is None else (found.removed, tuple(found.notes))
+    made = Bench(tuple(rows), verdict, differences, removed, notes, summary, missing)
     storage.write_json(here.path("final", "latency.json"), made.to_json())
+    return made
+
+
+def checked_csr(pruned: nn.Module, inputs: Tensor, shape: Sequence[int], device: torch.device) -> nn.Module:
+    """The network with CSR matrices, once it has run as it will be measured, with the pruned network's outputs.
+
+    Raises UserError where they differ by more than rounding, and whatever a network raises that cannot take them.
+    """
+    made = export.to_csr(pruned)
+    with torch.inference_mode():
+        wanted = pruned(inputs)
+        difference = float((made(inputs) - wanted).abs().max())
+    if not difference <= _rounding(wanted):
+        raise UserError(f"its outputs differ from the pruned network's by {difference:.3g}, more than rounding")
+    latency.measure({"CSR": made}, shape, BATCHES, passes=latency.Passes(repeats=1, warmup=0), device=device)
     return made
 
 
@@ -100,27 +126,64 @@ def check_inputs(split: Split, data: Data, seed: int) -> Tensor:
     return torch.cat([noise, real])
 
 
-def write_files(here: Run, pruned: nn.Module, found: Compacted, inputs: Tensor) -> dict[str, float]:
+def write_files(
+    here: Run, pruned: nn.Module, found: Compacted | None, inputs: Tensor, missing: dict[str, str]
+) -> dict[str, float]:
     """Export and check; the largest absolute difference of outputs from the pruned network's, by file.
 
-    Raises UserError where a difference is more than rounding: the file is then not to be used.
+    A file that cannot be written, or differs by more than rounding, is not there afterwards; `missing` then says why.
     """
     with torch.no_grad():
         wanted = pruned(inputs)
-        differences = {"compact.safetensors": float((found.model(inputs) - wanted).abs().max())}
-    export.save_compact(found, here.path("final", "compact.safetensors"))
+    differences: dict[str, float] = {}
+
+    def checked(name: str, write: Callable[[str], float]) -> None:
+        path = here.path("final", name)
+        difference = _attempt(name, lambda: write(path), missing)
+        if difference is not None and not difference <= _rounding(wanted):
+            missing[name] = f"it differs from the pruned network by {difference:.3g}, more than rounding"
+        if name in missing:
+            storage.remove(path)
+        elif difference is not None:
+            differences[name] = difference
+
+    def compact_tensors(path: str) -> float:
+        assert found is not None
+        with torch.no_grad():
+            difference = float((found.model(inputs) - wanted).abs().max())
+        export.save_compact(found, path)
+        return difference
+
+    def onnx(model: nn.Module, path: str) -> float:
+        export.to_onnx(model, inputs[:2], path)
+        return export.check_onnx(path, pruned, inputs)
+
+    if found is not None:
+        checked("compact.safetensors", compact_tensors)
     export.save_csr(pruned, here.path("final", "fc.csr.safetensors"))
-    for name, model in (("model.onnx", pruned), ("compact.onnx", found.model)):
-        export.to_onnx(model, inputs[:2], here.path("final", name))
-        differences[name] = export.check_onnx(here.path("final", name), pruned, inputs)
-    limit = TOLERANCE * max(1.0, float(wanted.abs().max()))
-    for name, difference in differences.items():
-        if not difference <= limit:
-            raise UserError(
-                f"final/{name} differs from the pruned network by {difference:.3g}, more than rounding; do not use it, "
-                "use final/model.safetensors, and report this with the network's code"
-            )
+    checked("model.onnx", partial(onnx, pruned))
+    if found is not None:
+        checked("compact.onnx", partial(onnx, found.model))
     return differences
+
+
+def _attempt(name: str, make: Callable[[], T], missing: dict[str, str]) -> T | None:
+    """What `make` makes; None where the network cannot take this form, and `missing` then says why."""
+    try:
+        return make()
+    except torch.OutOfMemoryError:
+        raise  # the command line has words for it
+    except UserError as error:
+        missing[name] = str(error)
+    except FOREIGN as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        missing[name] = f"the network's code does not work with it: {reason}"
+    return None
+
+
+def _rounding(wanted: Tensor) -> float:
+    """The largest difference from these outputs that passes for rounding."""
+    return TOLERANCE * max(1.0, float(wanted.abs().max()))
 
 
 def device_name(device: torch.device, threads: int) -> str:

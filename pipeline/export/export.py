@@ -74,12 +74,17 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
 def check_onnx(path: str | Path, model: nn.Module, inputs: Tensor) -> float:
     """Largest absolute difference between onnxruntime's outputs and the network's own on `inputs`, (batch, ...).
 
-    Raises UserError where onnxruntime is not installed.
+    Raises UserError where onnxruntime is not installed, or cannot run the file.
     """
     onnxruntime = _require("onnxruntime", path, "checked")
-    with storage.local_copy(path) as file:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        (got,) = session.run(["output"], {"input": inputs.cpu().numpy()})
+    try:
+        with storage.local_copy(path) as file:
+            session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+            (got,) = session.run(["output"], {"input": inputs.cpu().numpy()})
+    except UserError:
+        raise
+    except Exception as error:  # onnxruntime's own errors have no other base
+        raise UserError(f"onnxruntime cannot run '{path}': {' '.join(str(error).split())[:300]}") from error
     plain = copy.deepcopy(model).eval()
     with torch.no_grad():
         wanted = plain(inputs).cpu().numpy()
@@ -87,7 +92,7 @@ def check_onnx(path: str | Path, model: nn.Module, inputs: Tensor) -> float:
 
 
 class CsrLinear(nn.Module):
-    """A linear layer whose weight is a sparse CSR matrix: (batch, inputs) to (batch, outputs). To measure with."""
+    """A linear layer whose weight is a sparse CSR matrix: (..., inputs) to (..., outputs). To measure with."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -97,7 +102,8 @@ class CsrLinear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = (self.weight @ x.t()).t()
+        y = (self.weight @ x.reshape(-1, x.shape[-1]).t()).t()
+        y = y.reshape(*x.shape[:-1], -1) if x.ndim != 2 else y  # a matrix stays as it is: no copy to time
         return y if self.bias is None else y + self.bias
 
 

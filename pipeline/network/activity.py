@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from pipeline.network.layers import ACTIVATIONS, DROPOUTS, NORMS, layers_by_tensor
+from pipeline.network.layers import ACTIVATIONS, NORMS, weights_by_tensor
+from pipeline.network.operators import Operators, Product, key, watching
+
+aten = torch.ops.aten
+
+# Activations end the way out of a layer: what they give is what the next layer sees.
+_ACTIVATIONS = {
+    aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_, aten.leaky_relu, aten.leaky_relu_, aten.elu, aten.elu_,
+    aten.gelu, aten.gelu_, aten.silu, aten.silu_, aten.mish, aten.mish_, aten.hardswish, aten.hardswish_,
+    aten.hardsigmoid, aten.hardsigmoid_, aten.sigmoid, aten.sigmoid_, aten.log_sigmoid_forward, aten.tanh, aten.tanh_,
+    aten.softplus, aten.threshold, aten.threshold_, aten.softshrink, aten.hardshrink, aten._prelu_kernel,
+    aten.clamp, aten.clamp_, aten.clamp_min, aten.clamp_min_, aten.rrelu_with_noise, aten.rrelu_with_noise_,
+}  # fmt: skip
+
+_NORMS = {
+    aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training,
+    aten._batch_norm_with_update, aten._batch_norm_no_update, aten.cudnn_batch_norm, aten.miopen_batch_norm,
+    aten.native_layer_norm, aten.native_group_norm, aten._fused_rms_norm,
+}  # fmt: skip
+
+_SUMS = {aten.add, aten.add_, aten.sub, aten.sub_}
+
+# The values go on as they are, or some as zeros that are not the network's own.
+_COPIES = {aten.clone, aten._to_copy, aten.contiguous, aten.native_dropout}
 
 
 @dataclass(frozen=True)
 class Activity:
     """Shares (0..1) of non-zero values, over all samples seen.
 
-    output_density: the paper's Act%, at the place that `measured` names ("after relu1", "own output"); input_density:
-    of the layer's input, so that FLOP% = Weights% * input_density (tables 2 to 5).
+    output_density: the paper's Act%, at the place that `measured` names ("after relu1", "after relu()" for a function,
+    "own output"); input_density: of what the weight is multiplied by, so that FLOP% = Weights% * input_density (tables
+    2 to 5). Both are None where `measured` is "not measured": the weight is used, but by no product of its own.
     """
 
-    output_density: float
-    input_density: float
+    output_density: float | None
+    input_density: float | None
     measured: str
 
 
@@ -32,87 +57,118 @@ class _Record:
     """Running counts of one tensor, kept on its device so that no batch waits for them."""
 
     counts: list[Tensor | int] = field(default_factory=lambda: [0, 0, 0, 0])  # output non-zero, all; input likewise
-    measured: str = "never called"
+    measured: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Trail:
-    """A tensor on its way out of a layer: whoever consumes it next may be that layer's norm or activation."""
+    """What a layer gave, on its way to the norm and the activation after it."""
 
-    tensor: weakref.ref[Tensor]  # weak, or every activation of the network would stay in memory
+    storage: StorageWeakRef  # weak, or every activation of the network would stay in memory
     record: _Record
-    nonzero: Tensor | int
+    nonzero: Tensor
     total: int
+
+    def measure(self, found: Tensor, measured: str | None = None) -> None:
+        """Count `found` in place of what was counted of this output before, where it is as large."""
+        if found.numel() == self.total:
+            nonzero = torch.count_nonzero(found.detach())
+            self.record.counts[0] = self.record.counts[0] + nonzero - self.nonzero
+            self.record.measured = measured or self.record.measured
+            self.nonzero = nonzero
 
 
 class ActivationMeter:
     """Measures, in a `with` block, the activations of every batch that `module` runs on.
 
-    `names` are prunable tensors. A layer's output is taken after the norm, activation and dropout modules that directly
-    consume it, found by following the tensor itself; a functional activation (F.relu) is not seen, and `measured` then
-    says "own output". Dropout passes the trail on but is not measured: its zeros are not the network's. The input of
-    the first linear or convolution layer called is the network's own, whose density is set to 1 as in the paper.
+    `names` are prunable tensors. What a product by a tensor gives is followed by its memory, whoever computes it: to
+    the first activation (a module or a function), through norms, sums, copies and dropout. Another product, pooling or
+    the end of the network ends it before. Dropout is passed but not measured: its zeros are not the network's. The
+    input of the first product by a weight is the network's own, whose density is set to 1 as in the paper.
     """
 
     def __init__(self, module: nn.Module, names: list[str]) -> None:
         self._module = module
-        self._layers = layers_by_tensor(module)
-        unknown = [name for name in names if name not in self._layers]
+        weights = weights_by_tensor(module)
+        unknown = [name for name in names if name not in weights]
         assert not unknown, f"not weights of linear or convolution layers: {unknown}"
-        self._records = {name: _Record() for name in names}
-        self._names = {id(layer): name for name, users in self._layers.items() for layer in users}
-        self._paths = {id(part): path for path, part in module.named_modules()}
-        self._trails: dict[int, _Trail] = {}
-        self._first: str | None = None
-        self._handles: list[RemovableHandle] = []
+        self._meter = _Meter(weights, names, {id(part): path for path, part in module.named_modules()})
+        self._entered = ExitStack()
 
     def __enter__(self) -> ActivationMeter:
-        for part in self._module.modules():
-            if id(part) in self._names:
-                self._handles.append(part.register_forward_hook(self._after_layer))
-            elif isinstance(part, NORMS + ACTIVATIONS + DROPOUTS):
-                self._handles.append(part.register_forward_hook(self._after_consumer))
+        self._entered.enter_context(watching(self._module, self._meter))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._trails.clear()
+        self._entered.close()
+        self._meter.trails.clear()
 
     def result(self) -> dict[str, Activity]:
-        """The densities by tensor name. A layer that was never called has density 0, and `measured` says so."""
+        """The densities by tensor name. One that nothing read has density 0, and `measured` says "never called"."""
         found = {}
-        for name, record in self._records.items():
+        for name, record in self._meter.records.items():
+            if record.measured is None and name in self._meter.read:
+                found[name] = Activity(None, None, "not measured")
+                continue
             out_nonzero, out_total, in_nonzero, in_total = (int(count) for count in record.counts)
             density = out_nonzero / out_total if out_total else 0.0
-            reads = in_nonzero / in_total if in_total else 0.0
-            found[name] = Activity(density, 1.0 if name == self._first else reads, record.measured)
+            reads = 1.0 if name == self._meter.first else in_nonzero / in_total if in_total else 0.0
+            found[name] = Activity(density, reads, record.measured or "never called")
         return found
 
-    def _after_layer(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        name = self._names[id(layer)]
-        self._first = self._first or name
-        record = self._records.get(name)
+
+class _Meter(Operators):
+    """Counts at each product by a weight, and follows what it gives."""
+
+    def __init__(self, weights: dict[str, Tensor], names: list[str], paths: dict[int, str]) -> None:
+        super().__init__(weights)
+        self.records = {name: _Record() for name in names}
+        self.trails: dict[int, list[_Trail]] = {}
+        self.first: str | None = None
+        self._paths = paths
+
+    def on_product(self, product: Product) -> None:
+        for factor in product.factors:
+            self.trails.pop(key(factor), None)
+        if product.name is None:
+            return
+        self.first = self.first or product.name
+        record = self.records.get(product.name)
         if record is None:
             return
-        nonzero, total = torch.count_nonzero(output.detach()), output.numel()
-        for place, count in enumerate((nonzero, total, torch.count_nonzero(inputs[0].detach()), inputs[0].numel())):
+        others = [factor for factor in product.factors if not any(factor is held for held in product.weights)]
+        nonzero, total = torch.count_nonzero(product.result), product.result.numel()
+        read = (torch.count_nonzero(others[0]), others[0].numel()) if others else (0, 0)
+        for place, count in enumerate((nonzero, total, *read)):
             record.counts[place] = record.counts[place] + count
         record.measured = "own output"
-        self._trails[id(output)] = _Trail(weakref.ref(output), record, nonzero, total)
+        storage = StorageWeakRef(product.result.untyped_storage())
+        self.trails[key(product.result)] = [_Trail(storage, record, nonzero, total)]
 
-    def _after_consumer(self, part: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        trail = self._trails.get(id(inputs[0]))
-        if trail is None or trail.tensor() is not inputs[0]:  # an id can be that of a tensor long gone
+    def on_other(self, packet: Any, tensors: Sequence[Tensor], result: Any) -> None:
+        given = list(dict.fromkeys(place for place in map(key, tensors) if place in self.trails))
+        result = result[0] if isinstance(result, tuple | list) and result else result
+        ends, norms, sums = packet in _ACTIVATIONS, packet in _NORMS, packet in _SUMS
+        if not given or not isinstance(result, Tensor) or not (ends or norms or sums or packet in _COPIES):
             return
-        del self._trails[id(inputs[0])]
-        nonzero, total, record = trail.nonzero, trail.total, trail.record
-        if not isinstance(part, DROPOUTS):
-            nonzero, total = torch.count_nonzero(output.detach()), output.numel()
-            record.counts[0] = record.counts[0] + nonzero - trail.nonzero
-            record.counts[1] = record.counts[1] + total - trail.total
-            record.measured = f"after {self._paths[id(part)]}"
-        self._trails[id(output)] = _Trail(weakref.ref(output), record, nonzero, total)
+        trails = [trail for place in given for trail in self.trails.pop(place)]
+        # A bias may be added by a step of its own: the sum is then the layer's own output.
+        biased = sums and all(tensor.numel() < result.numel() for tensor in tensors if key(tensor) not in given)
+        for trail in trails:
+            if ends or norms:
+                trail.measure(result, self._where(packet))
+            elif biased:
+                trail.measure(result)
+        if not ends:
+            storage = StorageWeakRef(result.untyped_storage())
+            self.trails[key(result)] = [_Trail(storage, each.record, each.nonzero, each.total) for each in trails]
+
+    def _where(self, packet: Any) -> str:
+        """Where an operator stands: in a norm or activation module, or in the network's own code."""
+        part = self.inside[-1] if self.inside else None
+        if part is not None and isinstance(part, NORMS + ACTIVATIONS):
+            return f"after {self._paths[id(part)]}"
+        name = str(packet.__name__).strip("_").removeprefix("native_")
+        return f"after {name}()"

@@ -3,50 +3,88 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
-from pipeline.network.layers import layers_by_tensor
+from pipeline.network.layers import weights_by_tensor
 from pipeline.network.modes import evaluating
+from pipeline.network.operators import Operators, Product, watching
 
 Quantity = Literal["weights", "flops", "bytes"]  # what a budget is of
 
 
-def flops(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
-    """FLOPs of one sample (a multiply-add is 2), by the name of each prunable tensor.
+@dataclass(frozen=True)
+class Counted:
+    """FLOPs of one sample (a multiply-add is 2), by the weight that an operator multiplied by.
 
-    The paper's counting (tables 2 to 5): 2 * weights * output positions, biases left out. `input_shape` is one
-    sample's, (channels, height, width). A layer that is called several times counts each time; one that is never called
-    counts 0. The module's modes are restored. Raises UserError where the network does not take this input.
+    `by_tensor` has every weight of `weights_by_tensor`. `unattributed` are FLOPs of products without a single weight:
+    of attention's activations with each other, or by a weight computed from several. `unused` names weights that the
+    forward pass never reads, `uncounted` those that it reads, but of whose products none could be attributed, and
+    `outside` those that are multiplied by outside of a call of their own layer: by attention, or by F.linear.
     """
-    layers = layers_by_tensor(module)
-    counts = dict.fromkeys(layers, 0)
 
-    def counter(name: str) -> Any:
-        def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            # Each output channel of a position takes weights / channels multiply-adds, whatever the groups.
-            counts[name] += 2 * layer.weight.numel() * (output.numel() // layer.weight.shape[0])
+    by_tensor: dict[str, int]
+    unattributed: int
+    unused: tuple[str, ...]
+    uncounted: tuple[str, ...]
+    outside: tuple[str, ...]
 
-        return count
 
-    handles = [layer.register_forward_hook(counter(name)) for name, users in layers.items() for layer in users]
+class _Counter(Operators):
+    """Adds up the FLOPs of each weight."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(weights)
+        self.flops = dict.fromkeys(weights, 0)
+        self.unattributed = 0
+        self.outside: set[str] = set()
+        self._weights_named = weights
+
+    def on_product(self, product: Product) -> None:
+        if product.name is None:
+            self.unattributed += product.flops
+            return
+        self.flops[product.name] += product.flops
+        if product.layer is None or product.layer._parameters.get("weight") is not self._weights_named[product.name]:
+            self.outside.add(product.name)
+
+
+def count(module: nn.Module, input_shape: tuple[int, ...]) -> Counted:
+    """Count the FLOPs of one forward pass in evaluation mode on one sample of `input_shape`, (channels, height, width).
+
+    The paper's counting (tables 2 to 5): 2 * weights * output positions, biases left out. Whoever multiplies by a
+    weight counts, each time: a layer, attention, F.linear, several layers that share it. The module's modes are
+    restored. Raises UserError where the network does not take this input.
+    """
+    weights = weights_by_tensor(module)
+    counter = _Counter(weights)
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     try:
-        with evaluating(module), torch.no_grad():
+        with evaluating(module), torch.no_grad(), watching(module, counter):
             module(torch.zeros((1, *input_shape), dtype=like.dtype, device=like.device))
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(
             f"model.factory: the network does not take an input of shape {input_shape} (data.channels, data.size): "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counts
+    idle = [name for name, found in counter.flops.items() if not found]
+    return Counted(
+        by_tensor=counter.flops,
+        unattributed=counter.unattributed,
+        unused=tuple(name for name in idle if name not in counter.read),
+        uncounted=tuple(name for name in idle if name in counter.read),
+        outside=tuple(name for name in weights if name in counter.outside),
+    )
+
+
+def flops(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """The FLOPs that `count` finds, by the name of each weight; 0 for one that is never multiplied by."""
+    return count(module, input_shape).by_tensor
 
 
 def packed_bytes(weights: int, kept: int) -> int:
@@ -73,8 +111,7 @@ def price(quantity: Quantity, weights: int, flops: int) -> Callable[[int], int]:
     tensor's.
     """
     if quantity == "flops":
-        each = flops // weights
-        return lambda kept: each * kept
+        return lambda kept: kept * flops // weights
     if quantity == "bytes":
         return lambda kept: packed_bytes(weights, kept)
     return lambda kept: kept

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+# Attention multiplies by parameters of its own: queries, keys and values in one, or one each where their sizes differ.
+ATTENTION = (nn.MultiheadAttention,)
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
@@ -33,3 +40,22 @@ def layers_by_tensor(module: nn.Module) -> dict[str, list[nn.Module]]:
             name = names.setdefault(id(weight), f"{path}.weight" if path else "weight")
             found.setdefault(name, []).append(layer)
     return found
+
+
+def weights_by_tensor(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of linear and convolution layers and the projections of attention, by first name, in order.
+
+    Weights without plain memory (lazy ones, quantised ones) are left out.
+    """
+    names: dict[int, str] = {}
+    held: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        path, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(path)
+        multiplied = isinstance(owner, LAYERS) and attribute == "weight"
+        projects = isinstance(owner, ATTENTION) and attribute in PROJECTIONS
+        plain = not isinstance(parameter, UninitializedParameter) and type(parameter.data) is Tensor
+        if (multiplied or projects) and plain and parameter.layout is torch.strided:
+            held[first] = parameter
+    return held

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from pipeline.base.errors import UserError
 from pipeline.base.names import few, hint
-from pipeline.network.layers import CONVOLUTIONS, LAYERS, NORMS
+from pipeline.network.layers import ATTENTION, CONVOLUTIONS, LAYERS, NORMS, PROJECTIONS
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Prunable:
 
     name: str
     module: nn.Module
-    kind: str  # "fc" or "conv"
+    kind: str  # "fc", "conv" or "attention"
     shape: tuple[int, ...]
     weights: int
     aliases: tuple[str, ...]
@@ -41,10 +41,11 @@ def survey(
 ) -> tuple[list[Prunable], list[LeftOut]]:
     """Every parameter, in definition order: prunable, or left out with the reason.
 
-    Prunable are the weights of linear and convolution layers (grouped ones too) whose names match a pattern of
-    `include` and none of `exclude`. A tensor that several layers share counts once, under its first name. If it is also
-    shared with another kind of module (an embedding) it is left out, since that module would be pruned too. Raises
-    UserError for a pattern that matches nothing, and where nothing is left to prune.
+    Prunable are the weights of linear and convolution layers (grouped ones too), and the projections of attention
+    (`in_proj_weight`), whose names match a pattern of `include` and none of `exclude`. A tensor that several layers
+    share counts once, under its first name. If it is also shared with another kind of module (an embedding) it is left
+    out, since that module would be pruned too. Raises UserError for a pattern that matches nothing, and where nothing
+    is left to prune.
     """
     uses: dict[int, list[tuple[str, Tensor]]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -59,8 +60,7 @@ def survey(
             left_out.append(LeftOut(name, shape, reason))
             continue
         owner = module.get_submodule(name.rpartition(".")[0])
-        kind = "conv" if isinstance(owner, CONVOLUTIONS) else "fc"
-        able.append(Prunable(name, owner, kind, shape, tensor.numel(), aliases))
+        able.append(Prunable(name, owner, _kind(owner), shape, tensor.numel(), aliases))
     names = [name for users in uses.values() for name, _ in users]
     _require_matches("prune.exclude", exclude, names)
     _require_matches("prune.include", include, [name for item in able for name in (item.name, *item.aliases)] or names)
@@ -75,6 +75,12 @@ def survey(
     return prunable, left_out
 
 
+def _kind(owner: nn.Module) -> str:
+    if isinstance(owner, ATTENTION):
+        return "attention"
+    return "conv" if isinstance(owner, CONVOLUTIONS) else "fc"
+
+
 def _shared_reason(module: nn.Module, users: list[tuple[str, Tensor]]) -> str | None:
     """Why a parameter cannot be pruned, judged by every place where it is used; None if it can."""
     for name, tensor in users:
@@ -86,7 +92,7 @@ def _shared_reason(module: nn.Module, users: list[tuple[str, Tensor]]) -> str | 
 
 
 def _reason(owner: nn.Module, attribute: str, tensor: Tensor) -> str | None:
-    """Why one use of a parameter keeps it from being pruned; None if it is a plain layer's weight."""
+    """Why one use of a parameter keeps it from being pruned; None if it is a weight to multiply by."""
     kind = type(owner).__name__
     if isinstance(tensor, UninitializedParameter):
         return f"{kind} is lazy: its shape is known after the first batch only"
@@ -97,11 +103,9 @@ def _reason(owner: nn.Module, attribute: str, tensor: Tensor) -> str | None:
     if isinstance(owner, LAYERS):
         if attribute != "weight":
             return f"{kind} computes its weight from it (weight norm or torch.nn.utils.prune); fold it in first"
-        if "quantized" in type(owner).__module__ or ".qat" in type(owner).__module__:
-            return f"quantised layer ({kind})"
-        if type(tensor.data) is not Tensor or not tensor.is_floating_point():
-            return f"quantised: holds {tensor.dtype} in a {type(tensor.data).__name__}, not plain floating point"
-        return "empty" if tensor.numel() == 0 else None
+        return _unfit(owner, tensor)
+    if isinstance(owner, ATTENTION) and attribute in PROJECTIONS:
+        return _unfit(owner, tensor)
     if isinstance(owner, NORMS):
         return f"normalisation ({kind})"
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
@@ -109,6 +113,15 @@ def _reason(owner: nn.Module, attribute: str, tensor: Tensor) -> str | None:
     if isinstance(owner, nn.modules.conv._ConvTransposeNd):
         return f"transposed convolution ({kind})"
     return f"parameter of a {kind}, which is neither a linear nor a convolution layer"
+
+
+def _unfit(owner: nn.Module, tensor: Tensor) -> str | None:
+    """Why a weight that is multiplied by is of no kind that can be pruned; None if it is."""
+    if "quantized" in type(owner).__module__ or ".qat" in type(owner).__module__:
+        return f"quantised layer ({type(owner).__name__})"
+    if type(tensor.data) is not Tensor or not tensor.is_floating_point():
+        return f"quantised: holds {tensor.dtype} in a {type(tensor.data).__name__}, not plain floating point"
+    return "empty" if tensor.numel() == 0 else None
 
 
 def _quantised(module: nn.Module) -> list[LeftOut]:

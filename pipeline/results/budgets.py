@@ -76,10 +76,12 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
         raise UserError(f"--budgets needs a scan, and '{run.root}' has none yet: `secateur scan CONFIG` makes it")
     scan, classes = run.load(Scan, "scan", "scan.json"), preflight.count_samples(config.data, config.seed).classes
     model = build_network(config.model, classes, config.seed)
-    flops = cost.flops(model, Feed.of(config).shape)
+    counted = cost.count(model, Feed.of(config).shape)
+    flops = counted.by_tensor
     weights = {tensor.name: tensor.weights for tensor in scan.tensors}
     if missing := weights.keys() - flops.keys():
         raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")
+    preflight.require_counted(counted, weights, config.target.budget)
     prune, unit, started = config.prune, config.target.budget, time.perf_counter()
     scanned = round_plan.scanned(unit, scan, classes, flops)
     floors, caps = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)

@@ -72,7 +72,8 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
         dense_gzip=len(gzip.compress(model_bytes, 6, mtime=0)),
     )
     model = build_network(config.model, here.load(DataFacts, "data.json").classes, config.seed)
-    flops = cost.flops(model, Feed.of(config).shape)
+    counted = cost.count(model, Feed.of(config).shape)
+    flops = {name: found for name, found in counted.by_tensor.items() if name not in counted.uncounted}
     result = assemble(config, here, layer_rows(here, prunable, kept.masks, flops, sizes), stored)
     seconds = result.seconds.model_copy(update={"final": round(time.monotonic() - started, 3)})
     result = result.model_copy(update={"seconds": seconds})
@@ -99,8 +100,14 @@ def assemble(config: Config, here: Run, layers: Sequence[LayerResult], stored: S
     test = here.load(TestMetrics, "final", "test.json")
     folder = standing(here)
     on_test = of_test(here, test)
-    flops = sum(layer.flops or 0 for layer in layers)
-    left_flops = sum((layer.flops or 0) * (layer.flops_density or 0.0) for layer in layers)
+    known = [
+        (row.flops, row.flops_density, row.density)
+        for row in layers
+        if row.flops is not None and row.flops_density is not None
+    ]
+    flops = sum(count for count, *_ in known) if len(known) == len(layers) else 0
+    left_flops = sum(count * share for count, share, _ in known)
+    left_by_weights = sum(count * density for count, _, density in known)
     total, left = sum(layer.weights for layer in layers), sum(layer.kept for layer in layers)
     start = branch.begun(here)
     return Result(
@@ -114,7 +121,7 @@ def assemble(config: Config, here: Run, layers: Sequence[LayerResult], stored: S
         compression=total / left,
         density=left / total,
         flops_density=left_flops / flops if flops else None,
-        flops_density_weights=sum((layer.flops or 0) * layer.density for layer in layers) / flops if flops else None,
+        flops_density_weights=left_by_weights / flops if flops else None,
         val=OnVal(dense=val_scores(here, DENSE), pruned=val_scores(here, folder)),
         test=on_test,
         layers=tuple(layers),
@@ -175,7 +182,7 @@ def layer_rows(
 ) -> list[LayerResult]:
     """One row a prunable tensor of the network as it stands, in the paper's columns; `flops` are those when dense.
 
-    flops_density = density x input density (tables 2 to 5).
+    flops_density = density x input density (tables 2 to 5). What could not be counted or measured is None.
     """
     folder = standing(here)
     thresholds: dict[str, float] = {}
@@ -185,16 +192,19 @@ def layer_rows(
     rows = LayerActivity.all_from_json(here.read("final", "activity.json"), here.path("final", "activity.json"))
     activity = {row.name: row for row in rows}
     kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    density = {tensor.name: kept[tensor.name] / tensor.weights for tensor in prunable}
     return [
         LayerResult(
             name=tensor.name,
             kind=tensor.kind,
             weights=tensor.weights,
             kept=kept[tensor.name],
-            density=kept[tensor.name] / tensor.weights,
-            flops=flops[tensor.name],
+            density=density[tensor.name],
+            flops=flops.get(tensor.name),
             activation_density=activity[tensor.name].output_density,
-            flops_density=kept[tensor.name] / tensor.weights * activity[tensor.name].input_density,
+            flops_density=None
+            if (read := activity[tensor.name].input_density) is None
+            else read * density[tensor.name],
             threshold=thresholds.get(tensor.name),
             packed_bits_per_kept=sizes.bits_per_kept.get(tensor.name),
         )

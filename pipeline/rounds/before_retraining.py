@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -43,9 +44,12 @@ def rests_on_samples(prune: Prune) -> bool:
     return bool(prune.reconstruct_samples or criteria.of(prune).statistic)
 
 
-def check(model: nn.Module, prune: Prune, names: list[str]) -> None:
-    """Raise UserError if the statistics or the reconstruction of the config are impossible for this network."""
-    statistics.require(model, names, prune)
+def check(model: nn.Module, prune: Prune, names: list[str], outside: Collection[str] = ()) -> None:
+    """Raise UserError if the statistics or the reconstruction of the config are impossible for this network.
+
+    `outside` names tensors that are used outside of a call of their layer.
+    """
+    statistics.require(model, names, prune, outside)
     if prune.reconstruct_samples:
         with evaluating(model):
             graph, notes = graph_of(model)

@@ -105,6 +105,11 @@ def make(config: Config) -> RunPlan:
                 else "; totals assume equal densities until then"
             )
         )
+    if checked.unattributed:
+        notes.append(
+            f"products without a weight of their own (attention's) take {checked.unattributed:,} FLOPs more, which "
+            "pruning does not change"
+        )
     if allocation.of(config.prune).fixes_densities:
         notes.append("target.compression is not used: prune.densities decides the size")
     dense_steps = steps["dense"] if source is None else 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
 
 from pipeline.base.errors import UserError
+from pipeline.base.names import few
 from pipeline.calibrate import batch_norm
 from pipeline.data import placement, shards, sources
 from pipeline.network import cost
@@ -41,14 +43,15 @@ class Counts:
 class Checked:
     """A network that passed the checks, initialised as the config says.
 
-    `flops` holds each tensor's FLOPs for one sample. The first round begins at `begin`, in the unit of target.budget.
-    `fewest` is the smallest number of weights that prune.min_weights allows.
+    `flops` holds each tensor's FLOPs for one sample, `unattributed` those of no single tensor. The first round begins
+    at `begin`, in the unit of target.budget. `fewest` is the smallest number of weights that prune.min_weights allows.
     """
 
     model: nn.Module
     prunable: list[Prunable]
     left_out: list[LeftOut]
     flops: dict[str, int]
+    unattributed: int
     begin: Origin
     fewest: int
 
@@ -104,14 +107,16 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     feed = Feed.of(config)
     check_output(model, config.model.factory, feed, counts.classes)
     prunable, left_out = survey(model, config.prune.include, config.prune.exclude)
-    sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, feed.shape)
+    sizes, counted = {tensor.name: tensor.weights for tensor in prunable}, cost.count(model, feed.shape)
+    flops = counted.by_tensor
+    require_counted(counted, sizes, config.target.budget)
     round_plan.require_possible(config.prune, config.target, sizes, flops)
     begin = branch.origin(config, run, prunable)
     begin = attempts.priced(config.target.budget, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
     fewest = attempts.floor(config.prune.min_weights, prunable)
     campaign.require_room(config.prune, config.target, begin, fewest, config.start.source)
     phases.require_layers(model, config.retrain.phases)
-    before_retraining.check(model, config.prune, [tensor.name for tensor in prunable])
+    before_retraining.check(model, config.prune, [*sizes], counted.outside)
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
         if samples and not batch_norm.norms(model):
             warnings.warn(f"{name}.bn_samples={samples} is ignored: the network has no batch norm", stacklevel=2)
@@ -121,7 +126,27 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
                 f"train has {counts.train} samples, too few for one step of {name}.batch_size={training.batch_size} in "
                 f"data.lanes={config.data.lanes} lanes: lower batch_size, or add data"
             )
-    return Checked(model, prunable, left_out, flops, begin, fewest)
+    return Checked(model, prunable, left_out, flops, counted.unattributed, begin, fewest)
+
+
+def require_counted(counted: cost.Counted, names: Collection[str], budget: cost.Quantity) -> None:
+    """Warn of tensors that the forward pass never uses, or whose FLOPs cannot be told; a budget of FLOPs needs these.
+
+    Raises UserError where it is one.
+    """
+    unknown = [name for name in counted.uncounted if name in names]
+    text = f"the FLOPs of {few(unknown)} cannot be counted: no operator multiplies by it alone"
+    if unknown and budget == "flops":
+        raise UserError(f"target.budget=flops: {text}; name it in prune.exclude, or choose another target.budget")
+    if unknown:
+        warnings.warn(text, stacklevel=3)
+    unused = [name for name in counted.unused if name in names]
+    if unused:
+        warnings.warn(
+            f"the forward pass in evaluation mode never uses {few(unused)}: it has no FLOPs; name it in prune.exclude "
+            "to leave it alone",
+            stacklevel=3,
+        )
 
 
 def require_enough(target: Target, counts: Counts) -> None:

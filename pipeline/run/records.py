@@ -250,11 +250,14 @@ class TestMetrics(Record):
 
 @dataclass(frozen=True)
 class LayerActivity(Record):
-    """A row of final/activity.json: shares of non-zero values in what a layer gives and reads, and where measured."""
+    """A row of final/activity.json: shares of non-zero values in what a layer gives and reads, and where measured.
+
+    The shares are None where they were not measured.
+    """
 
     name: str
-    output_density: float
-    input_density: float
+    output_density: float | None
+    input_density: float | None
     measured: str
 
 

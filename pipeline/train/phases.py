@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from pipeline.base.errors import UserError
-from pipeline.network.layers import CONVOLUTIONS, LAYERS
+from pipeline.network.layers import ATTENTION, CONVOLUTIONS, LAYERS
 
 
 def at(step: int, total: int, count: int) -> int:
@@ -27,14 +27,14 @@ def first_step(phase: int, total: int, count: int) -> int:
 def kinds(model: nn.Module) -> dict[str, str]:
     """Each parameter's kind, "fc" or "conv", by name.
 
-    Weights and biases of linear layers are fc, those of convolutions conv; any other parameter (a norm's, an
-    embedding's) goes with the layer that is defined before it, or else with the first one.
+    Weights and biases of linear layers and of attention are fc, those of convolutions conv; any other parameter (a
+    norm's, an embedding's) goes with the layer that is defined before it, or else with the first one.
     """
     found: dict[str, str] = {}
-    layers = [part for part in model.modules() if isinstance(part, LAYERS)]
+    layers = [part for part in model.modules() if isinstance(part, LAYERS + ATTENTION)]
     kind = _kind(layers[0]) if layers else "fc"
     for path, part in model.named_modules():
-        kind = _kind(part) if isinstance(part, LAYERS) else kind
+        kind = _kind(part) if isinstance(part, LAYERS + ATTENTION) else kind
         for name, _ in part.named_parameters(prefix=path, recurse=False):
             found[name] = kind
     return {name: found[name] for name, _ in model.named_parameters()}

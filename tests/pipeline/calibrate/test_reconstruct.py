@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Fire, Gate, Residual
+from networks import Attending, Encoding, Fire, Gate, Residual, ThereAndBack
 from torch import Tensor, nn
 
 from pipeline.calibrate import reconstruct
@@ -215,6 +215,19 @@ def test_layers_that_cannot_be_reconstructed_are_named_and_stay_masked(config: C
     assert fits == []
     assert [note.split()[0] for note in notes] == ["again.weight", "never.weight"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [Attending, Encoding, ThereAndBack])
+def test_weights_used_outside_of_their_layer_are_masked_only(make: type[nn.Module], config: Config) -> None:
+    torch.manual_seed(0)
+    dense = make()
+    pruned, kept = masked(dense, 0.3)
+    before = {name: weight.clone() for name, weight in pruned.named_parameters()}
+    fits, notes = reconstruct.reconstruct(pruned, dense, kept, images(60), Feed.of(config), ALONE)
+    left = {name for name in kept if "proj" in name} or {"fc1.weight"}
+    assert {fit.name for fit in fits}.isdisjoint(left)
+    assert {note.split()[0] for note in notes} >= left
+    assert all(torch.equal(dict(pruned.named_parameters())[name], before[name]) for name in left)
 
 
 def two_ranks(rank: int, folder: str, config: Config, root: str, fence: int) -> None:

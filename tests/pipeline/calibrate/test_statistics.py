@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import networks
 import pytest
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,21 @@ def test_curvature_is_what_is_left_when_the_other_input_makes_up(config: Config)
     determinant = 1.0075 * 0.5075 - 0.25
     expected = torch.tensor([[determinant / 0.5075, determinant / 1.0075]]).expand(3, 2)
     assert torch.allclose(found, expected)
+
+
+def test_the_layer_of_attention_that_is_never_called_has_no_curvature() -> None:
+    obs = Prune.model_validate({"criterion": "obs"})
+    with pytest.raises(UserError, match=r"attention\.out_proj\.weight belongs to a NonDynamicallyQuantizableLinear"):
+        statistics.require(networks.Attending(), ["attention.out_proj.weight"], obs)
+    statistics.require(networks.Attending(), ["embed.weight", "head.weight"], obs)
+
+
+def test_curvature_of_a_layer_called_by_keyword(config: Config) -> None:
+    torch.manual_seed(0)
+    by_name, batches = networks.ByName(), [batch(torch.randint(0, 256, (20, 64)).tolist(), [0] * 20)]
+    by_place = nn.Sequential(nn.Flatten(), by_name.fc1, nn.ReLU(), by_name.fc2)
+    found = measure("curvature", by_name, ["fc2.weight"], batches, config)["fc2.weight"]
+    assert torch.equal(found, measure("curvature", by_place, ["3.weight"], batches, config)["3.weight"])
 
 
 def test_curvature_of_a_grouped_convolution_is_that_of_each_group(config: Config) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import networks
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,11 @@ from pipeline.export import bench, export, latency
 from pipeline.export.latency import Latency, Passes
 from pipeline.local import LocalEngine
 from pipeline.network.build import build_network
-from pipeline.network.compact import rebuild
+from pipeline.network.compact import compact, rebuild
 from pipeline.network.weights import load_weights
 from pipeline.run.events import unheard
 from pipeline.run.result import Result
-from pipeline.run.state import run_root
+from pipeline.run.state import Run, run_root
 from pipeline.settings.config import Config
 from pipeline.train.world import World, configure_process
 
@@ -115,6 +116,56 @@ def test_bench_of_a_run_writes_files_that_agree(tiny: Callable[..., Config]) -> 
     assert (root / "final/compact.onnx").stat().st_size < (root / "final/model.onnx").stat().st_size
     result = json.loads((root / "result.json").read_text())
     Result.from_json({**result, "latency_ms": report.summary.model_dump()}, "result.json")
+
+
+def test_a_run_of_an_encoder_is_measured_in_every_form(tiny: Callable[..., Config]) -> None:
+    """Whole: attention's weights are pruned, counted and measured, and its fused path takes no form away."""
+    more = {"prune.allocation": "uniform", "prune.rounds": 1, "prune.dense_control": False, "dense.epochs": 1}
+    config = tiny(**{"model.factory": "networks:Encoding", "model.kwargs": {}}, **more)
+    configure_process(config.threads)
+    result = stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), unheard)
+    layers = {layer.name: layer for layer in result.layers}
+    assert layers["encoder.self_attn.in_proj_weight"].flops == 2 * 3 * 8 * 8 * 16
+    assert all(layer.density < 1 and layer.activation_density and layer.flops_density for layer in result.layers)
+    report = bench.bench_run(run_root(config), repeats=5)
+    assert {row.name for row in report.rows} >= {"dense", "pruned", "compact"}
+    assert {row.name for row in report.rows} | report.missing.keys() >= {"dense", "pruned", "compact", "CSR"}
+    assert all(report.missing.values())
+
+
+def test_a_form_that_a_network_cannot_take_is_said(tmp_path: Path) -> None:
+    inputs, shape, cpu = torch.randn(4, 1, 8, 8), (1, 8, 8), torch.device("cpu")
+    rows = networks.Rows().eval()
+    assert torch.allclose(bench.checked_csr(rows, inputs, shape, cpu)(inputs), rows(inputs), atol=1e-5)
+    with pytest.raises(RuntimeError):
+        bench.checked_csr(networks.ThereAndBack().eval(), inputs, shape, cpu)
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x.flatten(1))
+            return x if x.sum() > 0 else -x
+
+    here, model, missing = Run(str(tmp_path), 0), Branching().eval(), dict[str, str]()
+    differences = bench.write_files(here, model, compact(model, inputs), inputs, missing)
+    assert differences.keys() == {"compact.safetensors"}
+    assert missing.keys() == {"model.onnx", "compact.onnx"}
+    assert "cannot be exported to ONNX" in missing["model.onnx"]
+    assert sorted(path.name for path in (tmp_path / "final").iterdir()) == ["compact.safetensors", "fc.csr.safetensors"]
+
+
+def test_a_run_whose_flops_cannot_be_told_says_nothing_of_them(tiny: Callable[..., Config]) -> None:
+    more = {"prune.allocation": "uniform", "prune.rounds": 1, "prune.dense_control": False, "dense.epochs": 1}
+    config = tiny(**{"model.factory": "networks:Mixed", "model.kwargs": {}}, **more)
+    configure_process(config.threads)
+    with pytest.warns(UserWarning, match="cannot be counted"):
+        result = stages.run(config, LocalEngine(World(0, 1, torch.device("cpu"))), unheard)
+    one, _, head = result.layers
+    assert (one.flops, one.activation_density, one.flops_density, result.flops_density) == (None, None, None, None)
+    assert head.flops == 2 * 16 * 10
 
 
 def test_bench_of_an_unfinished_run_is_refused(tmp_path: Path, tiny_yaml: Path) -> None:

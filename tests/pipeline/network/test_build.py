@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Attending, ByName, Encoding, Rows, ThereAndBack
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -178,6 +179,7 @@ def test_every_kind_of_parameter_has_its_reason() -> None:
         ("depthwise.weight", "conv", 36),
         ("conv1d.weight", "conv", 18),
         ("conv3d.weight", "conv", 162),
+        ("attention.in_proj_weight", "attention", 48),
         ("attention.out_proj.weight", "fc", 16),
         ("fp16.weight", "fc", 4),
     ]
@@ -189,7 +191,6 @@ def test_every_kind_of_parameter_has_its_reason() -> None:
     assert reasons["table.weight"].startswith("embedding")
     assert reasons["prelu.weight"] == "parameter of a PReLU, which is neither a linear nor a convolution layer"
     assert reasons["weightnorm.parametrizations.weight.original0"].startswith("parametrised")
-    assert reasons["attention.in_proj_weight"].startswith("parameter of a MultiheadAttention")
     assert reasons["lazy.weight"].startswith("LazyLinear is lazy")
     assert reasons["empty.weight"] == "empty"
 
@@ -268,7 +269,7 @@ def test_flops_of_an_input_that_does_not_fit() -> None:
         flops(lenet_5().train(), (3, 8, 8))
 
 
-def measure(model: nn.Module, names: list[str], *batches: Tensor) -> dict[str, tuple[float, float, str]]:
+def measure(model: nn.Module, names: list[str], *batches: Tensor) -> dict[str, tuple[float | None, float | None, str]]:
     with ActivationMeter(model, names) as meter, torch.no_grad():
         for batch in batches:
             model(batch)
@@ -319,7 +320,7 @@ def test_the_first_layer_called_is_the_networks_not_the_first_asked_for() -> Non
     assert found == {"fc2.weight": (0.5, 0.5, "own output")}
 
 
-def test_functional_activations_are_not_seen_and_unused_layers_say_so() -> None:
+def test_functional_activations_are_seen_and_unused_layers_say_so() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -331,10 +332,50 @@ def test_functional_activations_are_not_seen_and_unused_layers_say_so() -> None:
 
     found = measure(Net(), ["one.weight", "two.weight", "unused.weight"], torch.tensor([[1.0, -1.0]]))
     assert found == {
-        "one.weight": (1.0, 1.0, "own output"),
+        "one.weight": (0.5, 1.0, "after relu()"),
         "two.weight": (0.5, 0.5, "own output"),
         "unused.weight": (0.0, 0.0, "never called"),
     }
+
+
+def test_a_block_is_measured_after_its_sum_and_the_activation_there() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.norm = identity(4), identity(4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.one(x))
+            return F.relu(self.norm(self.two(h)) - h - 0.5)
+
+    # After the first ReLU 1, 0, 2, 0; the sum is -0.5 or less everywhere, but for rounding.
+    found = measure(Block().eval(), ["one.weight", "two.weight"], torch.tensor([[1.0, -1.0, 2.0, -2.0]]))
+    assert found == {"one.weight": (0.5, 1.0, "after relu()"), "two.weight": (0.0, 0.5, "after relu()")}
+
+
+def test_a_weight_without_a_product_of_its_own_is_not_measured() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = identity(2), identity(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.one.weight + self.two.weight)
+
+    found = measure(Sum(), ["one.weight"], torch.ones(1, 2))
+    assert found == {"one.weight": (None, None, "not measured")}
+
+
+def test_attention_and_layers_called_by_keyword_are_measured() -> None:
+    for network in (Attending(), Encoding(), ThereAndBack(), Rows(), ByName()):
+        names = [tensor.name for tensor in survey(network)[0]]
+        with ActivationMeter(network.eval(), names) as meter, torch.inference_mode():
+            network(torch.randn(3, 1, 8, 8))
+        found = meter.result()
+        assert found.keys() == set(names)
+        assert all(each.input_density and each.output_density for each in found.values()), found
+        hidden = {"encoder.linear1.weight", "fc1.weight"} & found.keys()
+        assert all(found[name].measured.startswith("after ") for name in hidden)
 
 
 def test_a_second_consumer_does_not_overwrite_the_first() -> None:
@@ -365,6 +406,6 @@ def test_activations_are_not_kept_alive() -> None:
     model = named(fc1=identity(2), relu=nn.ReLU(), fc2=identity(2))
     with ActivationMeter(model, ["fc1.weight"]) as meter, torch.inference_mode():
         model(torch.ones(1, 2))
-        alive = [trail for trail in meter._trails.values() if trail.tensor() is not None]
+        alive = [trail for trails in meter._meter.trails.values() for trail in trails if not trail.storage.expired()]
     assert len(alive) == 0
     assert math.isclose(meter.result()["fc1.weight"].output_density, 1.0)

@@ -177,6 +177,38 @@ def test_one_worker_trains_a_network_with_a_layer_that_is_not_used(tiny: Callabl
     preflight.check(tiny(**of("Unused")))
 
 
+def test_a_tensor_that_the_forward_pass_never_uses_is_named(tiny: Callable[..., Config]) -> None:
+    with pytest.warns(UserWarning, match=r"never uses spare\.weight.*prune\.exclude"):
+        preflight.check(tiny(**of("Unused")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preflight.check(tiny(**of("Unused"), **{"prune.exclude": ["spare.*"]}))
+
+
+def test_a_budget_of_flops_needs_the_flops_of_each_tensor(tiny: Callable[..., Config]) -> None:
+    mixed = {"model.factory": "networks:Mixed", "model.kwargs": {}}
+    with pytest.warns(UserWarning, match=r"the FLOPs of one\.weight, two\.weight cannot be counted"):
+        preflight.check(tiny(**mixed, **{"prune.allocation": "uniform"}))
+    budget = {"prune.allocation": "budget", "target.budget": "flops"}
+    with pytest.raises(UserError, match=r"target\.budget=flops: the FLOPs of one\.weight, two\.weight.*prune\.exclude"):
+        preflight.check(tiny(**mixed, **budget))
+    preflight.check(tiny(**mixed, **budget, **{"prune.exclude": ["one.*", "two.*"]}))
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("Attending", r"attention\.in_proj_weight is a weight of attention"),
+        ("ThereAndBack", r"fc1\.weight is used outside of a layer of its own"),
+    ],
+)
+def test_inputs_that_are_not_measured_rule_obs_out(tiny: Callable[..., Config], factory: str, words: str) -> None:
+    settings = {"model.factory": f"networks:{factory}", "model.kwargs": {}, "prune.allocation": "uniform"}
+    with pytest.raises(UserError, match=rf"prune\.criterion=obs: {words}.*prune\.exclude"):
+        preflight.check(tiny(**settings, **{"prune.criterion": "obs"}))
+    preflight.check(tiny(**settings, **{"prune.criterion": "taylor"}))
+
+
 def scan(config: Config, progress: Progress) -> None:
     with open_run(config) as here:
         stages.scan(config, LocalEngine(ALONE), here, progress)
