@@ -56,6 +56,17 @@ def build_network(model: Model, num_classes: int | None = None, seed: int = 0) -
     return network
 
 
+def stored_once(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those that `module` holds under an earlier name too; `load_weights` takes either."""
+    first: dict[int, str] = {}
+    aliases = {
+        name
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and first.setdefault(id(tensor), name) != name
+    }
+    return {name: tensor for name, tensor in tensors.items() if name not in aliases}
+
+
 def load_weights(module: nn.Module, path: str | Path) -> None:
     """Load a state dict, bare or under "state_dict", from .safetensors or .pth/.pt; nothing is unpickled but tensors.
 

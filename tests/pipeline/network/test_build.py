@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 from pipeline.base.errors import UserError
 from pipeline.network.activity import ActivationMeter
-from pipeline.network.build import build_network, load_weights
+from pipeline.network.build import build_network, load_weights, stored_once
 from pipeline.network.cost import flops
 from pipeline.network.paper_networks import lenet_5, lenet_300_100
 from pipeline.network.survey import survey
@@ -251,6 +251,12 @@ def test_tied_tensors_load_from_safetensors(tmp_path: Path) -> None:
     load_weights(target, tmp_path / "w.safetensors")
     assert torch.equal(target.head.weight, source.head.weight)
     assert torch.equal(target.two.weight, source.one.weight)
+
+
+def test_tied_tensors_are_stored_once() -> None:
+    model = Tied()
+    once = stored_once(model, model.state_dict())
+    assert once.keys() == {"table.weight", "head.bias", "one.weight", "one.bias", "two.bias"}
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
