@@ -47,6 +47,17 @@ def load_weights(module: nn.Module, path: str | Path, key: str | None = None) ->
     module.load_state_dict(given)
 
 
+def stored_once(module: nn.Module, tensors: Mapping[str, Tensor]) -> State:
+    """The tensors without those that `module` holds under an earlier name too; `load_weights` takes either."""
+    first: dict[int, str] = {}
+    aliases = {
+        name
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and first.setdefault(id(tensor), name) != name
+    }
+    return {name: tensor for name, tensor in tensors.items() if name not in aliases}
+
+
 def _fitted(state: State, wanted: Mapping[str, Tensor]) -> State:
     """The state dict under the network's names: without a prefix or with one, and with what files leave out."""
     given = _renamed(state, wanted)

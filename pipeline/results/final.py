@@ -19,6 +19,7 @@ from pipeline.export import packed
 from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.network.survey import Prunable
+from pipeline.network.weights import stored_once
 from pipeline.results import report
 from pipeline.rounds import attempts, branch
 from pipeline.run.layout import DENSE, standing, trail
@@ -60,18 +61,18 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
     """Write final/, result.json and report.html; returns the result. `started` is of time.monotonic()."""
     kept = attempts.standing_checkpoint(here, prunable)
     dense = checkpoint.load(here, "dense/checkpoint")
-    model_bytes = save_safetensors(kept.weights)
-    here.commit_bytes(model_bytes, "final", "model.safetensors")
+    here.commit_bytes(save_safetensors(kept.weights), "final", "model.safetensors")
     here.check_fence()
-    sizes = packed.write(here.path("final", "model.packed"), kept.weights)
+    model = build_network(config.model, here.load(DataFacts, "data.json").classes, config.seed)
+    once = stored_once(model, kept.weights)
+    sizes = packed.write(here.path("final", "model.packed"), once)
     here.commit(histograms(prunable, dense.weights, kept), "final", "histograms.json")
     stored = StoredBytes(
-        dense_fp32=sum(tensor.numel() * tensor.element_size() for tensor in dense.weights.values()),
+        dense_fp32=sum(tensor.numel() * tensor.element_size() for tensor in once.values()),
         packed=sizes.total,
         packed_index=sizes.index,
-        dense_gzip=len(gzip.compress(model_bytes, 6, mtime=0)),
+        dense_gzip=len(gzip.compress(save_safetensors(once), 6, mtime=0)),
     )
-    model = build_network(config.model, here.load(DataFacts, "data.json").classes, config.seed)
     counted = cost.count(model, Feed.of(config).shape)
     flops = {name: found for name, found in counted.by_tensor.items() if name not in counted.uncounted}
     result = assemble(config, here, layer_rows(here, prunable, kept.masks, flops, sizes), stored)

@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.base.errors import UserError
 from pipeline.network.paper_networks import lenet_5
-from pipeline.network.weights import load_weights
+from pipeline.network.weights import load_weights, stored_once
 
 
 class Tied(nn.Module):
@@ -203,3 +203,8 @@ def test_halves_and_doubles_are_taken(tmp_path: Path) -> None:
         source, target = two_layers(), two_layers()
         load_weights(target, saved(tmp_path, source.to(kind).state_dict()))
         assert torch.equal(target.fc.weight, source.fc.weight.float())
+
+
+def test_tied_tensors_are_stored_once() -> None:
+    model = Tied()
+    assert stored_once(model, model.state_dict()).keys() == {"one.weight", "one.bias", "two.bias"}
