@@ -172,7 +172,7 @@ def _attempt(name: str, make: Callable[[], T], missing: dict[str, str]) -> T | N
     except UserError as error:
         missing[name] = str(error)
     except FOREIGN as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split()).partition(". ")[0][:300] or type(error).__name__
         missing[name] = f"the network's code does not work with it: {reason}"
     return None
 
