@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from networks import Attending
 from small import network
 from torch import Tensor, nn
 
@@ -80,6 +81,12 @@ def test_a_norm_goes_with_the_layer_before_it() -> None:
     assert {int(name.partition(".")[0]): kind for name, kind in found.items()} == {
         0: "conv", 1: "conv", 2: "conv", 3: "fc", 4: "fc",
     }  # fmt: skip
+
+
+def test_attention_is_fully_connected() -> None:
+    found = phases.kinds(Attending())
+    assert found["embed.weight"] == "conv"
+    assert {kind for name, kind in found.items() if name.startswith("attention.")} == {"fc"}
 
 
 def test_a_phase_without_layers_is_a_mistake() -> None:
