@@ -203,7 +203,7 @@ def test_a_plan_shows_the_rounds_of_a_campaign_and_that_they_may_be_undone(tmp_p
     [note] = [note for note in made.notes if "no-loss" in note]
     assert "undone" in note
     assert "0.3 points" in note
-    assert "target.compression=6 is the end" in note
+    assert "target.compression=6 ends the run" in note
     with pytest.raises(UserError, match="144 val images"):
         to_test(config)
 
