@@ -87,7 +87,8 @@ def check_names(config: Config, *, planned: bool = False) -> None:
     """
     task_of(config.task)
     model = config.model
-    if not config.dense.epochs and model.checkpoint is None and not model.trained and config.start.source is None:
+    given = model.checkpoint is not None or model.trained or config.start.source is not None
+    if not planned and not config.dense.epochs and not given:
         raise UserError(
             "dense.epochs=0 and no model.checkpoint: there is nothing trained to prune; set one of them, or "
             "model.trained=true where the factory brings trained weights"

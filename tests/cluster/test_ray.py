@@ -112,7 +112,7 @@ def test_a_mistake_that_one_rank_meets_alone_ends_all_of_them_with_its_message(t
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "00000700" in done.stderr
-    assert time.monotonic() - started < 150  # not gloo's half hour
+    assert time.monotonic() - started < 390  # not gloo's half hour
 
 
 def test_a_finished_run_is_shown_without_starting_ray(tiny_yaml: Path) -> None:
