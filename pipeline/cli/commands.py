@@ -18,7 +18,7 @@ from pipeline.base.errors import UserError
 from pipeline.cli.console import INTERRUPTED, Display, show_plan, show_result, show_tables
 from pipeline.engine import Engine
 from pipeline.results import budgets, figures, final, plots
-from pipeline.rounds import outlook, preflight
+from pipeline.rounds import idle, outlook, preflight
 from pipeline.run import lease
 from pipeline.run.result import Result
 from pipeline.run.state import Run, config_of, run_root
@@ -44,7 +44,8 @@ def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
     """The config of a command as it was given: every name in it exists, and its settings fit together.
 
     Only a plan can do without the files of a source whose numbers are known. A config from a URL or a run's folder
-    names no code unless `trust_code`, and no server for credentials of the user's. Raises UserError.
+    names no code unless `trust_code`, and no server for credentials of the user's. Warns of settings that do nothing.
+    Raises UserError.
     """
     config = load_config(path, overrides)
     if trust.is_foreign(path):
@@ -57,6 +58,8 @@ def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
         preflight.check_names(config, planned=not needs_data)
     except UserError as error:
         raise UserError(f"config '{path}': {error}") from error
+    for said in idle.idle(config):
+        warnings.warn(said, stacklevel=2)
     return config
 
 

@@ -28,6 +28,7 @@ from pipeline.base.seeding import generator
 from pipeline.data import imagenet, placement
 from pipeline.data.images import shrink
 from pipeline.data.parts import IMAGE_ENDINGS, SPLITS, Entry, Part, Sizes, Source, read_class_index, tar_files
+from pipeline.settings.base import is_default
 from pipeline.settings.data import Data
 
 
@@ -76,7 +77,7 @@ def open_source(config: Data, seed: int) -> Source:
             "choose another source"
         )
     source = kind.open(config, seed)
-    if source.val is not None and changed(config, "val_fraction"):
+    if source.val is not None and not is_default(config, "val_fraction"):
         warnings.warn(
             f"data.val_fraction={config.val_fraction} is ignored: data.root has a val part of its own", stacklevel=2
         )
@@ -90,11 +91,6 @@ def open_source(config: Data, seed: int) -> Source:
             "out, or raise it"
         )
     return replace(source, num_classes=config.classes)
-
-
-def changed(config: Data, name: str) -> bool:
-    """Whether a setting is not at its default."""
-    return bool(getattr(config, name) != Data.model_fields[name].default)
 
 
 def _shrunk(source: Source, short: int, quality: int) -> Source:

@@ -73,12 +73,11 @@ def _fitted(state: State, wanted: Mapping[str, Tensor]) -> State:
 def _renamed(state: State, wanted: Mapping[str, Tensor]) -> State:
     """The tensors under the prefix, taken off or put on, that fits the most names; as they are where that fits best."""
     last = max(wanted, key=len, default="")
-    tail = last.rpartition(".")[2]
     choices = [dict(state)]
     for prefix in sorted({name.removesuffix(last) for name in state if name.endswith(f".{last}")}):
         choices.append({name.removeprefix(prefix): tensor for name, tensor in state.items()})
     for name in sorted(state):
-        if last.endswith(f".{name}") and name.endswith(tail):
+        if last.endswith(f".{name}"):
             choices.append({last.removesuffix(name) + each: tensor for each, tensor in state.items()})
     return max(choices, key=lambda given: len(given.keys() & wanted.keys()))  # the first of equals
 

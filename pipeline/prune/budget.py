@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -174,26 +175,25 @@ class Composed:
         It uses the power and scale measured nearest to the density of the solution itself. The predicted rise goes over
         from one measurement to the next: see `pipeline.prune.forecast`.
         """
-        frontiers: dict[Held, Frontier] = {}
-        expected: list[Forecast] = []
         everything = sum(each.curve.weights for each in next(iter(self.by_power.values())).values())
 
+        @cache
         def bought(held: Held) -> Frontier:
-            if held not in frontiers:
-                frontiers[held] = frontier(self.by_power[held.power], floors, caps, held)
-            return frontiers[held]
+            return frontier(self.by_power[held.power], floors, caps, held)
+
+        @cache
+        def expected() -> Forecast:
+            known = [Measured(at, held.error, bought(held).course()) for at, held in self.best.items()]
+            return forecast(known, everything)
 
         def spend(budget: int) -> Solution:
-            if not expected:
-                known = [Measured(at, held.error, bought(held).course()) for at, held in self.best.items()]
-                expected.append(forecast(known, everything))
             held, tried = self.at(1.0), set[Held]()
             while True:
                 found = bought(held).spend(budget)
                 tried.add(held)
                 held = self.at(sum(found.keep.values()) / everything)
                 if held in tried:  # it was solved with this one already, or (FLOPs, bytes) the search circles
-                    return replace(found, forecast=expected[0].at(budget))
+                    return replace(found, forecast=expected().at(budget))
 
         return spend
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
+
+from pipeline.base.stats import Z95
 
 Floats = NDArray[np.float64]
 
 GRID = 400  # budgets that the prediction is worked out for; it is linear between them
-Z = float(ndtri(0.975))  # the intervals are of 95%
 ASSUMED = math.log(2)  # standard error of the logarithm of a rise, where nothing was measured together
 LEAST = 1e-9  # nats; stands for no rise in logarithms
 
@@ -56,7 +56,7 @@ class Forecast:
     def at(self, budget: float) -> tuple[float, float, float]:
         """The predicted rise (nats) for a budget, and the ends of its 95% interval."""
         rise = float(np.interp(budget, self.budgets, self.rises))
-        factor = math.exp(Z * float(np.interp(budget, self.budgets, self.errors)))
+        factor = math.exp(Z95 * float(np.interp(budget, self.budgets, self.errors)))
         return rise, rise / factor, rise * factor
 
 

@@ -61,17 +61,19 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
     """Write final/, result.json and report.html; returns the result. `started` is of time.monotonic()."""
     kept = attempts.standing_checkpoint(here, prunable)
     dense = checkpoint.load(here, "dense/checkpoint")
-    here.commit_bytes(save_safetensors(kept.weights), "final", "model.safetensors")
+    model_bytes = save_safetensors(kept.weights)
+    here.commit_bytes(model_bytes, "final", "model.safetensors")
     here.check_fence()
     model = build_network(config.model, here.load(DataFacts, "data.json").classes, config.seed)
     once = stored_once(model, kept.weights)
+    same = once.keys() == kept.weights.keys()  # nothing is tied
     sizes = packed.write(here.path("final", "model.packed"), once)
     here.commit(histograms(prunable, dense.weights, kept), "final", "histograms.json")
     stored = StoredBytes(
         dense_fp32=sum(tensor.numel() * tensor.element_size() for tensor in once.values()),
         packed=sizes.total,
         packed_index=sizes.index,
-        dense_gzip=len(gzip.compress(save_safetensors(once), 6, mtime=0)),
+        dense_gzip=len(gzip.compress(model_bytes if same else save_safetensors(once), 6, mtime=0)),
     )
     counted = cost.count(model, Feed.of(config).shape)
     flops = {name: found for name, found in counted.by_tensor.items() if name not in counted.uncounted}

@@ -9,12 +9,10 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
-
 from pipeline import storage
 from pipeline.data import sources
 from pipeline.prune import allocation, criteria, schedules
-from pipeline.settings.base import short
+from pipeline.settings.base import is_default, short
 from pipeline.settings.config import Config
 from pipeline.settings.data import Data
 
@@ -106,12 +104,7 @@ def idle(config: Config) -> Iterator[str]:
         section: Any = config
         for parent in parents:
             section = getattr(section, parent)
-        value = getattr(section, leaf)
-        if value != default(section, leaf) and not row.counts(config):
+        if not is_default(section, leaf) and not row.counts(config):
+            value = getattr(section, leaf)
             given = short([*value] if isinstance(value, tuple) else value, 60)
             yield f"{row.setting}={given} is ignored: it needs {row.needs}"
-
-
-def default(section: BaseModel, leaf: str) -> Any:
-    """The default of a setting of a section."""
-    return type(section).model_fields[leaf].get_default(call_default_factory=True)

@@ -16,7 +16,7 @@ from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.network.survey import LeftOut, Prunable, survey
 from pipeline.prune import axes, round_plan
-from pipeline.rounds import attempts, before_retraining, branch, campaign, idle
+from pipeline.rounds import attempts, before_retraining, branch, campaign
 from pipeline.rounds.campaign import Origin
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run, run_root
@@ -81,7 +81,7 @@ def check_again(config: Config, run: Run) -> None:
 
 
 def check_names(config: Config, *, planned: bool = False) -> None:
-    """Raise UserError for a name that does not exist, and for settings that do not fit together. Warn of idle ones.
+    """Raise UserError for a name that does not exist, and for settings that do not fit together.
 
     With `planned`, a source whose sample counts are known needs no data.root.
     """
@@ -95,8 +95,6 @@ def check_names(config: Config, *, planned: bool = False) -> None:
         )
     axes.require_fitting(config.prune, config.target)
     sources.require_root(config.data, planned=planned)
-    for said in idle.idle(config):
-        warnings.warn(said, stacklevel=2)
 
 
 def check_network(config: Config, counts: Counts, run: Run) -> Checked:

@@ -65,6 +65,12 @@ class Section(BaseModel):
         return values
 
 
+def is_default(section: BaseModel, name: str) -> bool:
+    """Whether a setting of a section has its default value."""
+    field = type(section).model_fields[name]
+    return bool(getattr(section, name) == field.get_default(call_default_factory=True))
+
+
 def short(value: Any, most: int = 100) -> str:
     """A value as text for a message, cut after `most` characters."""
     text = repr(value)

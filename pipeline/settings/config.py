@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.settings.base import Section, Text, short
+from pipeline.settings.base import Section, Text, is_default, short
 from pipeline.settings.cluster import Cluster, Tracking, asked
 from pipeline.settings.data import Data
 from pipeline.settings.model import Model
@@ -157,7 +157,7 @@ def hashed(config: Config) -> dict[str, Any]:
         node = tree
         for parent in parents:
             section, node = getattr(section, parent), node[parent]
-        if getattr(section, leaf) == type(section).model_fields[leaf].get_default(call_default_factory=True):
+        if is_default(section, leaf):
             del node[leaf]
     return tree
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from few_samples import run_in
 from PIL import Image
 from safetensors.torch import save
 
@@ -195,9 +196,7 @@ def test_members_that_could_be_unpickled_are_left_alone(tmp_path: Path, marker: 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/lease.json").write_text('{"fence": 1, "pid": 1, "host": "h"}')
-    return Run(str(tmp_path / "run"), 1)
+    return run_in(tmp_path / "run")
 
 
 Tree = dict[str, Any]

@@ -10,6 +10,7 @@ import pytest
 from support import ROOT
 from tiny_run import merged
 
+from pipeline.cli import commands
 from pipeline.rounds.idle import ROWS, idle
 from pipeline.settings.config import Config, flatten, load_config, parse_config
 
@@ -69,6 +70,14 @@ def test_nothing_is_idle_by_default_or_in_the_configs_that_come_with_it() -> Non
     assert [*idle(config_of())] == []
     for file in sorted((ROOT / "configs").glob("*.yaml")):
         assert [*idle(load_config(file))] == [], file.name
+
+
+def test_a_command_tells_of_it_once(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("name: x\nprune: {gradual_every: 7}\n")
+    with pytest.warns(UserWarning) as told:
+        commands.read(file, None)
+    assert [str(each.message) for each in told] == ["prune.gradual_every=7 is ignored: it needs prune.gradual"]
 
 
 def test_every_setting_is_read_outside_of_the_settings() -> None:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from few_samples import run_in
 
 from pipeline.base.errors import RunStopped, UserError
-from pipeline.run.state import Run, fingerprint, open_run
+from pipeline.run.state import fingerprint, open_run
 from pipeline.settings.config import Config
 
 
@@ -64,8 +65,7 @@ def test_changed_settings_stop_with_the_keys_that_differ(tiny: Callable[..., Con
 
 
 def test_a_stage_counts_as_finished_only_for_what_it_was_made_from(tmp_path: Path) -> None:
-    (tmp_path / "lease.json").write_text('{"fence": 1, "pid": 1, "host": "h"}')
-    run = Run(str(tmp_path), 1)
+    run = run_in(tmp_path)
     assert not run.finished("dense", "abc")
     run.finish("dense", "abc", 1.0)
     assert run.finished("dense", "abc")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from few_samples import run_in
 
 from pipeline.base.errors import UserError
 from pipeline.run.state import Run
@@ -15,8 +16,7 @@ from pipeline.train.checkpoint import Checkpoint
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    (tmp_path / "lease.json").write_text('{"fence": 1, "pid": 1, "host": "h"}')
-    return Run(str(tmp_path), 1)
+    return run_in(tmp_path)
 
 
 def example(step: int) -> Checkpoint:
