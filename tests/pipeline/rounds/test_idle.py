@@ -75,7 +75,7 @@ def test_nothing_is_idle_by_default_or_in_the_configs_that_come_with_it() -> Non
 def test_a_command_tells_of_it_once(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("name: x\nprune: {gradual_every: 7}\n")
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="is ignored") as told:
         commands.read(file, None)
     assert [str(each.message) for each in told] == ["prune.gradual_every=7 is ignored: it needs prune.gradual"]
 
