@@ -101,9 +101,9 @@ class CsrLinear(nn.Module):
             self.weight = nn.Buffer(layer.weight.detach().to_sparse_csr())
         self.bias = layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = (self.weight @ x.reshape(-1, x.shape[-1]).t()).t()
-        y = y.reshape(*x.shape[:-1], -1) if x.ndim != 2 else y  # a matrix stays as it is: no copy to time
+    def forward(self, input: Tensor) -> Tensor:
+        y = (self.weight @ input.reshape(-1, input.shape[-1]).t()).t()
+        y = y.reshape(*input.shape[:-1], -1) if input.ndim != 2 else y  # a matrix stays as it is: no copy to time
         return y if self.bias is None else y + self.bias
 
 

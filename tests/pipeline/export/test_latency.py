@@ -173,3 +173,10 @@ def test_bench_of_an_unfinished_run_is_refused(tmp_path: Path, tiny_yaml: Path) 
     (tmp_path / "r/config.yaml").write_bytes(tiny_yaml.read_bytes())
     with pytest.raises(UserError, match="to its end first"):
         bench.bench_run(tmp_path / "r")
+
+
+def test_sparse_layers_are_called_by_keyword_as_linear_ones_are() -> None:
+    layer, inputs = nn.Linear(6, 3), torch.rand(4, 2, 6)
+    made = export.CsrLinear(layer)
+    assert torch.allclose(made(input=inputs), layer(input=inputs), atol=1e-6)
+    assert made(input=inputs).shape == (4, 2, 3)
