@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,9 @@ def alone_on_the_network() -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a program under test: our venv first on the path."""
+    """The environment of a program under test: our venv first on the path, and factories of tests found."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **extra}
+    return {**os.environ, "PATH": path, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "160", **extra}
 
 
 def program(*args: str, ray: bool = True, cwd: Path = ROOT, timeout: float = 400, **extra: str) -> Any:
@@ -59,11 +61,8 @@ WATCH = (
     "def ready(): return any(storage.exists(f'{steps}/{n}/manifest.json') for n in storage.list_folders(steps))\n"
     "while not ready(): time.sleep(0.05)\n"
 )
-# Makes a bucket as soon as the server answers.
-MAKE_BUCKET = (
-    "from pipeline.storage import retry, s3\n"
-    "retry.call('s3://store', s3.judge, s3.ERRORS, lambda: s3.client().create_bucket(Bucket='store'))\n"
-)
+# Makes a bucket.
+MAKE_BUCKET = "from pipeline.storage import s3\ns3.client().create_bucket(Bucket='store')\n"
 # And pushes shards into it.
 PREPARE = f"{MAKE_BUCKET}import sys; from pipeline.data import push\npush.push(sys.argv[1], 's3://store/shards')\n"
 FETCH = (
@@ -81,12 +80,25 @@ def free_port() -> int:
 
 
 def start_moto(port: int, prefix: list[str] | None = None, host: str = "127.0.0.1") -> subprocess.Popen[bytes]:
-    """moto's S3 server on a port of this machine, or of the network that `prefix` makes; lists 10 names a page."""
+    """moto's S3 server, once it listens, on a port of this machine or of the network of `prefix`; 10 names a page."""
     command = [*(prefix or []), sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
-    return subprocess.Popen(
+    server = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=environment(MOTO_S3_DEFAULT_MAX_KEYS="10"),
     )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while server.poll() is None and time.monotonic() < deadline:
+        if _listening(server.pid, port):
+            return server
+        time.sleep(0.05)
+    server.kill()
+    raise AssertionError(f"nothing listens, exit code {server.wait()}: {shlex.join(command)}")
+
+
+def _listening(process: int, port: int) -> bool:
+    """Whether anything listens on a port in the network that a process is in."""
+    rows = [line.split() for line in Path(f"/proc/{process}/net/tcp").read_text().splitlines()[1:]]
+    return any(row[3] == "0A" and int(row[1].split(":")[1], 16) == port for row in rows)
 
 
 def processes_in(kind: str, of: int, words: str) -> list[int]:

@@ -102,7 +102,8 @@ class Network:
     def __init__(self, folder: Path) -> None:
         self.folder, self.nodes = folder, list[Node]()
         self.mount = tempfile.mkdtemp(prefix="n", dir="/tmp")  # Ray's sockets lie below; their paths must be short
-        self._prefix, self._namespaces, self._next = f"s{os.getpid()}", list[str](), _HUB + 1
+        self._namespaces, self._next = list[str](), _HUB + 1
+        self._claim()
         self.env = environment(
             **S3_ENVIRONMENT, AWS_ENDPOINT_URL=f"http://{self.address(_HUB)}:{_S3_PORT}", TMPDIR=self.mount,
             RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32),
@@ -111,16 +112,26 @@ class Network:
             self.env.pop(name, None)
         self.server: subprocess.Popen[bytes] | None = None
 
-    @staticmethod
-    def address(number: int) -> str:
-        return f"10.77.0.{number}"
+    def _claim(self) -> None:
+        """Take addresses that no other such network has: the name of the hub can be made only once."""
+        refused = list[str]()
+        for self._third in range(256):
+            try:
+                self._add_namespace(_HUB)
+                return
+            except AssertionError as error:
+                refused.append(str(error))
+        raise AssertionError(f"no free network of 256; `ip netns list` shows what is in the way: {refused[0]}")
+
+    def address(self, number: int) -> str:
+        return f"10.77.{self._third}.{number}"
 
     def namespace(self, number: int) -> str:
-        return f"{self._prefix}-{number}"
+        return f"secateur-{self._third}-{number}"
 
     def open(self) -> None:
         """Make the hub and start its S3 server."""
-        hub = self._add_namespace(_HUB)
+        hub = self.namespace(_HUB)
         _ip("-n", hub, "link", "add", "br0", "type", "bridge")
         _ip("-n", hub, "addr", "add", f"{self.address(_HUB)}/24", "dev", "br0")
         _ip("-n", hub, "link", "set", "br0", "up")

@@ -18,8 +18,6 @@ from typing import Any
 from faults.runs import RayRun
 from support import ROOT, alone_on_the_network, environment
 
-TESTS = ROOT / "tests"
-
 
 class Nodes:
     """The cluster: a head without CPUs, and nodes known by the numbers that `add` returns."""
@@ -31,7 +29,7 @@ class Nodes:
             self.process = subprocess.Popen(
                 [*alone_on_the_network(), sys.executable, __file__], cwd=ROOT, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream,
-                env=environment(RAY_TMPDIR=self.ray_folder, PYTHONPATH=f"{ROOT}:{TESTS}"),
+                env=environment(RAY_TMPDIR=self.ray_folder),
             )  # fmt: skip
         self.address = self._ask("address")
 

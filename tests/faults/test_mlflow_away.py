@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from faults.gated import FACTORY, Gate
 from faults.proxy import Fault, Proxy
-from faults.runs import Started, newest_step, same_weights
+from faults.runs import Started, same_weights
 from support import ROOT, alone_on_the_network, program
 from tiny_run import TINY, merged
 from tracking_server import TrackingServer, everything, same_everywhere
@@ -25,7 +26,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.slow]
 # Rounds of some seconds, so that there is a middle.
 LONGER = {
     "tracking.enabled": True, "data.resize": 28, "data.size": 28, "model.kwargs.inputs": 784, "dense.epochs": 5,
-    "retrain.epochs": 30, "retrain.checkpoint_steps": 50, "prune.allocation": "uniform",
+    "retrain.epochs": 30, "retrain.checkpoint_steps": 50, "prune.allocation": "uniform", "model.factory": FACTORY,
 }  # fmt: skip
 PATIENCE_S = 5.0
 PATIENT = {"SECATEUR_MLFLOW_PATIENCE_S": "120"}
@@ -246,10 +247,12 @@ def test_a_run_goes_on_in_the_same_mlflow_run_on_another_machine(
     """Another host name, working directory and place of the run's folder."""
     there, here = tmp_path / "there", tmp_path / "here"
     there.mkdir()
-    first = LocalRun(there, up.uri)
+    gate = Gate(tmp_path / "gate")
+    gate.close("train", there, "runs/tiny/rounds/01/steps/*/manifest.json")
+    first = LocalRun(there, up.uri, **gate.environment)
     first.wait((first.folder / "config.yaml").exists)
     parent = first.wait(lambda: parent_id(first))
-    first.wait(lambda: newest_step(first.folder / "rounds/01/steps"))
+    first.wait(gate.held)
     first.kill()
     there.rename(here)
     renamed = ["unshare", "--uts", "sh", "-c", 'hostname another-machine && exec "$@"', "sh"]

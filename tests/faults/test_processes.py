@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from faults.gated import FACTORY, Gate
 from faults.runs import EVERY, Line, RayRun, copy_before_rounds, newest_step, resumed_at, same_weights
-from tiny_run import NO_SCAN, TINY
+from tiny_run import NO_SCAN, TINY, merged
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
@@ -33,7 +34,7 @@ class Undisturbed:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     root = tmp_path_factory.mktemp("undisturbed")
     config = root / "tiny.yaml"
-    config.write_text(yaml.safe_dump({**TINY, "runs_dir": str(root / "runs")}))
+    config.write_text(yaml.safe_dump(merged(TINY, {"runs_dir": str(root / "runs"), "model.factory": FACTORY})))
     seconds = RayRun(config, root / "runs").finish()
     run = root / "runs/tiny"
     rounds_seconds = RayRun(config, copy_before_rounds(run, root / "again")).finish()
@@ -61,11 +62,14 @@ def test_a_worker_killed_in_a_step(rank: int, undisturbed: Undisturbed, tmp_path
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_killed_in_evaluation(rank: int, undisturbed: Undisturbed, tmp_path: Path, line: Line) -> None:
-    """Between the plan of a round and what its evaluation says there is nothing but evaluation."""
-    run = RayRun(undisturbed.config, copy_before_rounds(undisturbed.run, tmp_path))
+    """Both ranks are held in the first evaluation after the plan of a round."""
+    runs, gate = copy_before_rounds(undisturbed.run, tmp_path), Gate(tmp_path / "gate")
+    gate.close("eval", runs, "tiny/rounds/01/plan.json")
+    run = RayRun(undisturbed.config, runs, **gate.environment)
     victim = run.worker(rank)
-    run.wait((run.folder / "rounds/01/plan.json").exists)
+    run.wait(lambda: victim in gate.held())
     os.kill(victim, signal.SIGKILL)
+    gate.open()
     seconds = run.finish()
     assert run.output.count("weights kept") == 1  # what the evaluation says; the first try did not come to it
     assert resumed_at(run.output) == 0
