@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
-from scipy.optimize import isotonic_regression
 
 from pipeline.base.stats import Z95
 from pipeline.run.records import Difference, Level, Scan, TogetherRow
@@ -123,6 +121,8 @@ def curve(levels: Sequence[Level], weights: int, room: float, power: float = USU
     density = np.log(np.maximum(kept, 0.5) / weights)  # half a weight stands for none: log(0) is not finite
     damage = SPREAD * np.expm1(-density)
     if trusted:
+        from scipy.interpolate import PchipInterpolator  # here, since it takes a second to load
+
         joined = PchipInterpolator(np.append(0.0, -logs), np.append(0.0, rises**power))
         damage += joined(np.minimum(-density, -logs[-1]))
         last = max(rises[-1], reach[-1])  # the uncertainty of the rise is extrapolated too
@@ -138,6 +138,8 @@ def measured(levels: Sequence[Difference]) -> tuple[Floats, Floats]:
     reach = np.array([math.inf if low is None or high is None else (high - low) / 2 for low, high in ends])
     reach = np.maximum(np.where(np.isfinite(reach), reach, np.maximum(1.0, rises)), FINEST)
     if len(rises):
+        from scipy.optimize import isotonic_regression
+
         rises = np.maximum(isotonic_regression(rises, weights=reach**-2.0).x, 0.0)
     return rises, reach
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.results import figures, plots
 from pipeline.results.words import (
     NOT_MEASURED,
     count,
@@ -28,6 +27,9 @@ from pipeline.results.words import (
 from pipeline.run.contents import Contents, read
 from pipeline.run.records import LayerActivity, Scan
 from pipeline.run.result import LatencySummary, OnTest, Result, Scores
+
+if TYPE_CHECKING:  # matplotlib is loaded where a figure is drawn: it takes most of a second
+    from matplotlib.figure import Figure
 
 
 def write(run_dir: str | Path) -> str:
@@ -271,6 +273,8 @@ class Plots:
 
 
 def _plots(run: Contents, result: Result) -> Plots:
+    from pipeline.results import plots
+
     scan, dense, rounds, network = run.scan, run.dense, run.finished_rounds, result.network
     alone = f"of {network} against percent of weights kept, one tensor pruned at a time"
     by_round = "Validation accuracy against compression, before and after retraining, for each round"
@@ -290,6 +294,8 @@ def _plots(run: Contents, result: Result) -> Plots:
 
 def _svg(figure: Figure, label: str) -> Markup:
     # Safe to leave unescaped: matplotlib escapes the text it draws, and to_svg escapes the label.
+    from pipeline.results import figures
+
     return Markup(figures.inline(figures.to_svg(figure, label)))
 
 

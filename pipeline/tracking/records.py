@@ -13,7 +13,6 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.base.record import plain
-from pipeline.results import figures, plots
 from pipeline.run.contents import Contents, Round, mirrored_files
 from pipeline.run.records import DenseMetrics, LayerCount, RoundMetrics, WeightHistogram
 from pipeline.run.result import LayerResult
@@ -232,6 +231,8 @@ def _table(path: str, rows: Sequence[LayerResult] | Sequence[LayerCount]) -> Art
 
 def _figures(run: Contents) -> Iterator[Artifact]:
     """The report's figures as PNG, drawn only when what they show has changed."""
+    from pipeline.results import figures, plots
+
     control, metrics = run.control, run.finished_rounds
     if run.scan is not None:
         scan = run.scan

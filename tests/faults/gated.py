@@ -56,9 +56,9 @@ def _hold(file: Path, module: nn.Module, _: Any) -> None:
         time.sleep(0.01)
 
 
-def network(**kwargs: Any) -> nn.Module:
+def network(inputs: int, classes: int, dropout: float) -> nn.Module:
     """LeNet-300-100; it stops at the gate that the environment names."""
-    made = lenet_300_100(**kwargs)
+    made = lenet_300_100(inputs, classes, dropout)
     if _VARIABLE in os.environ:
         made.register_forward_pre_hook(partial(_hold, Path(os.environ[_VARIABLE])))
     return made
