@@ -18,7 +18,7 @@ from pipeline.network.survey import Prunable
 from pipeline.network.survey import survey as survey_network
 from pipeline.prune import round_plan
 from pipeline.results import final
-from pipeline.rounds import branch, preflight
+from pipeline.rounds import branch, preflight, same_data
 from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.records import DataFacts, Scan
 from pipeline.run.result import Result
@@ -45,7 +45,7 @@ class Driver:
     def prunable(self) -> list[Prunable]:
         """The prunable tensors of the run's network."""
         config = self.config
-        manifest = shards.load_manifest(session.data_root(config, self.run))
+        manifest = session.load_data(config, self.run)
         model = build_network(config.model, manifest.num_classes, config.seed)
         return survey_network(model, config.prune.include, config.prune.exclude)[0]
 
@@ -84,6 +84,7 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
     RunStopped; in both cases the state on disk is kept and the same command goes on from it.
     """
     config, run = driver.config, driver.run
+    same_data.settle(config, run, lambda: fingerprint(SHARDS.name, *SHARDS.settings(driver)))
     preflight.check(config, run)
     made_from: list[str] = []
     for stage in stages:
@@ -133,17 +134,13 @@ def _shards(driver: Driver) -> None:
             run.path("shards"),
             lambda text, done, total: driver.progress(ShardsCounted(text, done, total)),
         )
-    sizes = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
-    if manifest.holdout is not None:
-        sizes |= {"val": len(manifest.holdout), "train": sizes["train"] - len(manifest.holdout)}
     facts = DataFacts(
-        train=sizes["train"],
-        val=sizes["val"],
-        test=sizes["test"],
+        **manifest.sizes,
         classes=manifest.num_classes,
         present=len(manifest.classes),
         source=config.data.source,
         root=config.data.root,
+        data=manifest.identity,
     )
     run.commit(facts, "data.json")
 

@@ -64,6 +64,20 @@ class Manifest:
     own_val: bool = True
 
     @property
+    def identity(self) -> str:
+        """A short hash of what the shards hold: their checksums in order, and which samples are used as what."""
+        shards = {split: [(shard.name, shard.sha256) for shard in parts] for split, parts in self.splits.items()}
+        facts = [self.made_from, self.label, self.num_classes, self.holdout, shards]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many samples train, val and test have, those held out of train counted as val."""
+        stored = {split: sum(shard.samples for shard in self.splits.get(split, ())) for split in SPLITS}
+        held = len(self.holdout or ())
+        return {**stored, "train": stored["train"] - held, "val": stored["val"] + held}
+
+    @property
     def val_is_cut_from_train(self) -> bool:
         """Whether val was drawn from what the source calls train."""
         return self.holdout is not None or not self.own_val

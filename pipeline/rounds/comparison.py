@@ -57,7 +57,8 @@ def control(session: Session) -> None:
     val = session.evaluate(model, "val").metrics()
     if session.world.first:
         seconds = round(time.monotonic() - clock, 3)
-        run.commit(DenseMetrics(val, tuple(history), seconds, now_ms()), "rounds/control.json")
+        metrics = DenseMetrics(val, tuple(history), seconds, now_ms(), session.manifest.identity)
+        run.commit(metrics, "rounds/control.json")
     session.world.barrier()
 
 
@@ -81,7 +82,8 @@ def look_at_test(session: Session) -> None:
         run.commit_bytes(save_marks(answers), "final", "test_answers.npz")
         valid = answers["pruned"].valid
         largest = largest_class(session.split("test").labels[valid])
-        run.commit(TestMetrics(int(valid.sum()), **metrics, largest_class=largest), "final", "test.json")
+        data = session.manifest.identity
+        run.commit(TestMetrics(int(valid.sum()), **metrics, largest_class=largest, data=data), "final", "test.json")
     session.world.barrier()
 
 

@@ -62,7 +62,8 @@ def dense(session: Session) -> None:
         session.progress(Noted(note))
     checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(model.state_dict())))
     seconds = time.monotonic() - clock
-    session.run.commit(DenseMetrics(val, tuple(history), round(seconds, 3), now_ms()), "dense", "metrics.json")
+    metrics = DenseMetrics(val, tuple(history), round(seconds, 3), now_ms(), session.manifest.identity)
+    session.run.commit(metrics, "dense", "metrics.json")
     checkpoint.keep_last(session.run, "dense", 0)
 
 
@@ -169,6 +170,7 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
             steps=position.step,
             seconds=round(time.monotonic() - clock, 3),
             finished_ms=now_ms(),
+            data=session.manifest.identity,
         )
         run.commit(metrics, folder, "metrics.json")
         checkpoint.keep_last(run, folder, 0)
