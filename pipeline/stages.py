@@ -18,7 +18,7 @@ from pipeline.network.survey import Prunable
 from pipeline.network.survey import survey as survey_network
 from pipeline.prune import round_plan
 from pipeline.results import final
-from pipeline.rounds import branch, preflight, same_data
+from pipeline.rounds import branch, comparison, preflight, same_data
 from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.records import DataFacts, Scan
 from pipeline.run.result import Result
@@ -67,14 +67,16 @@ class Stage:
     again: Callable[[Driver], bool] = lambda driver: False
 
 
-def on_workers(name: str, title: str, settings: Callable[[Driver], Sequence[Any]], function: str) -> Stage:
+def on_workers(
+    name: str, title: str, settings: Callable[[Driver], Sequence[Any]], function: str, gives: tuple[str, ...] = ()
+) -> Stage:
     """A stage whose work all workers do together: a function of a Session, as "package.module:name"."""
     work = Work(name, function)
 
     def drive(driver: Driver) -> None:
         driver.engine.train(work, driver.config, driver.run, driver.progress)
 
-    return Stage(name, title, settings, drive)
+    return Stage(name, title, settings, drive, gives)
 
 
 def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
@@ -190,10 +192,25 @@ def _final(driver: Driver) -> None:
 
 DENSE_WORK = Work("dense", "pipeline.rounds.method:dense")
 SHARDS = Stage("shards", "shards", _shards_settings, _shards)
-DENSE = Stage("dense", "dense network", _dense_settings, _dense)
-SCAN = Stage("scan", "sensitivity scan", _scan_settings, _scan, again=lambda driver: bool(driver.merged))
-ROUNDS = on_workers("rounds", "rounds", rounds_settings, "pipeline.rounds.method:prune")
-FINAL = Stage("final", "final", lambda driver: [driver.config.target.margin], _final, gives=("result.json",))
+DENSE = Stage(
+    "dense", "dense network", _dense_settings, _dense, gives=("dense/metrics.json", "dense/checkpoint/manifest.json")
+)
+SCAN = Stage(
+    "scan",
+    "sensitivity scan",
+    _scan_settings,
+    _scan,
+    gives=("scan/scan.json",),
+    again=lambda driver: bool(driver.merged),
+)
+ROUNDS = on_workers(
+    "rounds",
+    "rounds",
+    rounds_settings,
+    "pipeline.rounds.method:prune",
+    gives=(*comparison.GIVES, "final/activity.json"),
+)
+FINAL = Stage("final", "final", lambda driver: [driver.config.target.margin], _final, gives=final.GIVES)
 
 
 def up_to(config: Config, *ends: Stage) -> list[Stage]:

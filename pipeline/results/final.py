@@ -54,6 +54,7 @@ from pipeline.task.feed import Feed
 from pipeline.train import checkpoint
 
 HISTOGRAM_BINS = 80
+GIVES = ("final/model.safetensors", "final/model.packed", "final/histograms.json", "result.json", "report.html")
 PACKAGES = ("torch", "torchvision", "ray", "webdataset", "mlflow", "boto3", "numpy")
 
 

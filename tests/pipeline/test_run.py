@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,33 @@ def test_a_finished_run_is_not_run_again(tiny: Callable[..., Config]) -> None:
         "final",
     ]
     assert not any(isinstance(event, EpochEnded | RoundBegun | LevelMeasured) for event in events)
+
+
+@pytest.mark.parametrize(
+    ("lost", "made", "looks"),
+    [
+        ("final/model.safetensors", ["final"], 1),
+        ("report.html", ["final"], 1),
+        ("final/test_answers.npz", ["rounds"], 2),
+        ("scan/scan.json", ["scan"], 1),
+        ("dense/checkpoint", ["dense"], 1),
+    ],
+)
+def test_what_was_deleted_of_a_finished_run_is_made_again(
+    tiny: Callable[..., Config], lost: str, made: list[str], looks: int
+) -> None:
+    config = tiny(**{"dense.epochs": 1, "retrain.epochs": 1, "prune.rounds": 1})
+    carry_out(config)
+    root = Path(run_root(config))
+    before = {path: path.read_bytes() for path in root.rglob("*.safetensors")}
+    shutil.rmtree(root / lost) if (root / lost).is_dir() else (root / lost).unlink()
+    events: list[Event] = []
+    result = carry_out(config, events)
+    assert [event.stage for event in events if isinstance(event, StageBegun) and not event.skipped] == made
+    assert (root / lost).exists()
+    assert {path: path.read_bytes() for path in root.rglob("*.safetensors")} == before
+    assert result["test_looks"] == 1  # as the run ended; a second look at test is on record
+    assert len((root / "test_looks.jsonl").read_text().splitlines()) == looks
 
 
 @pytest.mark.parametrize(
