@@ -145,10 +145,11 @@ def origin(source: str, config: Config, here: Run) -> ScanOrigin:
     weights, masks = (checkpoint.digest(here, source, name) for name in ("weights.safetensors", "masks.bin"))
     manifest = load_data(config, here)
     split = "train" if manifest.holdout is not None else "val"
+    skipped = [shard.skipped for shard in manifest.splits[split] if shard.skipped]
     everything = hashed(config)
     return ScanOrigin(
         weights=fingerprint(weights, masks),
-        data=fingerprint([shard.sha256 for shard in manifest.splits[split]], manifest.holdout),
+        data=fingerprint([shard.sha256 for shard in manifest.splits[split]], manifest.holdout, *skipped),
         settings={
             **{key: everything[key] for key in ("seed", "task") if key in everything},
             **{
