@@ -136,8 +136,11 @@ def _shards(driver: Driver) -> None:
             run.path("shards"),
             lambda text, done, total: driver.progress(ShardsCounted(text, done, total)),
         )
+    sizes = manifest.sizes
     facts = DataFacts(
-        **manifest.sizes,
+        train=sizes["train"],
+        val=sizes["val"],
+        test=sizes["test"],
         classes=manifest.num_classes,
         present=len(manifest.classes),
         source=config.data.source,

@@ -143,9 +143,11 @@ def _undecodable(data: bytes) -> str | None:
 
 def _dotted(sample: Mapping[str, Any]) -> str | None:
     """A file of the sample whose name has a dot before the one that its ending begins with."""
-    endings = (*IMAGES, "cls", "json")
-    names = (suffix for suffix in sample if "." in suffix and suffix.rpartition(".")[2] in endings)
-    return next((f"{sample['__key__']}.{suffix}" for suffix in names), None)
+    for ending in (*IMAGES, "cls", "json"):
+        for suffix in sample:
+            if suffix.endswith(f".{ending}"):
+                return f"{sample['__key__']}.{suffix}"
+    return None
 
 
 def _checked(url: str, sample: Mapping[str, Any], label: str, num_classes: int | None) -> tuple[int, int]:

@@ -91,8 +91,8 @@ def find(config: Config, prunable: Sequence[Prunable]) -> Source:
 def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
     """Copy what the branch needs from its source: dense network, control, scan, and the round that it begins with."""
     source = find(config, prunable)
-    ours = session.load_data(config, here)
-    _require_same_data(ours, source)
+    manifest = session.load_data(config, here)
+    _require_same_data(manifest, source)
     parts = {f"{DENSE}/checkpoint": f"{DENSE}/checkpoint"}
     for generation in range(1, source.facts.generation + 1):
         folder = f"{control_folder(generation)}/checkpoint"
@@ -103,7 +103,7 @@ def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
     for theirs, ours in parts.items():
         checkpoint.save(here, ours, checkpoint.load(source.run, theirs))
     metrics = source.run.load(DenseMetrics, DENSE, "metrics.json")
-    here.commit(replace(metrics, data=ours.identity), DENSE, "metrics.json")
+    here.commit(replace(metrics, data=manifest.identity), DENSE, "metrics.json")
     for name in ("trials.json", together.FILE):
         if source.run.has("scan", name) and not here.has("scan", name):
             here.commit(source.run.read("scan", name), "scan", name)  # the scan reuses them if they fit
