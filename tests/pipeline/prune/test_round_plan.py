@@ -229,7 +229,7 @@ def test_ceilings_leave_less_to_spend_before_the_last_round() -> None:
     with pytest.raises(UserError, match=r"the budget of 4 weights .* is above the 3 that .* prune\.ceilings"):
         round_plan.make(rests, last, Standing(WEIGHTS, EVERYTHING))
     with_dead = basis(prune_of(ceilings={"b": 0.5}, dead_neurons=True), target)
-    assert round_plan.spendable(with_dead, last, caps) == 3
+    assert round_plan.spendable(with_dead, last, EVERYTHING, caps) == 3
 
 
 SIZES = {"a": 2, "b": 2}
