@@ -184,6 +184,10 @@ def shards_index(
     classes: Annotated[int | None, typer.Option(help="Number of classes; by default the largest label + 1.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Held out of train where there is no val.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Draws val.")] = 0,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out samples without label or image, or whose image cannot be decoded."),
+    ] = False,
 ) -> None:
     """Make a manifest.json for shards that another program wrote."""
     with Display() as display:
@@ -194,6 +198,7 @@ def shards_index(
             seed=seed,
             num_classes=classes,
             progress=_counting(display),
+            skip_bad=skip_bad,
         )
     for note in notes:
         print(f"warning: {note}")
@@ -229,7 +234,7 @@ def _counting(display: Display) -> shards.Progress:
 
 def _describe(manifest: shards.Manifest) -> None:
     parts = ", ".join(
-        f"{split}: {sum(shard.samples for shard in parts):,} samples in {len(parts)} shards"
+        f"{split}: {sum(shard.used for shard in parts):,} samples in {len(parts)} shards"
         for split, parts in manifest.splits.items()
     )
     held = f"; val: {len(manifest.holdout):,} samples held out of train" if manifest.holdout is not None else ""

@@ -18,7 +18,7 @@ from pipeline.network.survey import Prunable
 from pipeline.network.survey import survey as survey_network
 from pipeline.prune import round_plan
 from pipeline.results import final
-from pipeline.rounds import branch, preflight
+from pipeline.rounds import branch, comparison, preflight, same_data
 from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.records import DataFacts, Scan
 from pipeline.run.result import Result
@@ -45,7 +45,7 @@ class Driver:
     def prunable(self) -> list[Prunable]:
         """The prunable tensors of the run's network."""
         config = self.config
-        manifest = shards.load_manifest(session.data_root(config, self.run))
+        manifest = session.load_data(config, self.run)
         model = build_network(config.model, manifest.num_classes, config.seed)
         return survey_network(model, config.prune.include, config.prune.exclude)[0]
 
@@ -67,14 +67,16 @@ class Stage:
     again: Callable[[Driver], bool] = lambda driver: False
 
 
-def on_workers(name: str, title: str, settings: Callable[[Driver], Sequence[Any]], function: str) -> Stage:
+def on_workers(
+    name: str, title: str, settings: Callable[[Driver], Sequence[Any]], function: str, gives: tuple[str, ...] = ()
+) -> Stage:
     """A stage whose work all workers do together: a function of a Session, as "package.module:name"."""
     work = Work(name, function)
 
     def drive(driver: Driver) -> None:
         driver.engine.train(work, driver.config, driver.run, driver.progress)
 
-    return Stage(name, title, settings, drive)
+    return Stage(name, title, settings, drive, gives)
 
 
 def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
@@ -84,6 +86,7 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
     RunStopped; in both cases the state on disk is kept and the same command goes on from it.
     """
     config, run = driver.config, driver.run
+    same_data.settle(config, run, lambda: fingerprint(SHARDS.name, *SHARDS.settings(driver)))
     preflight.check(config, run)
     made_from: list[str] = []
     for stage in stages:
@@ -133,9 +136,7 @@ def _shards(driver: Driver) -> None:
             run.path("shards"),
             lambda text, done, total: driver.progress(ShardsCounted(text, done, total)),
         )
-    sizes = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
-    if manifest.holdout is not None:
-        sizes |= {"val": len(manifest.holdout), "train": sizes["train"] - len(manifest.holdout)}
+    sizes = manifest.sizes
     facts = DataFacts(
         train=sizes["train"],
         val=sizes["val"],
@@ -144,6 +145,7 @@ def _shards(driver: Driver) -> None:
         present=len(manifest.classes),
         source=config.data.source,
         root=config.data.root,
+        data=manifest.identity,
     )
     run.commit(facts, "data.json")
 
@@ -193,10 +195,25 @@ def _final(driver: Driver) -> None:
 
 DENSE_WORK = Work("dense", "pipeline.rounds.method:dense")
 SHARDS = Stage("shards", "shards", _shards_settings, _shards)
-DENSE = Stage("dense", "dense network", _dense_settings, _dense)
-SCAN = Stage("scan", "sensitivity scan", _scan_settings, _scan, again=lambda driver: bool(driver.merged))
-ROUNDS = on_workers("rounds", "rounds", rounds_settings, "pipeline.rounds.method:prune")
-FINAL = Stage("final", "final", lambda driver: [driver.config.target.margin], _final, gives=("result.json",))
+DENSE = Stage(
+    "dense", "dense network", _dense_settings, _dense, gives=("dense/metrics.json", "dense/checkpoint/manifest.json")
+)
+SCAN = Stage(
+    "scan",
+    "sensitivity scan",
+    _scan_settings,
+    _scan,
+    gives=("scan/scan.json",),
+    again=lambda driver: bool(driver.merged),
+)
+ROUNDS = on_workers(
+    "rounds",
+    "rounds",
+    rounds_settings,
+    "pipeline.rounds.method:prune",
+    gives=(*comparison.GIVES, "final/activity.json"),
+)
+FINAL = Stage("final", "final", lambda driver: [driver.config.target.margin], _final, gives=final.GIVES)
 
 
 def up_to(config: Config, *ends: Stage) -> list[Stage]:

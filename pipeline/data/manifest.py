@@ -6,18 +6,15 @@ import dataclasses
 import hashlib
 import json
 import re
-import tarfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.data.parts import SPLITS, check_tar_end
-from pipeline.data.tar import SampleFiles
+from pipeline.data.parts import SPLITS
 
 NAME = "manifest.json"
 VERSION = 1
@@ -32,7 +29,8 @@ _NAME = re.compile(r"[^/\\\x00-\x1f\x7f.][^/\\\x00-\x1f\x7f]*")  # a file beside
 class Shard:
     """One tar: `offsets[i]` is the byte at which sample i's first header starts, `labels[i]` its class.
 
-    `crc32[i]` is the CRC-32 of its stored image; older manifests lack it.
+    `crc32[i]` is the CRC-32 of its stored image; older manifests lack it. `skipped` are the numbers of samples that are
+    not used, rising; their labels and CRCs are 0.
     """
 
     name: str
@@ -42,6 +40,12 @@ class Shard:
     offsets: tuple[int, ...]
     labels: tuple[int, ...]
     crc32: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
+
+    @property
+    def used(self) -> int:
+        """How many samples are used."""
+        return self.samples - len(self.skipped)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,20 @@ class Manifest:
     own_val: bool = True
 
     @property
+    def identity(self) -> str:
+        """A short hash of what the shards hold: their checksums in order, and which samples are used as what."""
+        shards = {split: [(s.name, s.sha256, s.skipped) for s in parts] for split, parts in self.splits.items()}
+        facts = [self.made_from, self.label, self.num_classes, self.holdout, shards]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many samples train, val and test have, those held out of train counted as val."""
+        stored = {split: sum(shard.used for shard in self.splits.get(split, ())) for split in SPLITS}
+        held = len(self.holdout or ())
+        return {**stored, "train": stored["train"] - held, "val": stored["val"] + held}
+
+    @property
     def val_is_cut_from_train(self) -> bool:
         """Whether val was drawn from what the source calls train."""
         return self.holdout is not None or not self.own_val
@@ -72,6 +90,8 @@ class Manifest:
         """Write manifest.json into `root`, one line a shard."""
         fields = dataclasses.asdict(self)
         splits = fields.pop("splits")
+        for shard in (shard for shards in splits.values() for shard in shards if not shard["skipped"]):
+            del shard["skipped"]  # as older manifests are
         lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in fields.items()]
         blocks = [
             f"  {json.dumps(split)}: [\n" + ",\n".join(f"   {json.dumps(shard)}" for shard in shards) + "\n  ]"
@@ -120,7 +140,7 @@ def _inconsistency(manifest: Manifest) -> str | None:
         if problem:
             return problem
     for split, shards in manifest.splits.items():
-        if not sum(shard.samples for shard in shards):
+        if not sum(shard.used for shard in shards):
             return f"{split} has no samples"
     return _holdout_problem(manifest)
 
@@ -135,6 +155,8 @@ def _shard_problem(shard: Shard) -> str | None:
         return f"shard {shard.name} has offsets that do not rise"
     if shard.offsets and not 0 <= shard.offsets[0] <= shard.offsets[-1] < shard.bytes:
         return f"shard {shard.name} has offsets outside of its {shard.bytes} bytes"
+    if list(shard.skipped) != sorted(set(shard.skipped)) or not set(shard.skipped) <= set(range(shard.samples)):
+        return f"shard {shard.name} skips samples that are not there"
     if shard.labels and not 0 <= min(shard.labels) <= max(shard.labels) <= _LARGEST:
         return f"shard {shard.name} has labels from {min(shard.labels)} to {max(shard.labels)}"
     return None
@@ -146,10 +168,12 @@ def _holdout_problem(manifest: Manifest) -> str | None:
     if "val" in manifest.splits:
         return "there are both a val part and a holdout"
     train = manifest.splits["train"]
+    skipped = [set(shard.skipped) for shard in train]
     for shard_number, sample in manifest.holdout:
-        if not (0 <= shard_number < len(train) and 0 <= sample < train[shard_number].samples):
+        there = 0 <= shard_number < len(train) and 0 <= sample < train[shard_number].samples
+        if not there or sample in skipped[shard_number]:
             return f"holdout names sample {sample} of shard {shard_number}, which is not there"
-    if not 0 < len(set(manifest.holdout)) == len(manifest.holdout) < sum(shard.samples for shard in train):
+    if not 0 < len(set(manifest.holdout)) == len(manifest.holdout) < sum(shard.used for shard in train):
         return f"holdout names {len(manifest.holdout)} samples, some twice, none, or all of train"
     return None
 
@@ -177,72 +201,3 @@ def parse_label(sample: Mapping[str, Any], label: str) -> int:
     if number < 0:
         raise ValueError(f"has the label {number}, which is negative")
     return number
-
-
-class Hashing:
-    """A stream that passes reads on and hashes them: a shard is read and hashed in one pass."""
-
-    def __init__(self, stream: BinaryIO, hashes: bool = True) -> None:
-        self._stream, self._hashes = stream, hashes
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def read(self, count: int = -1) -> bytes:
-        data = self._stream.read(count)
-        if self._hashes:
-            self.digest.update(data)
-        self.bytes += len(data)
-        return data
-
-    def rest(self) -> str:
-        """Read to the end; the SHA-256 of all of it."""
-        while self.read(2**20):
-            pass
-        return self.digest.hexdigest()
-
-
-def scan_shard(root: str, name: str, label: str, num_classes: int | None) -> Shard:
-    """Describe one tar by a single pass over it.
-
-    Raises UserError naming shard and key: empty, torn, not a tar, a sample without image or label, two
-    images, a label outside 0..num_classes-1.
-    """
-    url = storage.join(root, name)
-    offsets: list[int] = []
-    samples: list[dict[str, Any]] = []
-    with storage.open_range(url) as stream:
-        hashing = Hashing(stream)
-        files = SampleFiles(hashing)
-        try:
-            for file in files:
-                if not samples or samples[-1]["__key__"] != file.key:
-                    offsets.append(file.offset)
-                    samples.append({"__key__": file.key})
-                kept = file.suffix == ("cls" if label == "cls" else "json")
-                samples[-1][file.suffix] = file.data if kept else zlib.crc32(file.data)
-        except tarfile.TarError as error:
-            raise UserError(
-                f"shard '{url}' is empty, cut short, damaged or not an uncompressed tar ({error})"
-            ) from error
-        sha256 = hashing.rest()
-    check_tar_end(url, files.end)
-    if not samples:
-        raise UserError(f"shard '{url}' holds no samples: remove it, or make it again")
-    labels, crcs = zip(*(_checked(url, sample, label, num_classes) for sample in samples), strict=True)
-    return Shard(name, len(samples), hashing.bytes, sha256, tuple(offsets), labels, crcs)
-
-
-def _checked(url: str, sample: Mapping[str, Any], label: str, num_classes: int | None) -> tuple[int, int]:
-    """The label of a sample and the CRC-32 of its image."""
-    where = f"shard '{url}': sample '{sample['__key__']}'"
-    images = [suffix for suffix in IMAGES if suffix in sample]
-    if len(images) != 1:
-        problem = "no image" if not images else "two images"
-        raise UserError(f"{where} has {problem}: it needs exactly one member .jpg, .jpeg or .png")
-    try:
-        number = parse_label(sample, label)
-    except ValueError as error:
-        raise UserError(f"{where} {error}: mend it, or set data.label to where labels are") from error
-    if num_classes is not None and number >= num_classes:
-        raise UserError(f"{where} has the label {number}, but there are {num_classes} classes (0..{num_classes - 1})")
-    return number, sample[images[0]]

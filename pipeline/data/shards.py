@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -22,7 +22,8 @@ from pipeline.base.errors import UserError
 from pipeline.base.seeding import generator
 from pipeline.data import images, placement
 from pipeline.data import sources as sources_module
-from pipeline.data.manifest import IMAGES, MOST_CLASSES, NAME, VERSION, Manifest, Shard, load_manifest, scan_shard
+from pipeline.data.describe import BadSample, scan_shard, sorted_warnings, told
+from pipeline.data.manifest import IMAGES, MOST_CLASSES, NAME, VERSION, Manifest, Shard, load_manifest
 from pipeline.data.parts import SPLITS, Part, Source
 from pipeline.data.stream import read_members
 from pipeline.settings.data import Data
@@ -32,7 +33,6 @@ __all__ = ["Manifest", "Shard", "build", "index", "load_manifest", "verify"]
 Progress = Callable[[str, int, int], None]
 
 _PARTIAL = "manifest.partial.json"
-_SORTED_LEAST = 20  # fewer samples say little about their order
 
 
 def build(config: Data, seed: int, root: str, progress: Progress | None = None) -> Manifest:
@@ -189,12 +189,14 @@ def index(
     seed: int = 0,
     num_classes: int | None = None,
     progress: Progress | None = None,
+    skip_bad: bool = False,
 ) -> tuple[Manifest, list[str]]:
     """Describe shards made elsewhere: write manifest.json and return it, with warnings.
 
     Shards are files train*.tar, val*.tar and test*.tar in `root`. Without test shards, val counts as
     test (ILSVRC's habit) and val is held out of train by seed; without val shards too. Warns of shards
-    sorted by class, whose batches would be poorly mixed. Raises UserError naming shard and key.
+    sorted by class, whose batches would be poorly mixed. Raises UserError naming shard and key. With `skip_bad`,
+    samples without label or image, and images that cannot be decoded, are left out; the warnings say how many.
     """
     names = storage.list_files(root)
     found = {split: [n for n in names if n.startswith(split) and n.endswith(".tar")] for split in SPLITS}
@@ -209,15 +211,18 @@ def index(
             raise UserError(f"'{root}' has no {wanted}: name shards after the part they belong to")
     total = sum(map(len, found.values()))
     splits: dict[str, tuple[Shard, ...]] = {}
+    bad: list[BadSample] = []
     done = 0
     for split in [s for s in SPLITS if found[s]]:
         shards = []
         for name in found[split]:
-            shards.append(scan_shard(root, name, label, num_classes))
+            shards.append(scan_shard(root, name, label, num_classes, bad if skip_bad else None))
             done += 1
             if progress:
                 progress(f"shard {name}", done, total)
         splits[split] = tuple(shards)
+        if not any(shard.used for shard in shards):
+            raise UserError(f"'{root}': none of the samples of {split} can be used; the first: {bad[0].what}")
     classes = num_classes or 1 + max(max(s.labels) for shards in splits.values() for s in shards)
     if classes > MOST_CLASSES:
         raise UserError(
@@ -225,30 +230,24 @@ def index(
             "write class numbers into the shards in place of ids such as WordNet's"
         )
     holdout = None if "val" in splits else _holdout(splits["train"], val_fraction, seed)
-    facts = [label, classes, holdout, [[s.name, s.sha256] for shards in splits.values() for s in shards]]
+    every = [shard for shards in splits.values() for shard in shards]
+    facts = [label, classes, holdout, [[shard.name, shard.sha256] for shard in every]]
+    facts += [[shard.skipped for shard in every]] if bad else []
     made_from = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     manifest = Manifest(VERSION, tuple(map(str, range(classes))), classes, label, splits, holdout, made_from)
     manifest.save(root)
-    return manifest, [w for shards in splits.values() for w in _sorted_warnings(root, shards)]
+    notes = told(bad, sum(shard.samples for shard in every))
+    return manifest, [*notes, *(w for shards in splits.values() for w in sorted_warnings(root, shards))]
 
 
 def _holdout(train: tuple[Shard, ...], val_fraction: float, seed: int) -> tuple[tuple[int, int], ...]:
-    labels = np.concatenate([np.asarray(shard.labels, np.int64) for shard in train])
-    place = [(number, sample) for number, shard in enumerate(train) for sample in range(shard.samples)]
+    place = [
+        (number, sample)
+        for number, shard in enumerate(train)
+        for sample in sorted(set(range(shard.samples)) - set(shard.skipped))
+    ]
+    labels = np.array([train[number].labels[sample] for number, sample in place], np.int64)
     return tuple(place[number] for number in draw_val(labels, val_fraction, seed).tolist())
-
-
-def _sorted_warnings(root: str, shards: tuple[Shard, ...]) -> Iterator[str]:
-    """A warning for each shard whose neighbours share a label far more often than mixed ones would."""
-    _, counts = np.unique(np.concatenate([shard.labels for shard in shards]), return_counts=True)
-    mixed = float(np.sum((counts / counts.sum()) ** 2))
-    for shard in shards:
-        same = placement.same_label_neighbours(np.asarray(shard.labels))
-        if shard.samples >= _SORTED_LEAST and same > (1 + mixed) / 2:
-            yield (
-                f"shard '{storage.join(root, shard.name)}' is sorted by class ({same:.0%} of neighbours share a "
-                f"label, {mixed:.0%} if mixed): batches will be poorly mixed; write the shards in shuffled order"
-            )
 
 
 def verify(root: str, progress: Progress | None = None) -> list[str]:
@@ -275,15 +274,18 @@ def _verify_shard(root: str, shard: Shard, manifest: Manifest) -> list[str]:
     if known.bytes != shard.bytes:
         problems.append(f"shard '{url}' has {known.bytes} bytes, the manifest says {shard.bytes}")
     try:
-        found = scan_shard(root, shard.name, manifest.label, manifest.num_classes)
+        skipped = list[BadSample]() if shard.skipped else None
+        found = scan_shard(root, shard.name, manifest.label, manifest.num_classes, skipped)
     except UserError as error:
         return [*problems, str(error)]
     if not problems and found.sha256 != shard.sha256:
         problems.append(f"shard '{url}' has another SHA-256 than the manifest says")
     if found.samples != shard.samples:
         problems.append(f"shard '{url}' holds {found.samples} samples, the manifest says {shard.samples}")
-    bad = []
-    for sample in read_members([(url, 0, None)]):
+    bad, known_bad = [], set(shard.skipped)
+    for number, sample in enumerate(read_members([(url, 0, None)])):
+        if number in known_bad:
+            continue
         try:
             images.decode(next(sample[suffix] for suffix in IMAGES if suffix in sample), 3, None)
         except images.BadImage:

@@ -19,7 +19,7 @@ from pipeline.base.seeding import uniform
 from pipeline.data import images, stream
 from pipeline.data.cache import Cache, Entry
 from pipeline.data.images import Pixels
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.stream import Piece, Raw
 from pipeline.settings.data import Data
 
@@ -270,13 +270,18 @@ class Split:
 def _kept(manifest: Manifest, name: str) -> list[Numbers]:
     """For each shard, which of its samples belong to the split, rising."""
     if manifest.holdout is None or name == "test":
-        return [np.arange(shard.samples, dtype=np.int64) for shard in manifest.splits[name]]
+        return [_used(shard) for shard in manifest.splits[name]]
     held_out = np.array(manifest.holdout, np.int64).reshape(-1, 2)
     kept = []
     for number, shard in enumerate(manifest.splits["train"]):
         held = np.sort(held_out[held_out[:, 0] == number, 1])
-        kept.append(held if name == "val" else np.setdiff1d(np.arange(shard.samples), held))
+        kept.append(held if name == "val" else np.setdiff1d(_used(shard), held))
     return kept
+
+
+def _used(shard: Shard) -> Numbers:
+    """The numbers of a shard's samples that are not skipped, rising."""
+    return np.setdiff1d(np.arange(shard.samples, dtype=np.int64), np.array(shard.skipped, np.int64))
 
 
 def _gather(values: list[tuple[int, ...]], kept: list[Numbers]) -> Numbers:

@@ -20,7 +20,8 @@ from webdataset.tariterators import group_by_keys
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.data.cache import Cache
-from pipeline.data.manifest import IMAGES, Hashing, parse_label
+from pipeline.data.describe import Hashing
+from pipeline.data.manifest import IMAGES, parse_label
 from pipeline.data.tar import SampleFiles
 
 T = TypeVar("T")

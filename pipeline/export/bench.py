@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.record import Record
-from pipeline.data import loader, shards
+from pipeline.data import loader
 from pipeline.data.images import normalize
 from pipeline.data.split import Split
 from pipeline.export import export, latency
@@ -69,7 +69,7 @@ def bench_run(run_dir: str | Path, repeats: int = 100, *, trust_code: bool = Fal
     here = Run(str(run_dir), 0)
     if not here.has("final", "model.safetensors"):
         raise UserError(f"'{run_dir}' has no final/model.safetensors: carry the run to its end first (secateur run)")
-    manifest = shards.load_manifest(session.data_root(config, here))
+    manifest = session.load_data(config, here)
     pruned = build_network(config.model, manifest.num_classes, config.seed).eval()
     dense = copy.deepcopy(pruned)
     load_weights(pruned, here.path("final", "model.safetensors"))

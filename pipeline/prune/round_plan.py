@@ -143,7 +143,7 @@ def make(basis: Basis, goal: Goal, standing: Standing) -> RoundPlan:
     request = Request(
         scores=ranking,
         alive=alive,
-        budget=goal.budget if target.by_thresholds else spendable(basis, goal, most),
+        budget=goal.budget if target.by_thresholds else spendable(basis, goal, alive, most),
         floors=least,
         caps=most,
         sigmas=sigmas(basis, standing),
@@ -189,15 +189,17 @@ def sigmas(basis: Basis, standing: Standing) -> dict[str, float]:
     return {name: sigma(basis.dense[name]) for name in standing.weights}
 
 
-def spendable(basis: Basis, goal: Goal, caps: Mapping[str, int]) -> int:
+def spendable(basis: Basis, goal: Goal, alive: Mapping[str, Tensor], caps: Mapping[str, int]) -> int:
     """The budget of an attempt, or the cost of all weights that it may keep where that is less.
 
-    It can be less after dead units were removed, or where ceilings are tight before the last round.
+    It can be less after dead units were removed, where ceilings are tight before the last round, or where the network
+    was given with fewer weights.
     """
     prune, target, scan = basis.prune, basis.target, basis.scan
     prices = scan.prices if scan and allocation.of(prune).spends_costs else {}
     last = target.to_size and goal.density == densities(prune, target)[-1]
-    if prune.dead_neurons or not last:
+    few = limits.spent({name: int(mask.sum()) for name, mask in alive.items()}, prices) < goal.budget
+    if prune.dead_neurons or not last or few:
         return min(goal.budget, limits.spent(caps, prices))
     return goal.budget
 

@@ -54,12 +54,13 @@ from pipeline.task.feed import Feed
 from pipeline.train import checkpoint
 
 HISTOGRAM_BINS = 80
+GIVES = ("final/model.safetensors", "final/model.packed", "final/histograms.json", "result.json", "report.html")
 PACKAGES = ("torch", "torchvision", "ray", "webdataset", "mlflow", "boto3", "numpy")
 
 
 def finish(config: Config, here: Run, prunable: list[Prunable], started: float) -> Result:
     """Write final/, result.json and report.html; returns the result. `started` is of time.monotonic()."""
-    kept = attempts.standing_checkpoint(here, prunable)
+    kept = attempts.standing_checkpoint(here, prunable, config)
     dense = checkpoint.load(here, "dense/checkpoint")
     model_bytes = save_safetensors(kept.weights)
     here.commit_bytes(model_bytes, "final", "model.safetensors")

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.network.cost import Quantity
 from pipeline.network.survey import Prunable
-from pipeline.prune import limits
+from pipeline.prune import limits, patterns
 from pipeline.prune.budget import Cost
 from pipeline.prune.round_plan import Goal
 from pipeline.rounds import campaign
@@ -28,20 +28,38 @@ from pipeline.run.events import Noted
 from pipeline.run.layout import START, attempt_folder, round_folder, standing, trail
 from pipeline.run.records import Judgement, RoundMetrics, StartFacts
 from pipeline.run.state import Run
+from pipeline.settings.config import Config
 from pipeline.task.answers import Answers, Marks
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import Session
 
+SPARSE = 0.01  # share of zeros; a few come about by chance
 ANSWERS = "dense_val.npz"  # the dense network's answers on val; a campaign compares rounds with them
 
 
-def standing_checkpoint(run: Run, prunable: Sequence[Prunable]) -> Checkpoint:
-    """The network of the last accepted round, or of the run's start; its masks keep all if nothing is pruned."""
+def standing_checkpoint(run: Run, prunable: Sequence[Prunable], config: Config) -> Checkpoint:
+    """The network of the last accepted round, or of the run's start with its `first_masks`."""
     saved = checkpoint.load(run, f"{standing(run)}/checkpoint")
     if not saved.masks:
-        saved.masks = {t.name: torch.ones(t.shape, dtype=torch.bool) for t in prunable}
+        saved.masks = first_masks(saved.weights, prunable, config)
     return saved
+
+
+def first_masks(weights: Mapping[str, Tensor], prunable: Sequence[Prunable], config: Config) -> dict[str, Tensor]:
+    """The masks that the first round starts from: all weights, but for the zeros of a network that was given sparse.
+
+    A tensor of it is sparse where more than SPARSE of its weights, though not all, are exactly 0.
+    """
+    given = config.model.checkpoint is not None or config.model.trained
+    grain = patterns.of(config.prune).granularity
+    masks = {}
+    for tensor in prunable:
+        alive = weights[tensor.name].cpu() != 0
+        kept = int(alive.sum())
+        sparse = given and grain(tensor.shape) == 1 and 0 < kept < (1 - SPARSE) * tensor.weights
+        masks[tensor.name] = alive if sparse else torch.ones_like(alive)
+    return masks
 
 
 def origin(run: Run, prunable: Sequence[Prunable]) -> Origin:

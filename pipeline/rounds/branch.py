@@ -10,19 +10,18 @@ equal, since the seed draws val and test: otherwise a branch would be judged on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.names import few
-from pipeline.data import shards
 from pipeline.data.manifest import Manifest
 from pipeline.network.survey import Prunable
 from pipeline.rounds import attempts
 from pipeline.rounds.campaign import Origin
 from pipeline.run import state
 from pipeline.run.layout import DENSE, START, accepted, control_folder, round_folder, trail
-from pipeline.run.records import Ancestor, RoundMetrics, RunFacts, StartFacts
+from pipeline.run.records import Ancestor, DenseMetrics, RoundMetrics, RunFacts, StartFacts
 from pipeline.run.result import Result
 from pipeline.run.state import Run
 from pipeline.scan import together
@@ -92,7 +91,8 @@ def find(config: Config, prunable: Sequence[Prunable]) -> Source:
 def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
     """Copy what the branch needs from its source: dense network, control, scan, and the round that it begins with."""
     source = find(config, prunable)
-    _require_same_data(shards.load_manifest(session.data_root(config, here)), source)
+    manifest = session.load_data(config, here)
+    _require_same_data(manifest, source)
     parts = {f"{DENSE}/checkpoint": f"{DENSE}/checkpoint"}
     for generation in range(1, source.facts.generation + 1):
         folder = f"{control_folder(generation)}/checkpoint"
@@ -102,7 +102,8 @@ def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
         parts[source.checkpoint] = f"{START}/checkpoint"
     for theirs, ours in parts.items():
         checkpoint.save(here, ours, checkpoint.load(source.run, theirs))
-    here.commit(source.run.read(DENSE, "metrics.json"), DENSE, "metrics.json")
+    metrics = source.run.load(DenseMetrics, DENSE, "metrics.json")
+    here.commit(replace(metrics, data=manifest.identity), DENSE, "metrics.json")
     for name in ("trials.json", together.FILE):
         if source.run.has("scan", name) and not here.has("scan", name):
             here.commit(source.run.read("scan", name), "scan", name)  # the scan reuses them if they fit
@@ -195,9 +196,9 @@ def _facts(given: str, run: Run, recipe: Retrain, number: int, prunable: Sequenc
 
 
 def _require_same_data(ours: Manifest, source: Source) -> None:
-    theirs = shards.load_manifest(session.data_root(source.config, source.run))
+    theirs = session.load_data(source.config, source.run)
     for split in ours.splits.keys() | theirs.splits.keys():
-        pair = [[shard.sha256 for shard in manifest.splits.get(split, ())] for manifest in (ours, theirs)]
+        pair = [[(s.sha256, s.skipped) for s in each.splits.get(split, ())] for each in (ours, theirs)]
         if pair[0] != pair[1] or ours.holdout != theirs.holdout:
             raise UserError(
                 f"start.from={source.given}: the {split} images differ from those of '{source.run.root}', "

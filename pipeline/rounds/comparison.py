@@ -23,6 +23,8 @@ from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.loop import Training
 from pipeline.train.session import Session
 
+GIVES = ("final/test.json", "final/test_answers.npz")  # what the look at test leaves
+
 
 def control(session: Session) -> None:
     """Train the dense network further, with the same steps, recipe and batches as all accepted rounds together.
@@ -57,14 +59,15 @@ def control(session: Session) -> None:
     val = session.evaluate(model, "val").metrics()
     if session.world.first:
         seconds = round(time.monotonic() - clock, 3)
-        run.commit(DenseMetrics(val, tuple(history), seconds, now_ms()), "rounds/control.json")
+        metrics = DenseMetrics(val, tuple(history), seconds, now_ms(), session.manifest.identity)
+        run.commit(metrics, "rounds/control.json")
     session.world.barrier()
 
 
 def look_at_test(session: Session) -> None:
     """Evaluate dense, dense control and pruned network on test, save the answers by sample, and record the look."""
     run, config = session.run, session.config
-    if run.has("final", "test.json"):
+    if all(run.has(file) for file in GIVES):
         return
     states = {"dense": "dense/checkpoint", "pruned": f"{standing(run)}/checkpoint"}
     trained = len(branch.retrainings(config.retrain, run))
@@ -81,7 +84,8 @@ def look_at_test(session: Session) -> None:
         run.commit_bytes(save_marks(answers), "final", "test_answers.npz")
         valid = answers["pruned"].valid
         largest = largest_class(session.split("test").labels[valid])
-        run.commit(TestMetrics(int(valid.sum()), **metrics, largest_class=largest), "final", "test.json")
+        data = session.manifest.identity
+        run.commit(TestMetrics(int(valid.sum()), **metrics, largest_class=largest, data=data), "final", "test.json")
     session.world.barrier()
 
 

@@ -58,16 +58,20 @@ def dense(session: Session) -> None:
     val = session.evaluate(model, "val").metrics()
     if not session.world.first:
         return
-    for note in about_dense(session, val.top1):
+    for note in about_dense(session, val.top1, attempts.first_masks(model.state_dict(), prunable, config)):
         session.progress(Noted(note))
     checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(model.state_dict())))
     seconds = time.monotonic() - clock
-    session.run.commit(DenseMetrics(val, tuple(history), round(seconds, 3), now_ms()), "dense", "metrics.json")
+    metrics = DenseMetrics(val, tuple(history), round(seconds, 3), now_ms(), session.manifest.identity)
+    session.run.commit(metrics, "dense", "metrics.json")
     checkpoint.keep_last(session.run, "dense", 0)
 
 
-def about_dense(session: Session, top1: float) -> list[str]:
-    """What is to be known of the dense network before anything rests on it; `top1` is its accuracy on val."""
+def about_dense(session: Session, top1: float, alive: dict[str, Tensor]) -> list[str]:
+    """What is to be known of the dense network before anything rests on it.
+
+    `top1` is its accuracy on val, `alive` are the masks that the first round starts from.
+    """
     config, labels = session.config, session.split("val").labels
     notes = [] if config.dense.epochs else [f"the dense network as it was given: val {top1:.2%}"]
     if stats.guessing(round(top1 * len(labels)), len(labels), share := comparison.largest_class(labels)):
@@ -75,6 +79,12 @@ def about_dense(session: Session, top1: float) -> list[str]:
             f"the dense network is no better than guessing: it is right on {top1:.1%} of val, and always naming the "
             f"largest class is right on {share:.1%}. Nothing can be learnt from pruning it, and the verdict will not "
             "be `no loss`: check model.checkpoint, data.mean, data.std and the order of the classes, or train longer"
+        )
+    total = sum(mask.numel() for mask in alive.values())
+    if zeros := total - sum(int(mask.sum()) for mask in alive.values()):
+        notes.append(
+            f"the network that was given is sparse already: {zeros:,} of its {total:,} prunable weights are 0, and "
+            "count as pruned"
         )
     given = config.model.checkpoint is not None or config.model.trained
     if given and session.manifest.val_is_cut_from_train:
@@ -107,7 +117,8 @@ def prune(session: Session) -> None:
 
 def stand(subject: Subject) -> dict[str, Tensor]:
     """Load the network of the last accepted round, or of the run's beginning, and return its masks."""
-    return subject.load(attempts.standing_checkpoint(subject.session.run, subject.prunable))
+    session = subject.session
+    return subject.load(attempts.standing_checkpoint(session.run, subject.prunable, session.config))
 
 
 def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str | None = None) -> dict[str, Tensor]:
@@ -169,6 +180,7 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
             steps=position.step,
             seconds=round(time.monotonic() - clock, 3),
             finished_ms=now_ms(),
+            data=session.manifest.identity,
         )
         run.commit(metrics, folder, "metrics.json")
         checkpoint.keep_last(run, folder, 0)

@@ -170,9 +170,7 @@ def count_samples(data: Data, seed: int) -> Counts:
     kind = sources.of(data)
     if kind.in_place:
         manifest = shards.load_manifest(str(data.root))
-        sizes = {split: sum(shard.samples for shard in parts) for split, parts in manifest.splits.items()}
-        held = len(manifest.holdout or ())
-        return Counts(sizes["train"] - held, sizes.get("val", 0) + held, sizes["test"], manifest.num_classes)
+        return Counts(**manifest.sizes, classes=manifest.num_classes)
     if data.root is None and kind.sizes is not None:
         held = round(data.val_fraction * kind.sizes.train)
         return Counts(kind.sizes.train - held, held, kind.sizes.test, data.classes or kind.sizes.classes)

@@ -25,7 +25,10 @@ class RunFacts(Record):
 
 @dataclass(frozen=True)
 class DataFacts(Record):
-    """data.json: samples of each split, the size of the label space, and the classes that have samples."""
+    """data.json: samples of each split, the size of the label space, the classes that have samples, and which data.
+
+    `data` is the identity of the shards (`Manifest.identity`), here and in all other documents; older ones lack it.
+    """
 
     train: int
     test: int
@@ -35,6 +38,7 @@ class DataFacts(Record):
     source: str
     root: str | None
     bad: dict[str, str] = field(default_factory=dict)
+    data: str | None = optional()
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class DenseMetrics(Record):
     history: tuple[Epoch, ...]
     seconds: float
     finished_ms: int = 0
+    data: str | None = optional()
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,7 @@ class RoundMetrics(Record):
     seconds: float
     finished_ms: int = 0
     against_dense: Judgement | None = optional()  # in a campaign without loss
+    data: str | None = optional()
 
 
 @dataclass(frozen=True)
@@ -246,6 +252,7 @@ class TestMetrics(Record):
     pruned: Evaluation
     dense_control: Evaluation | None = optional()
     largest_class: float | None = optional()  # its share of the samples: what always naming one class gets right
+    data: str | None = optional()
 
 
 @dataclass(frozen=True)
@@ -409,3 +416,4 @@ class Scan(Record):
     key: str
     made_of: ScanOrigin
     together: tuple[TogetherRow, ...] | None = optional()
+    data: str | None = optional()

@@ -18,12 +18,12 @@ from pipeline.base.errors import RunStopped, UserError
 from pipeline.base.record import Record, plain
 from pipeline.run import lease
 from pipeline.run.records import RunFacts, StageMarker
-from pipeline.settings.config import Config, differences, dump_config, load_config
+from pipeline.settings.config import UNHASHED, Config, differences, dump_config, load_config
 
 # Settings that change how a run is carried out, but not its results. They may differ when it resumes.
 OPERATIONAL = (
     "runs_dir", "cluster", "tracking", "data.decode_threads", "data.cache_bytes", "data.cache_dir",
-    "data.cache_disk_bytes",
+    "data.cache_disk_bytes", *UNHASHED,
 )  # fmt: skip
 
 MARKER = "finished.json"  # in a stage's folder, written last

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.data import shards
 from pipeline.engine import Engine, Levels
 from pipeline.network.survey import Prunable
 from pipeline.prune import allocation, damage
@@ -33,7 +32,7 @@ from pipeline.settings.pruning import Prune
 from pipeline.settings.pruning import Scan as ScanSettings
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
-from pipeline.train.session import data_root
+from pipeline.train.session import load_data
 
 DENSE = "dense/checkpoint"
 # Settings that change what a level measures; those that only choose levels and tensors may differ between machines.
@@ -95,6 +94,7 @@ def measure(
         after=after,
         key=fingerprint(made_of.to_json()),
         made_of=made_of,
+        data=load_data(config, here).identity,
     )
     if after is None and together_at(config.scan, config.prune):
         found = replace(found, together=measure_together(found, config, engine, here, progress))
@@ -115,7 +115,7 @@ def measure_together(
 
     Each row is written to scan/together.json as it comes, so that a stopped scan can go on.
     """
-    classes = shards.load_manifest(data_root(config, here)).num_classes
+    classes = load_data(config, here).num_classes
     wanted = together.allocations(scan, classes, together_at(config.scan, config.prune))
     known: dict[str, Joint] = {}
     if here.has("scan", together.FILE):
@@ -143,12 +143,13 @@ def measure_together(
 def origin(source: str, config: Config, here: Run) -> ScanOrigin:
     """What a scan's numbers depend on. Two scans with the same origin can be joined."""
     weights, masks = (checkpoint.digest(here, source, name) for name in ("weights.safetensors", "masks.bin"))
-    manifest = shards.load_manifest(data_root(config, here))
+    manifest = load_data(config, here)
     split = "train" if manifest.holdout is not None else "val"
+    skipped = [shard.skipped for shard in manifest.splits[split] if shard.skipped]
     everything = hashed(config)
     return ScanOrigin(
         weights=fingerprint(weights, masks),
-        data=fingerprint([shard.sha256 for shard in manifest.splits[split]], manifest.holdout),
+        data=fingerprint([shard.sha256 for shard in manifest.splits[split]], manifest.holdout, *skipped),
         settings={
             **{key: everything[key] for key in ("seed", "task") if key in everything},
             **{

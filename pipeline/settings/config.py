@@ -29,6 +29,8 @@ _INSTEAD = (
 
 # Settings that were added when runs existed already: see `hashed`.
 ADDED = ("prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links")
+# Settings that change no result, and no fingerprint.
+UNHASHED = ("dense.checkpoint_minutes", "retrain.checkpoint_minutes")
 
 
 class Config(Section):
@@ -148,16 +150,16 @@ def differences(ours: Config, theirs: Config, ignore: tuple[str, ...] = ()) -> l
 def hashed(config: Config) -> dict[str, Any]:
     """The settings that fingerprints are computed from. One in ADDED is left out while it is at its default.
 
-    So a run that is older than such a setting keeps its fingerprints.
+    So a run that is older than such a setting keeps its fingerprints. Those in UNHASHED are always left out.
     """
     tree = config.model_dump(mode="json")
-    for setting in ADDED:
+    for setting in (*ADDED, *UNHASHED):
         *parents, leaf = setting.split(".")
         section: Any = config
         node = tree
         for parent in parents:
             section, node = getattr(section, parent), node[parent]
-        if is_default(section, leaf):
+        if setting in UNHASHED or is_default(section, leaf):
             del node[leaf]
     return tree
 

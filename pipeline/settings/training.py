@@ -47,6 +47,11 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs forward and loss under autocast.")
     channels_last: bool = Field(False, description="Memory format of weights and images, faster on GPUs.")
     checkpoint_steps: Positive = Field(500, description="Updates between checkpoints; one is also kept at each end.")
+    checkpoint_minutes: Annotated[float, Field(ge=0.0, le=1e6)] = Field(
+        5.0,
+        description="Also save where the last checkpoint is so many minutes old, as a training of few or slow updates "
+        "needs; 0 saves by checkpoint_steps alone. It changes no result.",
+    )
 
 
 class Retrain(Train):

@@ -22,12 +22,12 @@ from pipeline.run.records import Epoch
 from pipeline.settings.training import Retrain, Train
 from pipeline.train import allreduce, checkpoint, phases, recipe
 from pipeline.train.checkpoint import Checkpoint
-from pipeline.train.session import Session
+from pipeline.train.looks import Looks
+from pipeline.train.session import Session, require_same_data
+from pipeline.train.tally import Tally
 
 KEPT_CHECKPOINTS = 2
 TELL_EVERY_S = 5.0  # between reports of a step within an epoch; an epoch of ImageNet takes an hour
-LOOK_EVERY, LOOK_EVERY_S = 10, 2.0  # the least steps and seconds between questions whether to leave
-MASK64 = 2**64 - 1
 
 
 @dataclass
@@ -36,8 +36,6 @@ class Position:
 
     step: int = 0
     history: list[Epoch] = field(default_factory=list)
-    totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of this epoch: loss sum, samples, bad
-    order: int = 0  # digest of which samples were seen at which step of this epoch
     seconds: float = 0.0
 
 
@@ -82,10 +80,8 @@ class Training:
         self.optimizer = recipe.make_optimizer(self.settings, list(self.parameters.values()))
         self.total = recipe.total_steps(settings, self.loader.steps_per_epoch)
         self.position = Position()
-        self.running = torch.zeros(3, dtype=torch.float64, device=session.world.device)
-        self.order_here = 0
+        self.tally = Tally(session.world)
         self.told = time.monotonic()
-        self.looked, self.look_at = (0, self.told), 0  # step and time of the last question; the next one's step
 
     def fit(self) -> Position:
         """Train from the last whole step checkpoint, or from the start, to the end.
@@ -93,8 +89,7 @@ class Training:
         Raises Leaving on every rank, after a step checkpoint is saved, when `session.leaving()` is true.
         """
         self._resume()
-        self.looked = self.position.step, time.monotonic()
-        self.look_at = (self.position.step // LOOK_EVERY + 1) * LOOK_EVERY
+        looks = Looks(self.world, self.settings.checkpoint_minutes, self.position.step)
         wrapped: nn.Module | None = None
         entered: int | None = None
         self.model.train()
@@ -113,10 +108,13 @@ class Training:
                 self._update(wrapped, batch)
                 self.position.step += 1
                 last = self.position.step in (self.total, (epoch + 1) * self.loader.steps_per_epoch)
-                leaving = self.position.step == self.look_at and self._leaving()
-                save = leaving or self.position.step % self.settings.checkpoint_steps == 0
+                due = self.position.step % self.settings.checkpoint_steps == 0
+                if last or due:  # and nowhere else: where sums are cut decides their last bits
+                    self.tally.collect()
+                looking = looks.due(self.position.step)
+                late, leaving = looking and looks.late(self.position.step), looking and self.session.leaving()
+                save = due or late or leaving
                 if last or save:
-                    self._collect()
                     self.position.seconds += time.monotonic() - clock
                     clock = time.monotonic()
                 if last:
@@ -124,6 +122,7 @@ class Training:
                 self._tell()
                 if save and self.position.step < self.total:
                     self._save()
+                    looks.saved()
                     if leaving:
                         raise Leaving(f"{self.phase}: step {self.position.step} of {self.total} is saved")
                 if self.position.step == self.total:
@@ -189,9 +188,7 @@ class Training:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.clip_norm, norm)
         self.optimizer.step()
         self.applier.apply()
-        self.order_here += seeding.order_digest(step, batch.indices.numpy())
-        bad = (valid == 0).sum()
-        self.running += torch.stack([total.detach().double(), len(valid) - bad.double(), bad.double()])
+        self.tally.add(step, batch.indices.numpy(), total.detach(), valid)
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor | None:
@@ -213,35 +210,14 @@ class Training:
             )
         return rate
 
-    def _leaving(self) -> bool:
-        """Whether the ranks are to leave. Asking waits for all ranks, so questions are seconds apart.
-
-        The step of the next question follows from the ranks' mean pace, so it is the same on every rank.
-        """
-        (step, then), now = self.looked, time.monotonic()
-        seconds = torch.tensor([now - then], dtype=torch.float64, device=self.world.device)
-        pace = float(self.world.sum(seconds)) / self.world.size / (self.position.step - step)
-        self.looked = self.position.step, now
-        self.look_at += max(1, int(LOOK_EVERY_S / max(pace, 1e-6) / LOOK_EVERY)) * LOOK_EVERY
-        return self.session.leaving()
-
     def _tell(self) -> None:
         """Report the step every TELL_EVERY_S seconds; costs no communication."""
         if time.monotonic() - self.told >= TELL_EVERY_S:
             self.told = time.monotonic()
             self.session.progress(Stepped(self.phase, self.position.step, self.total))
 
-    def _collect(self) -> None:
-        """Add the ranks' sums since the last time to the epoch's totals."""
-        gathered = self.world.sum(self.running).tolist()
-        self.position.totals = [old + new for old, new in zip(self.position.totals, gathered, strict=True)]
-        self.running.zero_()
-        here = torch.tensor([_wrap(self.order_here)], dtype=torch.int64, device=self.world.device)
-        self.position.order = _wrap(self.position.order + int(self.world.sum(here)))
-        self.order_here = 0
-
     def _end_epoch(self, epoch: int) -> None:
-        loss, samples, bad = self.position.totals
+        loss, samples, bad = self.tally.totals
         self.world.agree(self.session.too_many_bad("train", int(bad), int(samples + bad)))
         val = self.session.evaluate(self.model, "val").metrics()
         entry = Epoch(
@@ -250,26 +226,26 @@ class Training:
             loss=loss / max(1.0, samples),
             lr=self.optimizer.param_groups[0]["lr"],
             val_top1=val.top1,
-            order=f"{self.position.order & MASK64:016x}",
+            order=self.tally.order_text,
             seconds=round(self.position.seconds - sum(before.seconds for before in self.position.history), 3),
         )
         self.position.history.append(entry)
-        self.position.totals = [0.0, 0.0, 0.0]
-        self.position.order = 0
+        self.tally = Tally(self.world)
         self.told = time.monotonic()
         self.session.progress(EpochEnded(self.phase, entry, self.settings.epochs, self.total))
 
     def _save(self) -> None:
         """Write a step checkpoint from rank 0 and drop all but the last ones."""
+        sums = self.tally.state()
         if not self.world.first:
             return
         state = {
             "phase": self.phase,
             "step": self.position.step,
             "history": [epoch.to_json() for epoch in self.position.history],
-            "totals": self.position.totals,
-            "order": self.position.order,
             "seconds": self.position.seconds,
+            "data": self.session.manifest.identity,
+            **sums,
         }
         names = list(self.parameters)
         saved = Checkpoint(
@@ -285,15 +261,18 @@ class Training:
             raise Agreed(f"the ranks see different checkpoints of {self.phase}: runs_dir must be a shared folder")
         if saved is None:
             return
+        state, session = saved.state, self.session
+        what = f"the checkpoint of {self.phase} at step {steps}"
+        require_same_data(session.config, session.run, session.manifest, state.get("data"), what)
         if self.gradual:
             self._use(saved.masks)
         elif masking.digest(saved.masks) != masking.digest(self.masks):
             raise Agreed(f"{self.phase}: the masks of its step checkpoint are not those of its plan")
         self.model.load_state_dict(saved.weights)
         recipe.load_optimizer_tensors(self.optimizer, list(self.parameters), saved.optimizer)
-        state = saved.state
         history = [Epoch.from_json(epoch, f"a step checkpoint of {self.phase}") for epoch in state["history"]]
-        self.position = Position(state["step"], history, state["totals"], state["order"], state["seconds"])
+        self.position = Position(state["step"], history, state["seconds"])
+        self.tally.load(state)
         self.session.progress(Resumed(self.phase, steps, self.total, self.world.size))
 
 
@@ -303,8 +282,3 @@ def steps_per_epoch(session: Session, settings: Train) -> int:
         session.split("train"), session.config.data, batch_size=settings.batch_size, seed=0, rank=0, world=1
     )
     return loader.steps_per_epoch
-
-
-def _wrap(value: int) -> int:
-    """An integer modulo 2^64, as a signed one."""
-    return ((value + 2**63) & MASK64) - 2**63

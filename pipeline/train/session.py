@@ -15,6 +15,7 @@ from pipeline.data.loader import Batch, EvalLoader, Split
 from pipeline.data.shards import Manifest
 from pipeline.network.build import FOREIGN, build_network
 from pipeline.run.events import Progress
+from pipeline.run.records import DataFacts
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
 from pipeline.task.answers import Answers
@@ -101,8 +102,39 @@ def open_session(
     config: Config, world: World, run: Run, progress: Progress, leaving: Callable[[], bool] = staying
 ) -> Session:
     """A session on the run's shards. Raises UserError where they are missing or do not fit."""
-    root = data_root(config, run)
-    return Session(config, world, run, shards.load_manifest(root), root, progress, leaving)
+    return Session(config, world, run, load_data(config, run), data_root(config, run), progress, leaving)
+
+
+def load_data(config: Config, run: Run) -> Manifest:
+    """The manifest of the run's shards. Raises UserError where they are not those that the run was made from."""
+    manifest = shards.load_manifest(data_root(config, run))
+    if run.has("data.json"):
+        facts = run.load(DataFacts, "data.json")
+        were = {"train": facts.train, "val": facts.val, "test": facts.test}
+        require_same_data(config, run, manifest, facts.data, "the run", were)
+    return manifest
+
+
+def require_same_data(
+    config: Config, run: Run, manifest: Manifest, data: str | None, what: str, were: dict[str, int] | None = None
+) -> None:
+    """Raise UserError if `what`, a part of the run, was made from other data than the manifest's.
+
+    `data` is the identity of the data that it was made from, None where an older program did not write it down; `were`
+    has the numbers of samples then, where they are known.
+    """
+    if data is None or data == manifest.identity:
+        return
+
+    def told(identity: str, sizes: dict[str, int] | None) -> str:
+        counts = ", ".join(f"{count:,} {split}" for split, count in (sizes or {}).items())
+        return f"{identity} ({counts})" if counts else identity
+
+    raise UserError(
+        f"'{data_root(config, run)}' holds other shards than {what} in '{run.root}' was made from: the data were "
+        f"{told(data, were)}, and are {told(manifest.identity, manifest.sizes)}; put the old shards back, or use "
+        "another name=... for a run on these"
+    )
 
 
 def data_root(config: Config, run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.prune import round_plan
 from pipeline.rounds import campaign
-from pipeline.run.events import EpochEnded, Event, LevelMeasured, Resumed, RoundBegun, StageBegun, unheard
+from pipeline.run.events import EpochEnded, Event, LevelMeasured, Noted, Resumed, RoundBegun, StageBegun, unheard
 from pipeline.run.records import Scan
 from pipeline.run.state import fingerprint, run_root
 from pipeline.settings.config import Config
@@ -128,6 +129,33 @@ def test_a_finished_run_is_not_run_again(tiny: Callable[..., Config]) -> None:
         "final",
     ]
     assert not any(isinstance(event, EpochEnded | RoundBegun | LevelMeasured) for event in events)
+
+
+@pytest.mark.parametrize(
+    ("lost", "made", "looks"),
+    [
+        ("final/model.safetensors", ["final"], 1),
+        ("report.html", ["final"], 1),
+        ("final/test_answers.npz", ["rounds"], 2),
+        ("scan/scan.json", ["scan"], 1),
+        ("dense/checkpoint", ["dense"], 1),
+    ],
+)
+def test_what_was_deleted_of_a_finished_run_is_made_again(
+    tiny: Callable[..., Config], lost: str, made: list[str], looks: int
+) -> None:
+    config = tiny(**{"dense.epochs": 1, "retrain.epochs": 1, "prune.rounds": 1})
+    carry_out(config)
+    root = Path(run_root(config))
+    before = {path: path.read_bytes() for path in root.rglob("*.safetensors")}
+    shutil.rmtree(root / lost) if (root / lost).is_dir() else (root / lost).unlink()
+    events: list[Event] = []
+    result = carry_out(config, events)
+    assert [event.stage for event in events if isinstance(event, StageBegun) and not event.skipped] == made
+    assert (root / lost).exists()
+    assert {path: path.read_bytes() for path in root.rglob("*.safetensors")} == before
+    assert result["test_looks"] == 1  # as the run ended; a second look at test is on record
+    assert len((root / "test_looks.jsonl").read_text().splitlines()) == looks
 
 
 @pytest.mark.parametrize(
@@ -373,6 +401,52 @@ def test_mlflow_shows_the_run_and_a_child_for_each_round(tiny: Callable[..., Con
         assert child.data.metrics["sparsity"] == pytest.approx(1 - metrics["density"])
         assert child.data.metrics["val_top1"] == pytest.approx(metrics["val"]["top1"])
         assert client.list_artifacts(child.info.run_id)
+
+
+@pytest.mark.parametrize(("allocation", "sparse"), [("uniform", 0.2), ("paper", 0.2), ("uniform", 0.01)])
+def test_zeros_of_a_network_that_is_given_are_never_counted_as_kept(
+    tiny: Callable[..., Config], tmp_path: Path, allocation: str, sparse: float
+) -> None:
+    """One tensor has a fifth or a hundredth of its weights, and density 0.5 is asked for."""
+    base = tiny()
+    state = build_network(base.model, 10, 3).state_dict()
+    weight = state["fc1.weight"]
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) >= sparse] = 0.0
+    nonzero, small = int((weight != 0).sum()), state["fc2.weight"]
+    small.view(-1)[0] = 0.0  # one zero says nothing
+    path = tmp_path / "sparse.pth"
+    torch.save(state, path)
+    recipe = {"dense.epochs": 0, "retrain.epochs": 1, "prune.rounds": 1, "target.compression": 2}
+    config = tiny(**recipe, **{"model.checkpoint": str(path), "prune.allocation": allocation})
+    events: list[Event] = []
+    result = carry_out(config, events)
+    said = f"is sparse already: {19200 - nonzero:,} of its 50,200 prunable weights are 0, and count as pruned"
+    assert [event for event in events if isinstance(event, Noted) and said in event.text]
+    rows = {row["name"]: row for row in result["layers"]}
+    assert rows["fc1.weight"]["kept"] <= nonzero
+    assert result["weights_kept"] == 25100
+    kept = final_weights(config)["fc1.weight"] != 0
+    assert not (kept & (weight == 0)).any()
+    if allocation == "uniform":
+        assert rows["fc1.weight"]["kept"] == nonzero  # less than the share of the others
+        assert rows["fc2.weight"]["density"] == pytest.approx((25100 - nonzero) / 31000, abs=1e-4)
+
+
+def test_a_network_that_is_given_sparser_than_asked_for_keeps_all_that_it_has(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    base = tiny()
+    state = build_network(base.model, 10, 3).state_dict()
+    for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
+        state[name].view(-1)[::10] = 1.0
+        state[name][state[name] != 1.0] = 0.0
+    torch.save(state, tmp_path / "sparse.pth")
+    recipe = {"dense.epochs": 0, "retrain.epochs": 1, "prune.rounds": 2, "target.compression": 4}
+    result = carry_out(
+        tiny(**recipe, **{"model.checkpoint": str(tmp_path / "sparse.pth"), "prune.allocation": "uniform"})
+    )
+    assert result["weights_kept"] == 5020
+    assert result["compression"] == 10
 
 
 def test_a_checkpoint_of_another_network_lists_what_does_not_fit(tiny: Callable[..., Config], tmp_path: Path) -> None:

@@ -231,6 +231,59 @@ def test_index_names_shard_and_key_of_a_wrong_sample(tmp_path, members, label, m
     assert not (tmp_path / "manifest.json").exists()
 
 
+def test_index_can_skip_bad_samples_and_counts_them(tmp_path, picture):
+    """8 good samples of 12: no label, no image, a torn image, and a key with a dot."""
+    good = {"jpg": picture(1, "JPEG"), "cls": b"2"}
+    samples = [(f"good{i}", {**good, "jpg": picture(i, "JPEG"), "cls": b"%d" % (i % 3)}) for i in range(8)]
+    samples.insert(0, ("unlabelled", {"jpg": good["jpg"]}))
+    samples.insert(3, ("torn", {"jpg": good["jpg"][:60], "cls": b"1"}))
+    samples.insert(4, ("imageless", {"cls": b"7"}))
+    samples.append(("cat.v2", good))
+    for part in ("train", "test"):
+        with wds.TarWriter(str(tmp_path / f"{part}-0.tar"), encoder=False) as writer:
+            for key, members in samples:
+                writer.write({"__key__": key, **members})
+    with pytest.raises(UserError, match=r"'unlabelled' has no \.cls member: mend it.*--skip-bad`$"):
+        shards.index(str(tmp_path))
+    manifest, notes = shards.index(str(tmp_path), val_fraction=0.25, skip_bad=True)
+    assert notes[0].startswith("8 of 24 samples are skipped: 4 without an image, 2 without a label, 2 unreadable; ")
+    assert notes[0].endswith("train-0.tar': sample 'unlabelled' has no .cls member")
+    assert notes[1].startswith("2 of the skipped samples have dots in their keys, such as 'cat.v2.jpg'")
+    assert manifest.splits["train"][0].skipped == (0, 3, 4, 11)
+    assert manifest.sizes == {"train": 6, "val": 2, "test": 8}
+    assert manifest.num_classes == 3
+    assert shards.load_manifest(str(tmp_path)) == manifest
+    assert shards.verify(str(tmp_path)) == []
+    config = Data(source="shards", root=str(tmp_path), channels=3, size=8, lanes=2, eval_batch=4)
+    keys = []
+    for cache in (0, 2**20):
+        for name in ("train", "val", "test"):
+            given = config.model_copy(update={"cache_bytes": cache})
+            split = loader.open_split(given, str(tmp_path), manifest, name)
+            keys += [raw.key for raw in split.read(np.arange(len(split)))]
+            batches = list(loader.EvalLoader(split, given).batches(0, 1))
+            assert all(batch.weights.min() == 1 for batch in batches)
+            labels = [int(key[-1]) % 3 for key in keys[-len(split) :]]
+            assert np.concatenate([batch.labels for batch in batches]).tolist() == labels
+    assert sorted(keys) == sorted(4 * [f"good{i}" for i in range(8)])
+    everything = (tmp_path / "manifest.json").read_text()
+    for wrong in ("[0, 3, 4, 12]", "[3, 0, 4, 11]", f"{[*range(12)]}"):
+        (tmp_path / "manifest.json").write_text(everything.replace("[0, 3, 4, 11]", wrong))
+        with pytest.raises(UserError, match=r"manifest\.json' is damaged"):
+            shards.load_manifest(str(tmp_path))
+
+
+def test_a_key_with_a_dot_is_named_where_it_costs_a_sample_its_image(tmp_path, picture):
+    for part in ("train", "test"):
+        with wds.TarWriter(str(tmp_path / f"{part}-0.tar"), encoder=False) as writer:
+            writer.write({"__key__": "cat.v2", "jpg": picture(0, "JPEG"), "cls": b"0"})
+    message = r"sample 'cat' has no image \(a key ends at the first dot, which cuts 'cat\.v2\.jpg' short\): rename"
+    with pytest.raises(UserError, match=message):
+        shards.index(str(tmp_path))
+    with pytest.raises(UserError, match=r"none of the samples of train can be used; the first: .*cat\.v2"):
+        shards.index(str(tmp_path), skip_bad=True)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [(b"{", "not valid JSON"), (b"{}", "no field"), (b'{"y": true}', "not an int"), (b'{"y": 1.0}', "not an")],

@@ -224,12 +224,12 @@ def test_ceilings_leave_less_to_spend_before_the_last_round() -> None:
     rests, caps = basis(prune, target), round_plan.bounds(prune, EVERYTHING)[1]
     assert caps == {"a": 2, "b": 1}
     before, last = Goal(1, 1, 0.9, 4, 1), Goal(2, 1, round_plan.densities(prune, target)[-1], 4, 2)
-    assert round_plan.spendable(rests, before, caps) == 3
-    assert round_plan.spendable(rests, last, caps) == 4  # the last one is refused instead
+    assert round_plan.spendable(rests, before, EVERYTHING, caps) == 3
+    assert round_plan.spendable(rests, last, EVERYTHING, caps) == 4  # the last one is refused instead
     with pytest.raises(UserError, match=r"the budget of 4 weights .* is above the 3 that .* prune\.ceilings"):
         round_plan.make(rests, last, Standing(WEIGHTS, EVERYTHING))
     with_dead = basis(prune_of(ceilings={"b": 0.5}, dead_neurons=True), target)
-    assert round_plan.spendable(with_dead, last, caps) == 3
+    assert round_plan.spendable(with_dead, last, EVERYTHING, caps) == 3
 
 
 SIZES = {"a": 2, "b": 2}

@@ -249,11 +249,30 @@ def test_the_network_as_it_stands_keeps_all_until_a_round_is_accepted(run: Run) 
     subject = four(session_of(run, []))
     dense, pruned = torch.ones(1, 4), torch.tensor([[1.0, 0.0, 1.0, 0.0]])
     checkpoint.save(run, "dense/checkpoint", Checkpoint({"0.weight": dense}))
-    found = attempts.standing_checkpoint(run, subject.prunable)
+    found = attempts.standing_checkpoint(run, subject.prunable, subject.session.config)
     assert found.masks["0.weight"].tolist() == [[True] * 4]
     checkpoint.save(run, "rounds/01/checkpoint", Checkpoint({"0.weight": pruned}, {"0.weight": pruned != 0}))
     put(run, 1)
     put(run, 2, good=False)
-    found = attempts.standing_checkpoint(run, subject.prunable)
+    found = attempts.standing_checkpoint(run, subject.prunable, subject.session.config)
     assert torch.equal(found.weights["0.weight"], pruned)
     assert torch.equal(found.masks["0.weight"], pruned != 0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "given", "expected"),
+    [
+        ([[1.0, 0.0, -2.0, 0.0]], True, [[True, False, True, False]]),
+        ([[1.0, 0.0, -2.0, 0.0]], False, [[True] * 4]),  # trained here
+        ([[0.0, 0.0, 0.0, 0.0]], True, [[True] * 4]),  # says nothing of which weights are needed
+        ([[1.0, 2.0, 3.0, 4.0]], True, [[True] * 4]),
+    ],
+)
+def test_zeros_of_a_network_that_was_given_are_pruned_from_the_start(
+    run: Run, weight: list[list[float]], given: bool, expected: list[list[bool]]
+) -> None:
+    subject = four(session_of(run, []))
+    config = subject.session.config
+    config = config.model_copy(update={"model": config.model.model_copy(update={"trained": given})})
+    found = attempts.first_masks({"0.weight": torch.tensor(weight)}, subject.prunable, config)
+    assert found["0.weight"].tolist() == expected

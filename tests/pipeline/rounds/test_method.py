@@ -56,12 +56,12 @@ def test_the_guard_names_what_is_wrong(subject: Subject) -> None:
 
 def test_what_is_said_of_a_network_that_was_given(small_session: Session) -> None:
     """val is cut from train, and holds about as many of each of ten digits."""
-    assert method.about_dense(small_session, 0.9) == []
-    assert "no better than guessing: it is right on 10.0% of val" in method.about_dense(small_session, 0.1)[0]
+    assert method.about_dense(small_session, 0.9, {}) == []
+    assert "no better than guessing: it is right on 10.0% of val" in method.about_dense(small_session, 0.1, {})[0]
     config = small_session.config
     model = config.model.model_copy(update={"trained": True})
     dense = config.dense.model_copy(update={"epochs": 0})
     given = replace(small_session, config=config.model_copy(update={"model": model, "dense": dense}))
-    first, second = method.about_dense(given, 0.9)
+    first, second = method.about_dense(given, 0.9, {})
     assert first == "the dense network as it was given: val 90.00%"
     assert second.startswith("val is cut from train, and the network that was given may have been trained on it")

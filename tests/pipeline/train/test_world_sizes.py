@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from pipeline.data.loader import Batch
 from pipeline.prune.gradual import Gradual
 from pipeline.run.events import unheard
 from pipeline.run.state import Run
@@ -44,10 +45,9 @@ class Recorded(Training):
 
     losses: list[float]
 
-    def _collect(self) -> None:
-        before = self.position.totals[0]
-        super()._collect()
-        self.losses.append((self.position.totals[0] - before) / BATCH)
+    def _update(self, wrapped: nn.Module, batch: Batch) -> None:
+        super()._update(wrapped, batch)
+        self.losses.append(float(self.world.sum(self.tally.here.clone())[0]) / BATCH)
 
     def _save(self) -> None:
         pass
@@ -72,7 +72,7 @@ def exact(session: Session) -> dict[str, Any]:
     training.losses, training.total = [], STEPS
     position = training.fit()
     orders = [epoch.order for epoch in position.history]
-    return {"losses": training.losses, "order": [*orders, position.order]}
+    return {"losses": training.losses, "order": [*orders, training.tally.order]}
 
 
 def noisy(session: Session) -> dict[str, Any]:
