@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster import connect
-from pipeline.base.errors import RunStopped
+from pipeline.base.errors import RunStopped, UserError
 from pipeline.data.loader import Batch
 from pipeline.engine import Levels, OnLevel, Together
 from pipeline.network.build import build_network
@@ -34,18 +34,20 @@ from pipeline.train.world import World, choose_device, configure_process
 def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
     """Measure the missing levels of each tensor in parallel. Returns the figures of the network as given.
 
-    Weights and val images (uint8) go through the object store once. The network's own answers are computed once, by a
-    task with a trial's resources. A trial's process is reused for the next tensor, so it keeps the network. Raises
-    RunStopped when trials keep failing.
+    Weights and val images (uint8) go through the object store once, and so do the levels that each tensor has already:
+    a trial takes those of its own tensor. The network's own answers are computed once, by a task with a trial's
+    resources. A trial's process is reused for the next tensor, so it keeps the network. Raises RunStopped when trials
+    keep failing.
     """
     from ray import tune
 
-    shared = ray.put(shared_inputs(config, run, source))
+    shared = in_store(ray, config, run, source)
     dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is")
     if not todo:
         return dense.figures()
     name = f"{config.name}-scan-{uuid.uuid4().hex[:8]}"
-    trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense, known=todo)
+    known = {tensor: ray.put(levels) for tensor, levels in todo.items() if levels}
+    trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense, known=known)
     with connect.ray_folder(run, name) as folder:
         tuner = tune.Tuner(
             tune.with_resources(trial, {"CPU": config.cluster.cpus_per_trial, "GPU": config.cluster.gpus_per_trial}),
@@ -72,7 +74,7 @@ def together(ray: Any, config: Config, run: Run, source: str) -> Together:
 
     It raises RunStopped when a task keeps failing.
     """
-    shared = ray.put(shared_inputs(config, run, source))
+    shared = in_store(ray, config, run, source)
     dense = as_task(ray, config, answer).remote(shared)
     task = as_task(ray, config, answer_pruned)
 
@@ -89,10 +91,25 @@ def as_task(ray: Any, config: Config, function: Callable[..., Any]) -> Any:
     return ray.remote(**reserved, max_retries=config.cluster.max_failures)(function)
 
 
+def in_store(ray: Any, config: Config, run: Run, source: str) -> Any:
+    """A reference to the `Shared` of a scan. A task makes it, so that val is never in the driver's memory.
+
+    Each node holds it once. Where the node that made it is lost, Ray runs the task again.
+    """
+    return as_task(ray, config, shared_inputs).remote(config, run, source)
+
+
 def finished(ray: Any, started: Any, what: str) -> Any:
-    """What a task returns. Raises RunStopped if it failed for good."""
+    """What a task returns. Raises RunStopped if it failed for good, or the UserError or RunStopped that it ended by."""
     try:
         return ray.get(started)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        while isinstance(cause, ray.exceptions.RayTaskError):  # of a task whose result it takes
+            cause = cause.cause
+        if isinstance(cause, UserError | RunStopped):
+            raise type(cause)(str(cause)) from error
+        raise RunStopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
     except ray.exceptions.RayError as error:
         raise RunStopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
 
@@ -114,7 +131,8 @@ class Shared:
 
 
 def shared_inputs(config: Config, run: Run, source: str) -> Shared:
-    """What every trial needs."""
+    """What every trial needs; read where this is called."""
+    configure_process(config.threads)
     opened = open_session(config, World(0, 1, torch.device("cpu")), run, unheard)
     given = scan_inputs(opened, source)
     return Shared(
@@ -167,13 +185,14 @@ def make_trial(ray: Any, tune: Any) -> type:
     class ScanTrial(tune.Trainable):
         """One tensor; a step reports one level, the last step none."""
 
-        def setup(self, params: dict[str, Any], shared: list[Any], dense: Answers, known: Levels) -> None:
+        def setup(self, params: dict[str, Any], shared: list[Any], dense: Answers, known: dict[str, Any]) -> None:
             self.given, self.dense, self.known = trial_inputs(ray.get(shared[0])), dense, known
             self.reset_config(params)
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.tensor = new_config["tensor"]
-            self.levels = levels.scan_tensor(self.given, self.dense, self.tensor, self.known[self.tensor])
+            measured = ray.get(self.known[self.tensor]) if self.tensor in self.known else ()
+            self.levels = levels.scan_tensor(self.given, self.dense, self.tensor, measured)
             return True
 
         def step(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipeline.base.errors import UserError
 
+_PLAIN = (float, int, str, bool, type(None))
 _OPTIONAL = "left out of the document where it is None"
 
 
@@ -42,6 +43,8 @@ class Record:
 
 def plain(value: Any) -> Any:
     """A value as JSON knows it: records, dataclasses and pydantic's models become mappings, tuples become lists."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

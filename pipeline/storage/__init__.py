@@ -165,6 +165,15 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
+def appending(url: str | Path) -> local.Appending:
+    """A file of this machine's file systems that is written at its end only. Folders above it are made.
+
+    Stores such as S3 cannot append. Raises UserError if the disk is full.
+    """
+    assert is_local(url), url
+    return local.Appending(url)
+
+
 def create(url: str | Path, sha256: str | None = None) -> AbstractContextManager[BinaryIO]:
     """A stream to a new file that takes its name only when the block ends well. UserError if the disk is full.
 
