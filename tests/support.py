@@ -89,6 +89,12 @@ def start_moto(port: int, prefix: list[str] | None = None, host: str = "127.0.0.
     )  # fmt: skip
 
 
+def written_bytes() -> int:
+    """What this process has handed to the system to write so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["wchar"])
+
+
 def processes_in(kind: str, of: int, words: str) -> list[int]:
     """Processes whose command holds `words`, in that namespace (net, pid) in which process `of` is."""
     space, found = os.readlink(f"/proc/{of}/ns/{kind}"), []

@@ -1,8 +1,8 @@
 """Records that are added one by one: files of JSON lines in a folder of the run, which only grow.
 
-A journal writes what it is given, and never again what was there before. Each journal has files of its own, so it never
-writes behind a line that a killed one left torn. On a file system it is one file, and a line is in it when `add`
-returns. On S3, where nothing can be appended, a thread writes the lines that came while it wrote the ones before, as one
+A journal writes what it is given, and never again what was there before. Each journal has files of its own, so it
+never writes behind a line that a killed one left torn. On a file system it is one file, and a line is in it when `add`
+returns. On S3, where nothing can be appended, a thread writes the lines that came while it wrote the ones before as one
 small file. A folder has one writer at a time, the holder of the run's lease.
 """
 
@@ -23,6 +23,7 @@ from pipeline.run.state import Run
 
 SYNC_S = 1.0  # seconds at least from one sync of a local file to the next
 LAST_S = 30.0  # seconds that a journal on S3 is waited for where the run ends by an error
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 _NAME = re.compile(r"(\d{6,})-(\d{6,})\.jsonl")  # the writer's number and the file's
 
 R = TypeVar("R", bound=Record)
@@ -36,8 +37,10 @@ class Journal:
 
     def __init__(self, run: Run, *folder: str) -> None:
         self._run, self._folder = run, run.path(*folder)
-        self._next = 1 + max((number for writer, number in map(_numbers, _files(self._folder)) if writer == run.fence), default=0)
-        self._lines: _Lines = _Appended(self._file, run.check_fence) if storage.is_local(run.root) else _Sent(self._send)
+        ours = [number for writer, number in map(_numbers, _files(self._folder)) if writer == run.fence]
+        self._next = 1 + max(ours, default=0)
+        local = storage.is_local(run.root)
+        self._lines: _Lines = _Appended(self._file, run.check_fence) if local else _Sent(self._send)
 
     def __enter__(self) -> Self:
         return self
@@ -51,8 +54,7 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Add a record. NaN and infinity are our mistake: ValueError."""
-        text = json.dumps(record.to_json(), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-        self._lines.add(text.encode() + b"\n")
+        self._lines.add(_ENCODER.encode(record.to_json()).encode() + b"\n")
 
     def _file(self) -> str:
         name = f"{self._run.fence:06d}-{self._next:06d}.jsonl"

@@ -93,9 +93,7 @@ def test_all_that_a_killed_process_had_added_is_found(tmp_path: Path) -> None:
     run = few_samples.run_in(tmp_path / "run")
     log = tmp_path / "log.txt"
     with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-c", ADD, run.root], cwd=ROOT, env=environment(), stdout=stream
-        )
+        process = subprocess.Popen([sys.executable, "-c", ADD, run.root], cwd=ROOT, env=environment(), stdout=stream)
         try:
             while log.stat().st_size < 5000:
                 assert process.poll() is None
@@ -113,10 +111,11 @@ def test_all_that_a_killed_process_had_added_is_found(tmp_path: Path) -> None:
 def test_a_writer_whose_run_was_taken_over_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "SYNC_S", 0.0)
     run = few_samples.run_in(tmp_path)
-    with pytest.raises(RunStopped, match="was taken over"), Journal(run, "rows") as lines:
+    with Journal(run, "rows") as lines:
         lines.add(ROWS[0])
         storage.write_json(run.path("lease.json"), Lease(2).to_json())
-        lines.add(ROWS[1])
+        with pytest.raises(RunStopped, match="was taken over"):
+            lines.add(ROWS[1])
     assert [*journal.read(run, Row, "rows")] == ROWS[:1]
 
 
@@ -147,9 +146,14 @@ def test_on_s3_the_thread_s_error_is_raised_where_lines_are_added(s3: str) -> No
     storage.write_json(run.path("lease.json"), Lease(2).to_json())
     with pytest.raises(RunStopped, match="was taken over"), Journal(run, "rows") as lines:
         lines.add(ROWS[0])
-    with pytest.raises(KeyboardInterrupt), Journal(run, "rows") as lines:  # which is told rather than what follows
-        lines.add(ROWS[0])
-        raise KeyboardInterrupt
+
+    def stopped() -> None:
+        with Journal(run, "rows") as lines:
+            lines.add(ROWS[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # it is told, rather than what comes of it
+        stopped()
     assert storage.list_files(run.path("rows")) == []
 
 
