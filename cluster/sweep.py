@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ from pipeline.task.feed import Feed
 from pipeline.train.session import open_session
 from pipeline.train.world import World, choose_device, configure_process
 
+PAUSE_S = 1.0  # between two looks for room
+
 
 def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
     """Measure the missing levels of each tensor in parallel. Returns the figures of the network as given.
@@ -42,12 +45,13 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
     from ray import tune
 
     shared = in_store(ray, config, run, source)
-    dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is")
+    dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is", config)
     if not todo:
         return dense.figures()
     name = f"{config.name}-scan-{uuid.uuid4().hex[:8]}"
     known = {tensor: ray.put(levels) for tensor, levels in todo.items() if levels}
     trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense, known=known)
+    collector = make_collector(tune, on_level, Room(ray, config))
     with connect.ray_folder(run, name) as folder:
         tuner = tune.Tuner(
             tune.with_resources(trial, {"CPU": config.cluster.cpus_per_trial, "GPU": config.cluster.gpus_per_trial}),
@@ -57,13 +61,14 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
                 name=name,
                 storage_path=folder,
                 verbose=0,
-                callbacks=[make_collector(tune, on_level)],
+                callbacks=[collector],
                 # A level is kept by the driver as soon as it is reported, so a trial needs no checkpoint of its own.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
         results = tuner.fit()
+    collector.raise_error()
     if results.errors:
         raise RunStopped(f"scan: {len(results.errors)} trials failed: {str(results.errors[0]).splitlines()[-1]}")
     return dense.figures()
@@ -80,7 +85,7 @@ def together(ray: Any, config: Config, run: Run, source: str) -> Together:
 
     def measured(keeps: Sequence[Keep]) -> Iterator[Difference]:
         for started in [task.remote(shared, dense, keep) for keep in keeps]:
-            yield finished(ray, started, "the network with all tensors pruned")
+            yield finished(ray, started, "the network with all tensors pruned", config)
 
     return measured
 
@@ -99,8 +104,39 @@ def in_store(ray: Any, config: Config, run: Run, source: str) -> Any:
     return as_task(ray, config, shared_inputs).remote(config, run, source)
 
 
-def finished(ray: Any, started: Any, what: str) -> Any:
-    """What a task returns. Raises RunStopped if it failed for good, or the UserError or RunStopped that it ended by."""
+class Room:
+    """Whether the cluster has room for a trial; a scan that has none would wait forever."""
+
+    def __init__(self, ray: Any, config: Config) -> None:
+        self._ray, self._config = ray, config
+        self._looked = -PAUSE_S
+        self._lacking_since: float | None = None
+
+    def look(self) -> None:
+        """Raise UserError, naming what is missing, where no node could hold a trial for cluster.wait_seconds."""
+        now, patience = time.monotonic(), self._config.cluster.wait_seconds
+        if now - self._looked < PAUSE_S:
+            return
+        self._looked = now
+        problem = connect.trial_shortage(connect.nodes(self._ray), self._config)
+        if problem is None:
+            self._lacking_since = None
+            return
+        self._lacking_since = now if self._lacking_since is None else self._lacking_since
+        if now - self._lacking_since >= patience:
+            raise UserError(
+                f"scan: waited cluster.wait_seconds={patience:g} for room. {problem}. The same command goes on"
+            )
+
+
+def finished(ray: Any, started: Any, what: str, config: Config) -> Any:
+    """What a task returns. Raises RunStopped if it failed for good, or the UserError or RunStopped that it ended by.
+
+    Raises UserError where there is no room for it.
+    """
+    room = Room(ray, config)
+    while not ray.wait([started], timeout=PAUSE_S)[0]:
+        room.look()
     try:
         return ray.get(started)
     except ray.exceptions.RayTaskError as error:
@@ -202,21 +238,39 @@ def make_trial(ray: Any, tune: Any) -> type:
     return ScanTrial
 
 
-def make_collector(tune: Any, on_level: OnLevel) -> Any:
-    """A Tune callback on the driver that hands each level on as it arrives."""
+def make_collector(tune: Any, on_level: OnLevel, room: Room) -> Any:
+    """A Tune callback on the driver that hands each level on as it arrives, and looks for room.
+
+    What it raises while Tune handles a result would come out as an error of Tune's, so it is raised at the next step.
+    """
 
     class Collector(tune.Callback):
-        def __init__(self, hand_on: OnLevel | None) -> None:
-            self.hand_on = hand_on
+        def __init__(self, hand_on: OnLevel | None, look: Callable[[], None] | None) -> None:
+            self.hand_on, self.look = hand_on, look
+            self.error: UserError | RunStopped | None = None
 
         def __getstate__(self) -> dict[str, Any]:
-            return {"hand_on": None}  # Tune pickles its callbacks; this one lives in this process only
+            # Tune pickles its callbacks; this one lives in this process only.
+            return {"hand_on": None, "look": None, "error": None}
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            if self.hand_on is not None and result["level"] is not None:
+            if self.hand_on is None or self.error is not None or result["level"] is None:
+                return
+            try:
                 self.hand_on(result["tensor"], Level.from_json(result["level"], "a trial of the scan"))
+            except (UserError, RunStopped) as error:
+                self.error = error
 
-    return Collector(on_level)
+        def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+            self.raise_error()
+            if self.look is not None:
+                self.look()
+
+        def raise_error(self) -> None:
+            if self.error is not None:
+                raise self.error
+
+    return Collector(on_level, room.look)
 
 
 def _arrays(batch: Batch) -> tuple[Any, ...]:
