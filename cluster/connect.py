@@ -171,11 +171,14 @@ def shortage(nodes: list[dict[str, float]], config: Config) -> str | None:
     """
     wanted = config.cluster
     worker = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
-    trial = {"CPU": wanted.cpus_per_trial, "GPU": wanted.gpus_per_trial}
     workers = f"cluster.workers={asked(wanted.workers)}"
-    return _shortage(nodes, workers, "worker", worker, wanted.min_workers) or _shortage(
-        nodes, "a scan trial", "trial", trial, 1
-    )
+    return _shortage(nodes, workers, "worker", worker, wanted.min_workers) or trial_shortage(nodes, config)
+
+
+def trial_shortage(nodes: list[dict[str, float]], config: Config) -> str | None:
+    """What a trial of the scan needs and what the cluster has, where no node can hold one."""
+    trial = {"CPU": config.cluster.cpus_per_trial, "GPU": config.cluster.gpus_per_trial}
+    return _shortage(nodes, "a scan trial", "trial", trial, 1)
 
 
 def _shortage(nodes: list[dict[str, float]], who: str, noun: str, each: dict[str, float], count: int) -> str | None:

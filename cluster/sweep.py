@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster import connect
-from pipeline.base.errors import RunStopped
+from pipeline.base.errors import RunStopped, UserError
 from pipeline.data.loader import Batch
 from pipeline.engine import Levels, OnLevel, Together
 from pipeline.network.build import build_network
@@ -30,22 +31,27 @@ from pipeline.task.feed import Feed
 from pipeline.train.session import open_session
 from pipeline.train.world import World, choose_device, configure_process
 
+PAUSE_S = 1.0  # between two looks for room
+
 
 def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
     """Measure the missing levels of each tensor in parallel. Returns the figures of the network as given.
 
-    Weights and val images (uint8) go through the object store once. The network's own answers are computed once, by a
-    task with a trial's resources. A trial's process is reused for the next tensor, so it keeps the network. Raises
-    RunStopped when trials keep failing.
+    Weights and val images (uint8) go through the object store once, and so do the levels that each tensor has already:
+    a trial takes those of its own tensor. The network's own answers are computed once, by a task with a trial's
+    resources. A trial's process is reused for the next tensor, so it keeps the network. Raises RunStopped when trials
+    keep failing.
     """
     from ray import tune
 
-    shared = ray.put(shared_inputs(config, run, source))
-    dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is")
+    shared = in_store(ray, config, run, source)
+    dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is", config)
     if not todo:
         return dense.figures()
     name = f"{config.name}-scan-{uuid.uuid4().hex[:8]}"
-    trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense, known=todo)
+    known = {tensor: ray.put(levels) for tensor, levels in todo.items() if levels}
+    trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense, known=known)
+    collector = make_collector(tune, on_level, Room(ray, config))
     with connect.ray_folder(run, name) as folder:
         tuner = tune.Tuner(
             tune.with_resources(trial, {"CPU": config.cluster.cpus_per_trial, "GPU": config.cluster.gpus_per_trial}),
@@ -55,13 +61,14 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
                 name=name,
                 storage_path=folder,
                 verbose=0,
-                callbacks=[make_collector(tune, on_level)],
+                callbacks=[collector],
                 # A level is kept by the driver as soon as it is reported, so a trial needs no checkpoint of its own.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
         results = tuner.fit()
+    collector.raise_error()
     if results.errors:
         raise RunStopped(f"scan: {len(results.errors)} trials failed: {str(results.errors[0]).splitlines()[-1]}")
     return dense.figures()
@@ -72,13 +79,13 @@ def together(ray: Any, config: Config, run: Run, source: str) -> Together:
 
     It raises RunStopped when a task keeps failing.
     """
-    shared = ray.put(shared_inputs(config, run, source))
+    shared = in_store(ray, config, run, source)
     dense = as_task(ray, config, answer).remote(shared)
     task = as_task(ray, config, answer_pruned)
 
     def measured(keeps: Sequence[Keep]) -> Iterator[Difference]:
         for started in [task.remote(shared, dense, keep) for keep in keeps]:
-            yield finished(ray, started, "the network with all tensors pruned")
+            yield finished(ray, started, "the network with all tensors pruned", config)
 
     return measured
 
@@ -89,10 +96,56 @@ def as_task(ray: Any, config: Config, function: Callable[..., Any]) -> Any:
     return ray.remote(**reserved, max_retries=config.cluster.max_failures)(function)
 
 
-def finished(ray: Any, started: Any, what: str) -> Any:
-    """What a task returns. Raises RunStopped if it failed for good."""
+def in_store(ray: Any, config: Config, run: Run, source: str) -> Any:
+    """A reference to the `Shared` of a scan. A task makes it, so that val is never in the driver's memory.
+
+    Each node holds it once. Where the node that made it is lost, Ray runs the task again.
+    """
+    return as_task(ray, config, shared_inputs).remote(config, run, source)
+
+
+class Room:
+    """Whether the cluster has room for a trial; a scan that has none would wait forever."""
+
+    def __init__(self, ray: Any, config: Config) -> None:
+        self._ray, self._config = ray, config
+        self._looked = -PAUSE_S
+        self._lacking_since: float | None = None
+
+    def look(self) -> None:
+        """Raise UserError, naming what is missing, where no node could hold a trial for cluster.wait_seconds."""
+        now, patience = time.monotonic(), self._config.cluster.wait_seconds
+        if now - self._looked < PAUSE_S:
+            return
+        self._looked = now
+        problem = connect.trial_shortage(connect.nodes(self._ray), self._config)
+        if problem is None:
+            self._lacking_since = None
+            return
+        self._lacking_since = now if self._lacking_since is None else self._lacking_since
+        if now - self._lacking_since >= patience:
+            raise UserError(
+                f"scan: waited cluster.wait_seconds={patience:g} for room. {problem}. The same command goes on"
+            )
+
+
+def finished(ray: Any, started: Any, what: str, config: Config) -> Any:
+    """What a task returns. Raises RunStopped if it failed for good, or the UserError or RunStopped that it ended by.
+
+    Raises UserError where there is no room for it.
+    """
+    room = Room(ray, config)
+    while not ray.wait([started], timeout=PAUSE_S)[0]:
+        room.look()
     try:
         return ray.get(started)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        while isinstance(cause, ray.exceptions.RayTaskError):  # of a task whose result it takes
+            cause = cause.cause
+        if isinstance(cause, UserError | RunStopped):
+            raise type(cause)(str(cause)) from error
+        raise RunStopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
     except ray.exceptions.RayError as error:
         raise RunStopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
 
@@ -114,7 +167,8 @@ class Shared:
 
 
 def shared_inputs(config: Config, run: Run, source: str) -> Shared:
-    """What every trial needs."""
+    """What every trial needs; read where this is called."""
+    configure_process(config.threads)
     opened = open_session(config, World(0, 1, torch.device("cpu")), run, unheard)
     given = scan_inputs(opened, source)
     return Shared(
@@ -167,13 +221,14 @@ def make_trial(ray: Any, tune: Any) -> type:
     class ScanTrial(tune.Trainable):
         """One tensor; a step reports one level, the last step none."""
 
-        def setup(self, params: dict[str, Any], shared: list[Any], dense: Answers, known: Levels) -> None:
+        def setup(self, params: dict[str, Any], shared: list[Any], dense: Answers, known: dict[str, Any]) -> None:
             self.given, self.dense, self.known = trial_inputs(ray.get(shared[0])), dense, known
             self.reset_config(params)
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.tensor = new_config["tensor"]
-            self.levels = levels.scan_tensor(self.given, self.dense, self.tensor, self.known[self.tensor])
+            measured = ray.get(self.known[self.tensor]) if self.tensor in self.known else ()
+            self.levels = levels.scan_tensor(self.given, self.dense, self.tensor, measured)
             return True
 
         def step(self) -> dict[str, Any]:
@@ -183,21 +238,39 @@ def make_trial(ray: Any, tune: Any) -> type:
     return ScanTrial
 
 
-def make_collector(tune: Any, on_level: OnLevel) -> Any:
-    """A Tune callback on the driver that hands each level on as it arrives."""
+def make_collector(tune: Any, on_level: OnLevel, room: Room) -> Any:
+    """A Tune callback on the driver that hands each level on as it arrives, and looks for room.
+
+    What it raises while Tune handles a result would come out as an error of Tune's, so it is raised at the next step.
+    """
 
     class Collector(tune.Callback):
-        def __init__(self, hand_on: OnLevel | None) -> None:
-            self.hand_on = hand_on
+        def __init__(self, hand_on: OnLevel | None, look: Callable[[], None] | None) -> None:
+            self.hand_on, self.look = hand_on, look
+            self.error: UserError | RunStopped | None = None
 
         def __getstate__(self) -> dict[str, Any]:
-            return {"hand_on": None}  # Tune pickles its callbacks; this one lives in this process only
+            # Tune pickles its callbacks; this one lives in this process only.
+            return {"hand_on": None, "look": None, "error": None}
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            if self.hand_on is not None and result["level"] is not None:
+            if self.hand_on is None or self.error is not None or result["level"] is None:
+                return
+            try:
                 self.hand_on(result["tensor"], Level.from_json(result["level"], "a trial of the scan"))
+            except (UserError, RunStopped) as error:
+                self.error = error
 
-    return Collector(on_level)
+        def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+            self.raise_error()
+            if self.look is not None:
+                self.look()
+
+        def raise_error(self) -> None:
+            if self.error is not None:
+                raise self.error
+
+    return Collector(on_level, room.look)
 
 
 def _arrays(batch: Batch) -> tuple[Any, ...]:

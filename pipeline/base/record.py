@@ -11,6 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipeline.base.errors import UserError
 
+_PLAIN = (float, int, str, bool, type(None))
 _OPTIONAL = "left out of the document where it is None"
 
 
@@ -42,19 +43,27 @@ class Record:
 
 def plain(value: Any) -> Any:
     """A value as JSON knows it: records, dataclasses and pydantic's models become mappings, tuples become lists."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            field.name: plain(inner)
-            for field in dataclasses.fields(value)
-            if (inner := getattr(value, field.name)) is not None or _OPTIONAL not in field.metadata
+            name: plain(inner)
+            for name, optional in _fields(type(value))
+            if (inner := getattr(value, name)) is not None or not optional
         }
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
     return value
+
+
+@cache
+def _fields(kind: Any) -> tuple[tuple[str, bool], ...]:
+    """The fields of a dataclass by name, each with whether it is left out where it is None."""
+    return tuple((field.name, _OPTIONAL in field.metadata) for field in dataclasses.fields(kind))
 
 
 def _validated(kind: Hashable, document: Any, origin: str) -> Any:

@@ -43,6 +43,8 @@ class Held(NamedTuple):
     power: float
     scale: float = 1.0
     error: float = ASSUMED  # standard error of the logarithm of a rise
+    below: float = 0.0  # nats; how far the lower end of the measured rise's interval lies from it
+    above: float = 0.0  # nats; and the upper end
 
     def rise(self, damage: float) -> float:
         """The rise of the loss (nats) for a sum of the tensors' damages."""
@@ -183,7 +185,10 @@ class Composed:
 
         @cache
         def expected() -> Forecast:
-            known = [Measured(at, held.error, bought(held).course()) for at, held in self.best.items()]
+            known = [
+                Measured(at, held.error, bought(held).course(), held.below, held.above)
+                for at, held in self.best.items()
+            ]
             return forecast(known, everything)
 
         def spend(budget: int) -> Solution:

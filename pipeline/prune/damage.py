@@ -92,6 +92,14 @@ def rising(rows: Iterable[TogetherRow]) -> list[tuple[TogetherRow, float, float]
     return [(row, float(rise), float(error)) for row, rise, error in zip(known, rises, above, strict=True)]
 
 
+def interval(row: Difference) -> tuple[float, float]:
+    """The ends of the measured interval of a rise (nats); from one sample alone, a nat or the rise to either side."""
+    if row.rise_low is not None and row.rise_high is not None and math.isfinite(row.rise_high - row.rise_low):
+        return row.rise_low, row.rise_high
+    reach = max(1.0, abs(finite(row.rise)))
+    return row.rise - reach, row.rise + reach
+
+
 def finite(rise: float) -> float:
     """A rise (nats), or WORST where it is not a number or infinite."""
     return rise if math.isfinite(rise) else WORST

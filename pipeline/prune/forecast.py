@@ -3,7 +3,9 @@
 Each measurement says how damages add up near its own density (`pipeline.prune.budget.Held`). Between two of them the
 prediction goes over from the one to the other, in the logarithms of budget and rise, so it is continuous. It never
 falls as the budget shrinks. Its interval grows with the distance from the measurements, by the error that is made when
-one of them is predicted from its neighbours.
+one of them is predicted from its neighbours: that of all of them, or of the nearest one where that is larger. It is
+never narrower than what is not known of the measurements themselves. So near the dense network, where a rise cannot be
+told from none, it reaches below zero.
 """
 
 from __future__ import annotations
@@ -37,27 +39,35 @@ class Measured(NamedTuple):
     """A measurement of all tensors pruned together.
 
     `density` is that of all weights, `error` the standard error of the logarithm of its rise, and `course` the rises
-    that follow from it for other budgets.
+    that follow from it for other budgets. `below` and `above` are how far (nats) the ends of the rise's interval lie
+    from it.
     """
 
     density: float
     error: float
     course: Course
+    below: float = 0.0
+    above: float = 0.0
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The predicted rise (nats) and its relative standard error at rising budgets: arrays of shape (points,)."""
+    """The predicted rise (nats) at rising budgets, its relative standard error, and how far (nats) its interval reaches
+    at least below and above it: arrays of shape (points,).
+    """
 
     budgets: Floats
     rises: Floats
     errors: Floats
+    below: Floats
+    above: Floats
 
     def at(self, budget: float) -> tuple[float, float, float]:
-        """The predicted rise (nats) for a budget, and the ends of its 95% interval."""
-        rise = float(np.interp(budget, self.budgets, self.rises))
-        factor = math.exp(Z95 * float(np.interp(budget, self.budgets, self.errors)))
-        return rise, rise / factor, rise * factor
+        """The predicted rise (nats) for a budget, and the ends of its 95% interval; the lower may be below zero."""
+        courses = (self.rises, self.errors, self.below, self.above)
+        rise, error, below, above = (float(np.interp(budget, self.budgets, each)) for each in courses)
+        factor = math.exp(Z95 * error)
+        return rise, min(rise / factor, rise - below), max(rise * factor, rise + above)
 
 
 def forecast(measured: Sequence[Measured], weights: int) -> Forecast:
@@ -69,7 +79,9 @@ def forecast(measured: Sequence[Measured], weights: int) -> Forecast:
     budgets = np.unique(np.concatenate([np.geomspace(low, high, GRID), np.clip(places, low, high)]))
     rises = _between(known, places, budgets)
     rises = np.maximum.accumulate(rises[::-1])[::-1]  # from the largest budget down
-    return Forecast(budgets, rises, _errors(known, places, budgets))
+    at, x = np.log(budgets), np.log(np.maximum(places, 1.0))
+    below, above = (np.interp(at, x, ends) for ends in ([e.below for e in known], [e.above for e in known]))
+    return Forecast(budgets, rises, _errors(known, places, budgets), below, above)
 
 
 def _place(measured: Measured, weights: int) -> float:
@@ -92,16 +104,23 @@ def _errors(known: Sequence[Measured], places: Sequence[float], budgets: Floats)
     away = np.abs(at[:, None] - x[None, :]).min(axis=1)
     spacing = float(np.diff(x).mean()) if len(x) > 1 else 1.0
     missed = _missed(known, places)
-    return np.asarray(np.hypot(measured, missed * np.minimum(2.0, 2 * away / max(spacing, LEAST))))
+    if len(missed):
+        overall = math.sqrt(float((missed**2).mean()))
+        near = np.maximum(overall, np.interp(at, x[1:-1], missed))
+    else:
+        near = np.full_like(at, ASSUMED)
+    return np.asarray(np.hypot(measured, near * np.minimum(2.0, 2 * away / max(spacing, LEAST))))
 
 
-def _missed(known: Sequence[Measured], places: Sequence[float]) -> float:
-    """By how much the logarithm of a rise is missed when it is predicted from the measurements beside it."""
+def _missed(known: Sequence[Measured], places: Sequence[float]) -> Floats:
+    """By how much the logarithm of each measured rise but the first and the last is missed when it is predicted from
+    the measurements beside it; shape (measurements - 2,), or none.
+    """
     found = []
     for number in range(1, len(known) - 1):
         beside = [number - 1, number + 1]
         at = np.array([places[number]])
         told = _between([known[i] for i in beside], [places[i] for i in beside], at)[0]
         true = _between([known[number]], [places[number]], at)[0]
-        found.append(math.log(told) - math.log(true))
-    return math.sqrt(sum(error**2 for error in found) / len(found)) if found else ASSUMED
+        found.append(abs(math.log(told) - math.log(true)))
+    return np.array(found)

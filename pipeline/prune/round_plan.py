@@ -124,7 +124,9 @@ def scanned(unit: cost.Quantity, scan: Scan, classes: int, flops: Mapping[str, i
 
     def held(row: TogetherRow, rise: float, error: float) -> Held:
         unscaled = damage.total_rise(budgeting.predicted(by_power[row.power], row.keep), row.power)
-        return Held(row.power, max(rise, damage.FINEST) / max(unscaled, damage.FINEST), error)
+        scale, (low, high) = max(rise, damage.FINEST) / max(unscaled, damage.FINEST), damage.interval(row)
+        reach = (high - low) / 2  # to either side at least, where the rise was evened out against the other rows
+        return Held(row.power, scale, error, max(reach, rise - low), max(reach, high - rise))
 
     at = {row.density: held(row, rise, error) for row, rise, error in damage.rising(best.values())}
     qualities = {tensor.name: tensor.quality for tensor in scan.tensors}

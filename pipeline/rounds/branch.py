@@ -24,7 +24,7 @@ from pipeline.run.layout import DENSE, START, accepted, control_folder, round_fo
 from pipeline.run.records import Ancestor, DenseMetrics, RoundMetrics, RunFacts, StartFacts
 from pipeline.run.result import Result
 from pipeline.run.state import Run
-from pipeline.scan import together
+from pipeline.scan import known
 from pipeline.settings.config import Config, differences, load_config
 from pipeline.settings.pruning import Start
 from pipeline.settings.training import Retrain
@@ -104,9 +104,7 @@ def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
         checkpoint.save(here, ours, checkpoint.load(source.run, theirs))
     metrics = source.run.load(DenseMetrics, DENSE, "metrics.json")
     here.commit(replace(metrics, data=manifest.identity), DENSE, "metrics.json")
-    for name in ("trials.json", together.FILE):
-        if source.run.has("scan", name) and not here.has("scan", name):
-            here.commit(source.run.read("scan", name), "scan", name)  # the scan reuses them if they fit
+    known.copy(source.run, here)
     if _pruned(source):
         folder = source.checkpoint.rpartition("/")[0]
         for name in ("plan.json", "metrics.json"):

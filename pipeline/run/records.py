@@ -325,7 +325,7 @@ class Level(Difference):
 
 @dataclass(frozen=True, kw_only=True)
 class Joint(Difference):
-    """The network with all tensors pruned together, to `keep` weights each: a row of scan/together.json."""
+    """The network with all tensors pruned together, to `keep` weights each: a line of scan/together."""
 
     keep: dict[str, int]
 
@@ -362,8 +362,17 @@ class Figures(Record):
 
 
 @dataclass(frozen=True)
+class Finding(Record):
+    """A line of scan/levels: a level of a tensor, or the figures of the dense network."""
+
+    tensor: str | None = optional()
+    level: Level | None = optional()
+    dense: Figures | None = optional()
+
+
+@dataclass(frozen=True)
 class Trials(Record):
-    """scan/trials.json: the levels measured so far, by tensor, in the order in which they were measured.
+    """scan/trials.json of older runs: the levels measured so far, by tensor, in the order in which they were measured.
 
     `dense` is None until the network itself is measured.
     """
@@ -375,7 +384,7 @@ class Trials(Record):
 
 @dataclass(frozen=True)
 class JointTrials(Record):
-    """scan/together.json: what was measured so far with all tensors pruned together."""
+    """scan/together.json of older runs: what was measured so far with all tensors pruned together."""
 
     made_of: ScanOrigin
     rows: tuple[Joint, ...]

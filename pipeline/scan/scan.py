@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.engine import Engine, Levels
+from pipeline.engine import Engine
 from pipeline.network.survey import Prunable
 from pipeline.prune import allocation, damage
 from pipeline.prune.allocation import sigma
@@ -17,16 +17,15 @@ from pipeline.run.records import (
     DenseFigures,
     Figures,
     Joint,
-    JointTrials,
     Level,
     Scan,
     ScanOrigin,
     TensorScan,
     TogetherRow,
-    Trials,
 )
 from pipeline.run.state import Run, fingerprint
 from pipeline.scan import racing, together
+from pipeline.scan.known import Known, known, known_together
 from pipeline.settings.config import Config, hashed
 from pipeline.settings.pruning import Prune
 from pipeline.settings.pruning import Scan as ScanSettings
@@ -60,37 +59,22 @@ def measure(
     UserError for a file that does not fit.
     """
     source = DENSE if after is None else f"{round_folder(after)}/checkpoint"
-    trials = "trials.json" if after is None else f"after-{after}.trials.json"
+    older = "trials.json" if after is None else f"after-{after}.trials.json"
     made_of = origin(source, config, here)
-    known, dense = _stopped(here, trials, made_of)
     names = [tensor.name for tensor in prunable]
-    for path in merged:
-        dense = _merge(path, made_of, names, known)
     saved = checkpoint.load(here, source)
     living = {t.name: int(saved.masks[t.name].sum()) if t.name in saved.masks else t.weights for t in prunable}
-    wanted = {name: racing.next_levels(known.get(name, []), config.scan, living[name]) for name in names}
-    todo = {name: known.get(name, []) for name in names if wanted[name]}
-    total = sum(map(len, known.values())) + sum(map(len, wanted.values()))
-    if config.scan.mode == "adaptive":
-        total = max(total, len(names) * config.scan.max_levels)
-
-    def on_level(name: str, level: Level) -> None:
-        levels = known.setdefault(name, [])
-        if any(level.density == before.density for before in levels):
-            return  # a trial that was lost and started again measures its first levels twice
-        levels.append(level)
-        here.commit(Trials(made_of, dense, known), "scan", trials)
-        progress(LevelMeasured(name, level, sum(map(len, known.values())), total))
-
-    if todo or dense is None:
-        dense = engine.scan(todo, config, here, on_level, source)
-    here.commit(Trials(made_of, dense, known), "scan", trials)
+    with known(here, made_of, older) as levels:
+        for path in merged:
+            _merge(path, made_of, names, levels)
+        dense = _measure_missing(levels, living, config, engine, here, progress, source)
+        curves = {name: levels.of(name) for name in names}
     found = Scan(
         samples=dense.samples,
         split="val",
         dense=DenseFigures(dense.top1, dense.loss),
         delta=config.scan.delta,
-        tensors=tuple(tensor_scan(t, known[t.name], saved, dense.top1, config.scan.delta) for t in prunable),
+        tensors=tuple(tensor_scan(t, curves[t.name], saved, dense.top1, config.scan.delta) for t in prunable),
         after=after,
         key=fingerprint(made_of.to_json()),
         made_of=made_of,
@@ -100,6 +84,35 @@ def measure(
         found = replace(found, together=measure_together(found, config, engine, here, progress))
     here.commit(found, "scan", "scan.json" if after is None else f"after-{after}.json")
     return found
+
+
+def _measure_missing(
+    levels: Known,
+    living: Mapping[str, int],
+    config: Config,
+    engine: Engine,
+    here: Run,
+    progress: Progress,
+    source: str,
+) -> Figures:
+    """Have the engine measure what is missing of each tensor, with so many `living` weights; returns the dense figures.
+
+    Nothing that is done for a level grows with the number of those known.
+    """
+    wanted = {name: racing.next_levels(levels.of(name), config.scan, count) for name, count in living.items()}
+    todo = {name: levels.of(name) for name in living if wanted[name]}
+    total = levels.count + sum(map(len, wanted.values()))
+    if config.scan.mode == "adaptive":
+        total = max(total, len(living) * config.scan.max_levels)
+
+    def on_level(name: str, level: Level) -> None:
+        if levels.add(name, level):  # a trial that was lost and started again measures its first levels twice
+            progress(LevelMeasured(name, level, levels.count, total))
+
+    if todo or levels.dense is None:
+        levels.set_dense(engine.scan(todo, config, here, on_level, source))
+    assert levels.dense is not None
+    return levels.dense
 
 
 def together_at(scan: ScanSettings, prune: Prune) -> list[float]:
@@ -113,30 +126,26 @@ def measure_together(
     """The rows of all tensors pruned together, one an allocation, from the largest density down until the network
     guesses.
 
-    Each row is written to scan/together.json as it comes, so that a stopped scan can go on.
+    Each row is written as it comes, so that a stopped scan can go on.
     """
     classes = load_data(config, here).num_classes
     wanted = together.allocations(scan, classes, together_at(config.scan, config.prune))
-    known: dict[str, Joint] = {}
-    if here.has("scan", together.FILE):
-        saved = here.load(JointTrials, "scan", together.FILE)
-        if saved.made_of == scan.made_of:
-            known = {fingerprint(row.keep): row for row in saved.rows}
     measure, rows = None, list[TogetherRow]()
-    for density, by_power in wanted.items():
-        named = {power: fingerprint(keep) for power, keep in by_power.items()}
-        missing = {named[power]: keep for power, keep in by_power.items() if named[power] not in known}
-        if missing:
-            measure = measure or engine.together(config, here, DENSE)
-            for (name, keep), seen in zip(missing.items(), measure([*missing.values()]), strict=True):
-                known[name] = Joint(keep=keep, **vars(seen))
-                here.commit(JointTrials(scan.made_of, tuple(known.values())), "scan", together.FILE)
-        made = [TogetherRow(density=density, power=power, **vars(known[name])) for power, name in named.items()]
-        rows += made
-        best = damage.best_together(made)[density]
-        progress(TogetherMeasured(density, best.rise, best.power))
-        if damage.finite(best.rise) >= damage.chance_rise(scan, classes):
-            break
+    with known_together(here, scan.made_of) as known:
+        for density, by_power in wanted.items():
+            named = {power: fingerprint(keep) for power, keep in by_power.items()}
+            missing = {named[power]: keep for power, keep in by_power.items() if named[power] not in known.rows}
+            if missing:
+                measure = measure or engine.together(config, here, DENSE)
+                for keep, seen in zip(missing.values(), measure([*missing.values()]), strict=True):
+                    known.add(Joint(keep=keep, **vars(seen)))
+            found = {power: known.rows[name] for power, name in named.items()}
+            made = [TogetherRow(density=density, power=power, **vars(row)) for power, row in found.items()]
+            rows += made
+            best = damage.best_together(made)[density]
+            progress(TogetherMeasured(density, best.rise, best.power))
+            if damage.finite(best.rise) >= damage.chance_rise(scan, classes):
+                break
     return tuple(rows)
 
 
@@ -176,17 +185,8 @@ def require_round(number: int, here: Run) -> None:
         raise UserError(f"--after {number}: {known} finished in '{here.root}'; `secateur run` goes on with the rounds")
 
 
-def _stopped(here: Run, trials: str, made_of: ScanOrigin) -> tuple[Levels, Figures | None]:
-    """The levels and the dense network's figures of an earlier scan of the same origin, stopped or finished."""
-    if here.has("scan", trials):
-        saved = here.load(Trials, "scan", trials)
-        if saved.made_of == made_of:
-            return saved.levels, saved.dense
-    return {}, None
-
-
-def _merge(path: str, made_of: ScanOrigin, names: Collection[str], known: Levels) -> Figures:
-    """Add the levels of another machine's scan.json to those known; returns its dense network's figures."""
+def _merge(path: str, made_of: ScanOrigin, names: Collection[str], known: Known) -> None:
+    """Add the levels of another machine's scan.json, and its dense network's figures, to those known."""
     try:
         document = storage.read_json(path)
     except (OSError, ValueError) as error:
@@ -202,10 +202,10 @@ def _merge(path: str, made_of: ScanOrigin, names: Collection[str], known: Levels
         )
     for tensor in theirs.tensors:
         if tensor.name in names:
-            levels = known.setdefault(tensor.name, [])
-            there = {level.density for level in levels}
-            levels += [level for level in tensor.levels if level.density not in there]
-    return Figures(theirs.dense.top1, theirs.dense.loss, theirs.samples)
+            for level in tensor.levels:
+                known.add(tensor.name, level)
+    if known.dense is None:
+        known.set_dense(Figures(theirs.dense.top1, theirs.dense.loss, theirs.samples))
 
 
 def _differences(ours: ScanOrigin, theirs: ScanOrigin) -> list[str]:

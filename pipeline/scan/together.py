@@ -21,8 +21,6 @@ from pipeline.scan.inputs import ScanInputs
 from pipeline.scan.levels import against
 from pipeline.task.answers import Answers
 
-FILE = "together.json"  # in a run's scan folder: what was measured so far
-
 
 def allocations(scan: Scan, classes: int, densities: Sequence[float]) -> dict[float, dict[float, Keep]]:
     """The allocation of least predicted damage, by density of all weights and by power. Each tensor keeps a weight.

@@ -20,10 +20,10 @@ from typing import Any, BinaryIO, Protocol
 from pipeline.base.errors import UserError
 from pipeline.storage import local, retry
 from pipeline.storage.hiding import hide
-from pipeline.storage.local import local_path
+from pipeline.storage.local import Appending, local_path
 from pipeline.storage.stat import Stat, Versioned
 
-__all__ = ["Stat", "Versioned", "hide", "local_path"]
+__all__ = ["Appending", "Stat", "Versioned", "hide", "local_path"]
 
 _PIECE = 2**22  # bytes hashed or copied at a time
 _LIST_FROM = 8  # files from which one listing of their folder is quicker than a look at each
@@ -163,6 +163,15 @@ def write_json(url: str | Path, value: Any) -> None:
 def as_json(value: Any) -> bytes:
     """A value as indented JSON. NaN and infinity are our mistake: ValueError."""
     return (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def appending(url: str | Path) -> Appending:
+    """A file of this machine's file systems that is written at its end only. Folders above it are made.
+
+    Stores such as S3 cannot append. Raises UserError if the disk is full.
+    """
+    assert is_local(url), url
+    return Appending(url)
 
 
 def create(url: str | Path, sha256: str | None = None) -> AbstractContextManager[BinaryIO]:

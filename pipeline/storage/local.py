@@ -120,6 +120,50 @@ def create(url: str | Path, sha256: str | None = None) -> Iterator[BinaryIO]:
         os.fsync(stream.fileno())
 
 
+class Appending:
+    """A file that is written at its end only. What `write` was given outlives the process, but not a power cut.
+
+    What was given before `sync` outlives a power cut too. Raises UserError if the disk is full.
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        self._path = local_path(url)
+        with _room(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab", buffering=0)
+            _sync(self._path.parent)
+
+    def write(self, data: bytes) -> None:
+        """Write bytes at the end; all of them have been handed to the system when this returns."""
+        left = memoryview(data)
+        with _room(self._path):
+            while left:
+                left = left[self._file.write(left) :]
+
+    def sync(self) -> None:
+        """Have the disk write everything down."""
+        with _room(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _room(path: Path) -> Iterator[None]:
+    """Raise UserError where the block finds the disk full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left to write '{path}': free space on that disk (or move the folder to a larger one), "
+                "then run the same command again"
+            ) from error
+        raise
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` on success and removed on failure.
@@ -129,18 +173,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     final = local_path(path)
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, final)
-        _sync(final.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left to write '{final}': free space on that disk (or move the folder to a larger one), "
-                "then run the same command again"
-            ) from error
-        raise
+        with _room(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, final)
+            _sync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

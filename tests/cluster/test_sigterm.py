@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from faults.moments import measured
 from faults.runs import Started, check_stopped
 from support import alone_on_the_network
 from tiny_run import ALONE, TINY, merged
@@ -20,6 +21,7 @@ from pipeline.cli import commands
 from pipeline.local import LocalEngine
 from pipeline.run.events import unheard
 from pipeline.run.state import open_run
+from pipeline.scan.known import LEVELS
 from pipeline.settings.config import Config
 from pipeline.tracking import tracking
 from pipeline.train.world import configure_process
@@ -78,14 +80,13 @@ def test_in_the_scan_under_ray(tmp_path: Path) -> None:
     command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(path)]
     run, folder = Started(tmp_path / "log.txt", command), tmp_path / "runs/tiny"
     try:
-        run.wait((folder / "scan/trials.json").exists)
+        run.wait(lambda: measured(folder, LEVELS))
         stop(run)
         run.finish(130)
     finally:
         run.kill()
     check_stopped(run.output, f"secateur run {path}")
-    known = storage.read_json(folder / "scan/trials.json")["levels"]
-    assert 0 < sum(map(len, known.values())) < 300
+    assert 0 < measured(folder, LEVELS) < 300
     assert not (folder / "scan/scan.json").exists()
     with open_run(config):  # the lease was given back
         pass

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from faults.runs import newest_step
 
+from pipeline.scan.known import LEVELS, TOGETHER
+
 
 def has_threads_of_ray(run: Path) -> bool:
     """Whether the driver has Ray's threads: it has met the raylet, and is within ray.init or just after it."""
@@ -21,13 +23,18 @@ def has_threads_of_ray(run: Path) -> bool:
     return False
 
 
+def measured(run: Path, what: str) -> int:
+    """How many lines the scan has written so far: of levels, or of all tensors together."""
+    return sum(file.read_bytes().count(b"\n") for file in (run / "scan" / what).glob("*/*.jsonl"))
+
+
 # What says that a run has come to the middle of a stage.
 MOMENTS: dict[str, Callable[[Path], object]] = {
     "shards": lambda run: any((run / "shards").glob("train-*.tar")),
     "joining Ray": lambda run: (run / "lease.json").exists() and has_threads_of_ray(run),
     "dense": lambda run: newest_step(run / "dense/steps"),
-    "scan": lambda run: (run / "scan/trials.json").exists(),
-    "together": lambda run: (run / "scan/together.json").exists(),
+    "scan": lambda run: measured(run, LEVELS),
+    "together": lambda run: measured(run, TOGETHER),
     "rounds": lambda run: newest_step(run / "rounds/01/steps"),
     "final": lambda run: (run / "rounds/finished.json").exists(),
     "report": lambda run: (run / "result.json").exists(),
@@ -37,7 +44,7 @@ OVER = {
     "shards": "shards/finished.json",
     "joining Ray": "dense/steps",
     "dense": "dense/finished.json",
-    "scan": "scan/together.json",
+    "scan": "scan/together",
     "together": "scan/scan.json",
     "rounds": "rounds/finished.json",
     "final": "result.json",
@@ -52,7 +59,7 @@ _BEFORE = {
     "joining Ray": _SHARDS,
     "dense": _SHARDS,
     "scan": _DENSE,
-    "together": (*_DENSE, "scan/trials.json"),
+    "together": (*_DENSE, "scan/levels"),
     "rounds": _SCAN,
     "final": (*_SCAN, "rounds/01"),
     "report": (*_SCAN, "rounds/01"),

@@ -102,18 +102,22 @@ def test_another_command_that_holds_a_lease(name: str, undisturbed: Path, tmp_pa
     path, runs = config_in(tmp_path), tmp_path / "runs"
     if name == "scan":
         run = begun("scan", undisturbed, runs)
-        args, moment, over = ["scan", str(path)], "scan/trials.json", OVER["scan"]
+        args, moment, over = ["scan", str(path)], MOMENTS["scan"], OVER["scan"]
     elif name == "reproduce":
         run = runs / "reproduce/lenet-300-100/seed-0"
         path.rename(tmp_path / "lenet-300-100.yaml")
         args = ["reproduce", "lenet-300-100", "data.source=digits", "dense.epochs=1", f"--configs={tmp_path}"]
-        moment, over = "scan/trials.json", OVER["scan"]
+        moment, over = MOMENTS["scan"], OVER["scan"]
     else:
         run = Path(shutil.copytree(undisturbed, runs / "tiny"))
-        args, moment, over = ["bench", str(run), "--repeats=1000"], "final/compact.safetensors", "final/latency.json"
+        args, over = ["bench", str(run), "--repeats=1000"], "final/latency.json"
+
+        def moment(run: Path) -> bool:
+            return (run / "final/compact.safetensors").exists()
+
     prefix = alone_on_the_network()
     started = Started(tmp_path / "log.txt", [*prefix, sys.executable, "-m", "cluster", *args])
-    took = terminated(started, (run / moment).exists)
+    took = terminated(started, lambda: moment(run))
     check_stopped(started.output, f"secateur {shlex.join(args)}")
     assert not (run / over).exists()
     with open_run(config_of(run)):

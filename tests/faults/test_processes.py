@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from faults.gated import FACTORY, Gate
+from faults.moments import MOMENTS
 from faults.runs import EVERY, Line, RayRun, copy_before_rounds, newest_step, resumed_at, same_weights
 from tiny_run import NO_SCAN, TINY, merged
 
@@ -120,15 +121,11 @@ def test_the_driver_killed_in_an_attempt_that_is_undone(tmp_path: Path, line: Li
     line("SIGKILL in an undone attempt", "identical", f"<={EVERY}", seconds - expected)
 
 
-def trial_measured(run: Path) -> bool:
-    return any((run / "scan").glob("**/*.json")) if (run / "scan").is_dir() else False
-
-
 STAGES: dict[str, tuple[bool, Callable[[Path], object]]] = {
     # stage: does the run begin with its rounds, and what says that it is in the middle of the stage
     "shards": (False, lambda run: any((run / "shards").glob("*")) and not (run / "shards/manifest.json").exists()),
     "dense training": (False, lambda run: newest_step(run / "dense/steps")),
-    "the scan": (False, trial_measured),
+    "the scan": (False, MOMENTS["scan"]),
     "a round": (True, lambda run: newest_step(run / "rounds/01/steps")),
     "the dense control": (True, lambda run: newest_step(run / "rounds/control-01/steps")),
     "the end": (True, lambda run: (run / "rounds/finished.json").exists()),

@@ -167,6 +167,15 @@ def test_a_run_under_ray_goes_on_after_sigkill_with_the_same_bits(
     line("SIGKILL of the driver of a run on S3", "identical", "<=20", seconds_to_resume(again.stdout))
 
 
+# Says how many levels a scan has written.
+COUNT = (
+    "import sys; from pipeline import storage\n"
+    "folders = [f'{sys.argv[1]}/{name}' for name in storage.list_folders(sys.argv[1])]\n"
+    "files = [f'{folder}/{name}' for folder in folders for name in storage.list_files(folder)]\n"
+    "print(sum(storage.read_bytes(file).count(b'\"level\"') for file in files))\n"
+)
+
+
 @pytest.mark.ray
 @pytest.mark.faults
 def test_a_run_under_ray_that_sigterm_ends_in_the_scan_gives_its_lease_back(
@@ -187,7 +196,9 @@ def test_a_run_under_ray_that_sigterm_ends_in_the_scan_gives_its_lease_back(
         run.kill()
     took = time.monotonic() - since
     check_stopped(run.output, f"secateur run {shlex.join([str(tiny_yaml), *changes])}")
-    fetched = inside.run("-c", FETCH, "s3://store/runs/tiny", str(tmp_path), "lease.json", "scan/trials.json")
+    fetched = inside.run("-c", FETCH, "s3://store/runs/tiny", str(tmp_path), "lease.json")
     assert fetched.returncode == 0, fetched.stderr
+    found = inside.run("-c", COUNT, "s3://store/runs/tiny/scan/levels")
+    assert 0 < int(found.stdout) < 300, found.stdout + found.stderr
     assert json.loads((tmp_path / "lease.json").read_text())["released"]
     line("SIGTERM of a run on S3 in scan", "stops cleanly", 0, took)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scan_records import level, row, scan, tensor
 
+from pipeline.base.stats import Z95
 from pipeline.prune import round_plan
 from pipeline.prune.forecast import ASSUMED, Course, Measured, forecast
 
@@ -48,6 +49,49 @@ def test_the_interval_is_that_of_the_measurement_and_grows_away_from_it() -> Non
     assert (low, high) == pytest.approx((rise * math.exp(-0.196), rise * math.exp(0.196)), rel=1e-3)
     rise, low, high = found.at(250)  # halfway, with nothing that says how far off that is
     assert high / rise == pytest.approx(math.exp(1.96 * math.hypot(0.1, ASSUMED)), rel=1e-2)
+
+
+def test_the_interval_reaches_as_far_as_that_of_the_measurement_where_the_rise_is_small() -> None:
+    """Near the dense network a factor says too little: a loss that may have fallen has no logarithm."""
+    measured = [Measured(0.5, 0.1, course(1.0), 3.0, 1.0), Measured(0.125, 0.1, course(1.0), 0.0, 0.0)]
+    found = forecast(measured, 1000)
+    assert found.at(500) == pytest.approx((2.0, -1.0, 3.0))
+    assert found.at(900)[1] == pytest.approx(1000 / 900 - 3, rel=1e-2)
+    rise, low, high = found.at(125)
+    assert (low, high) == pytest.approx((rise * math.exp(-0.196), rise * math.exp(0.196)), rel=1e-3)
+    below = rise - low
+    assert found.at(250)[1] < 4.0 - below / 2  # it goes over from the one to the other
+
+
+def test_a_measurement_that_its_neighbours_miss_widens_the_interval_beside_it() -> None:
+    """Rises over a density of 1, 1, 4, 1, 1: the middle one is missed by log 4, those beside it by half of that."""
+    known = [
+        Measured(at, 0.0, course(scale)) for at, scale in zip((0.8, 0.4, 0.2, 0.1, 0.05), (1, 1, 4, 1, 1), strict=True)
+    ]
+    found = forecast(known, 1000)
+    overall = math.sqrt((math.log(4) ** 2 + 2 * math.log(2) ** 2) / 3)
+    spacing, halfway = math.log(0.8 / 0.05) / 4, 1000 * math.sqrt(0.4 * 0.2)
+    assert spacing == pytest.approx(math.log(2))
+    rise, _, high = found.at(halfway)  # between one that was missed by log 2 and one that was missed by log 4
+    assert math.log(high / rise) / Z95 == pytest.approx(max(overall, 1.5 * math.log(2)), rel=0.02)
+    rise, _, high = found.at(1000 * math.sqrt(0.8 * 0.4))  # beside one that was missed by log 2 only
+    assert math.log(high / rise) / Z95 == pytest.approx(overall, rel=0.02)
+
+
+def test_a_loss_that_fell_is_within_the_interval_of_what_is_predicted() -> None:
+    """A scan whose largest density lowered the loss by 0.02, give or take 0.01: no rise is predicted there."""
+    names = ["a", "b"]
+    made = [tensor(name, 1000, [level(d, rise=r) for d, r in ((0.8, 0.0), (0.5, 0.1), (0.2, 1.0))]) for name in names]
+    rows = [
+        row(at, 1.0, rise, rise_low=rise - 0.01, rise_high=rise + 0.01, keep=dict.fromkeys(names, int(1000 * at)))
+        for at, rise in ((0.8, -0.02), (0.5, 0.2), (0.2, 1.5))
+    ]
+    found = round_plan.scanned("weights", scan(made, together=tuple(rows)), 10, dict.fromkeys(names, 2000))
+    solved = found.damages.within(dict.fromkeys(names, 1), dict.fromkeys(names, 1000))(1600)
+    low, high = solved.interval
+    assert 0 <= solved.rise < 0.001
+    assert low == pytest.approx(solved.rise - 0.03, abs=2e-3)
+    assert high == pytest.approx(solved.rise + 0.01, abs=2e-3)
 
 
 levels = st.lists(st.floats(0.001, 5.0), min_size=3, max_size=3)

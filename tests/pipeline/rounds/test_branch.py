@@ -16,7 +16,8 @@ from pipeline.base.errors import UserError
 from pipeline.network.survey import Prunable, survey
 from pipeline.rounds import branch
 from pipeline.rounds.campaign import Origin
-from pipeline.run.records import Ancestor, LayerCount, StartFacts
+from pipeline.run import journal
+from pipeline.run.records import Ancestor, Figures, Finding, LayerCount, StartFacts
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
@@ -204,6 +205,9 @@ def test_a_pruned_round_is_left_at_the_same_tensors_only(tmp_path: Path) -> None
     assert branch.find(dense, network()[:1]).origin == Origin(4, 4)
 
 
+LEVELS = ("scan", "levels", "0123456789abcdef", "000001-000001.jsonl")
+
+
 def take(folder: Path, start: str) -> Run:
     """A branch that has taken what it needs of a source with a shard of its own."""
     session = few_samples.session_on(folder, [([[255]], 0), ([[0]], 1)], classes=2)
@@ -213,7 +217,8 @@ def take(folder: Path, start: str) -> Run:
         checkpoint.save(source, f"{part}/checkpoint", Checkpoint({"0.weight": torch.full((1,), value)}))
     run_files.dense(Path(source.root))
     run_files.plan(Path(source.root), 1, 0.5)
-    source.commit({"levels": 1}, "scan", "trials.json")
+    source.commit({"levels": 1}, "scan", "trials.json")  # as older runs have it
+    source.commit_bytes(b'{"dense": {"top1": 1.0, "loss": 0.5, "samples": 2}}\n', *LEVELS)
     here = few_samples.run_in(folder / "runs/branch")
     branch.take(config_of(folder, "branch", **{"start.from": start}), here, network())
     return here
@@ -225,6 +230,7 @@ def test_a_branch_takes_dense_network_control_scan_and_the_round(tmp_path: Path)
     assert [float(each.weights["0.weight"]) for each in taken.values()] == [1.0, 2.0, 3.0]
     for name in ("dense/metrics.json", "scan/trials.json", "start/plan.json", "start/metrics.json"):
         assert here.has(name)
+    assert [line.dense for line in journal.read(here, Finding, *LEVELS[:-1])] == [Figures(1.0, 0.5, 2)]
     start = branch.begun(here)
     assert start is not None
     assert (start.run, start.round, start.kept) == ("source", 1, 4)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import stages
+from pipeline import stages, storage
 from pipeline.base.errors import UserError
 from pipeline.local import LocalEngine
+from pipeline.run import journal
 from pipeline.run.events import Event, LevelMeasured, TogetherMeasured, unheard
-from pipeline.run.records import JointTrials, Scan
+from pipeline.run.records import Joint, Scan
 from pipeline.run.state import open_run, run_root
+from pipeline.scan.known import TOGETHER
 from pipeline.settings.config import Config
 from pipeline.train.world import World, configure_process
 
@@ -62,7 +64,7 @@ def test_scans_of_something_else_are_refused(tiny: Callable[..., Config], tmp_pa
     with pytest.raises(UserError, match=r"its weights are others.*scan.samples is 50 there and None here"):
         scan(tiny(**ONE), (str(file(other)),))
     with pytest.raises(UserError, match=r"is not a scan\.json"):
-        scan(tiny(**ONE), (str(file(other, "trials.json")),))
+        scan(tiny(**ONE), (str(file(other, "finished.json")),))
     less = written(other)
     del less["tensors"][0]["levels"][0]["drop"]
     (tmp_path / "older.json").write_text(json.dumps(less))
@@ -141,10 +143,11 @@ def test_tensors_are_also_pruned_together_where_the_allocation_goes_by_it(tiny: 
 
     with open_run(config) as here, pytest.raises(KeyboardInterrupt):
         stages.scan(config, Stopped(ALONE), here, unheard)
-    kept = JointTrials.from_json(written(config, "together.json"), "together.json").rows
-    assert len(kept) == 3
     events: list[Event] = []
     with open_run(config) as here:
+        [key] = storage.list_folders(here.path("scan", TOGETHER))
+        kept = [*journal.read(here, Joint, "scan", TOGETHER, key)]
+        assert len(kept) == 3
         found = stages.scan(config, LocalEngine(ALONE), here, events.append)
     assert not [event for event in events if isinstance(event, LevelMeasured)]  # no level is measured again
     rows = found.together

@@ -1,0 +1,186 @@
+"""Records that are added one by one: files of JSON lines in a folder of the run, which only grow.
+
+A journal writes what it is given, and never again what was there before. Each journal has files of its own, so it
+never writes behind a line that a killed one left torn. On a file system it is one file, and a line is in it when `add`
+returns. On S3, where nothing can be appended, a thread writes the lines that came while it wrote the ones before as one
+small file. A folder has one writer at a time, the holder of the run's lease.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol, Self, TypeVar
+
+from pipeline import storage
+from pipeline.base.errors import UserError
+from pipeline.base.record import Record
+from pipeline.run.state import Run
+
+SYNC_S = 1.0  # seconds at least from one sync of a local file to the next
+LAST_S = 30.0  # seconds that a journal on S3 is waited for where the run ends by an error
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+_NAME = re.compile(r"(\d{6,})-(\d{6,})\.jsonl")  # the writer's number and the file's
+
+R = TypeVar("R", bound=Record)
+
+
+class Journal:
+    """Adds records to a folder of the run; to be used in a `with` block.
+
+    `add` and the end of the block raise RunStopped where the run was taken over, and UserError where the store refuses.
+    """
+
+    def __init__(self, run: Run, *folder: str) -> None:
+        self._run, self._folder = run, run.path(*folder)
+        ours = [number for writer, number in map(_numbers, _files(self._folder)) if writer == run.fence]
+        self._next = 1 + max(ours, default=0)
+        local = storage.is_local(run.root)
+        self._lines: _Lines = _Appended(self._file, run.check_fence) if local else _Sent(self._send)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._lines.close(None)
+        else:
+            with contextlib.suppress(Exception):  # the error that ends the block is the one to be told
+                self._lines.close(LAST_S)
+
+    def add(self, record: Record) -> None:
+        """Add a record. NaN and infinity are our mistake: ValueError."""
+        self._lines.add(_ENCODER.encode(record.to_json()).encode() + b"\n")
+
+    def _file(self) -> str:
+        name = f"{self._run.fence:06d}-{self._next:06d}.jsonl"
+        self._next += 1
+        return storage.join(self._folder, name)
+
+    def _send(self, data: bytes) -> None:
+        self._run.check_fence()
+        storage.write_bytes(self._file(), data)
+
+
+def read(run: Run, kind: type[R], *folder: str) -> Iterator[R]:
+    """The records in a folder, in the order in which they were added; none where there is no folder.
+
+    A file's last line without an end is what a killed writer left, and is passed over. Raises UserError for a line that
+    holds something else.
+    """
+    place = run.path(*folder)
+    for name in _files(place):
+        url = storage.join(place, name)
+        with storage.open_range(url) as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.endswith(b"\n"):
+                    break
+                yield kind.from_json(_parsed(line, url, number), f"{url}, line {number}")
+
+
+def copy(source: Run, target: Run, *folder: str) -> None:
+    """Copy the journals below a folder of another run, those of its folders too; files that are there stay."""
+    for name in _files(source.path(*folder)):
+        if not target.has(*folder, name):
+            target.check_fence()
+            storage.copy(source.path(*folder, name), target.path(*folder, name))
+    for name in storage.list_folders(source.path(*folder)):
+        copy(source, target, *folder, name)
+
+
+def _files(folder: str) -> list[str]:
+    return sorted(filter(_NAME.fullmatch, storage.list_files(folder)), key=_numbers)
+
+
+def _numbers(name: str) -> tuple[int, int]:
+    found = _NAME.fullmatch(name)
+    assert found is not None, name
+    return int(found[1]), int(found[2])
+
+
+def _parsed(line: bytes, url: str, number: int) -> object:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"'{url}' is damaged in line {number} ({error}): restore it, or delete it and run the same command again"
+        ) from error
+
+
+class _Lines(Protocol):
+    """Where the lines go."""
+
+    def add(self, line: bytes) -> None: ...
+
+    def close(self, patience: float | None) -> None: ...
+
+
+class _Appended:
+    """One file on this machine. Every SYNC_S seconds at most it is synced, and the lease is looked at."""
+
+    def __init__(self, name: Callable[[], str], check: Callable[[], None]) -> None:
+        self._name, self._check = name, check
+        self._file: storage.Appending | None = None
+        self._synced = 0.0
+
+    def add(self, line: bytes) -> None:
+        due = self._file is None or time.monotonic() - self._synced >= SYNC_S
+        if due:
+            self._check()
+        if self._file is None:
+            self._file = storage.appending(self._name())
+        self._file.write(line)
+        if due:
+            self._file.sync()
+            self._synced = time.monotonic()
+
+    def close(self, patience: float | None) -> None:
+        if self._file is not None:
+            self._file.sync()
+            self._file.close()
+
+
+class _Sent:
+    """A thread that hands the lines that wait to `send`, all of them together, and raises its error in this one."""
+
+    def __init__(self, send: Callable[[bytes], None]) -> None:
+        self._send = send
+        self._state = threading.Condition()
+        self._waiting: list[bytes] = []
+        self._error: Exception | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    def add(self, line: bytes) -> None:
+        with self._state:
+            if self._error is not None:
+                raise self._error
+            self._waiting.append(line)
+            self._state.notify_all()
+
+    def close(self, patience: float | None) -> None:
+        with self._state:
+            self._closing = True
+            self._state.notify_all()
+        self._thread.join(patience)
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._waiting or self._closing)
+                lines, self._waiting = self._waiting, []
+            if not lines:
+                return
+            try:
+                self._send(b"".join(lines))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the thread that adds raises it
+                with self._state:
+                    self._error = error
+                return
