@@ -154,7 +154,8 @@ class Training:
         if self.world.size == 1:
             return self.model
         gc.collect()  # a DDP is in a reference cycle, and its buckets are as large as the gradients
-        wrapped = DistributedDataParallel(self.model)
+        with self.world.waiting(f"the exchange of weights before step {self.position.step} of {self.phase}"):
+            wrapped = DistributedDataParallel(self.model)
         updated = {name: mask for name, mask in self.masks.items() if self.parameters[name].requires_grad}
         allreduce.use_masks(wrapped, {self.parameters[name]: mask for name, mask in updated.items()})
         return wrapped
@@ -162,6 +163,7 @@ class Training:
     def _update(self, wrapped: nn.Module, batch: Batch) -> None:
         """One optimizer update. Raises Agreed, on every rank and before the update, if the gradient is not finite."""
         step, device = self.position.step, self.world.device
+        self.world.at(f"step {step} of {self.phase}")
         # Dropout draws from the step alone, so a resumed training draws what the undisturbed one drew.
         torch.manual_seed(seeding.derive(self.config.seed, "dropout", self.order, step, self.world.rank))
         rate = self._rate()
@@ -174,6 +176,7 @@ class Training:
         # DDP averages gradients over ranks, which may hold unequal shares of the batch; a bad image counts as a
         # sample with loss 0, so the divisor is the same on every rank without another all-reduce.
         self.optimizer.zero_grad(set_to_none=True)
+        self.world.at(f"the exchange of gradients in step {step} of {self.phase}", waits=True)
         (total * (self.world.size / self.settings.batch_size)).backward()
         if self.settings.l1:
             recipe.add_l1(self.weights, self.settings.l1)
@@ -187,6 +190,7 @@ class Training:
             )
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.clip_norm, norm)
+        self.world.at(f"the end of step {step} of {self.phase}")  # CUDA has ended the exchange to know the norm
         self.optimizer.step()
         self.applier.apply()
         self.order_here += seeding.order_digest(step, batch.indices.numpy())
@@ -223,7 +227,8 @@ class Training:
         pace = float(self.world.sum(seconds)) / self.world.size / (self.position.step - step)
         self.looked = self.position.step, now
         self.look_at += max(1, int(LOOK_EVERY_S / max(pace, 1e-6) / LOOK_EVERY)) * LOOK_EVERY
-        return self.session.leaving()
+        with self.world.waiting("the question whether to leave"):
+            return self.session.leaving()
 
     def _tell(self) -> None:
         """Report the step every TELL_EVERY_S seconds; costs no communication."""
