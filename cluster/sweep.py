@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster import connect
-from pipeline.base.errors import RunStopped
+from cluster import connect, losses
+from pipeline.base import blame
+from pipeline.base.errors import RunStopped, UserError
 from pipeline.data.loader import Batch
 from pipeline.engine import Levels, OnLevel, Together
 from pipeline.network.build import build_network
@@ -27,8 +28,13 @@ from pipeline.scan.together import measure
 from pipeline.settings.config import Config, parse_config
 from pipeline.task.answers import Answers
 from pipeline.task.feed import Feed
+from pipeline.train import memory
 from pipeline.train.session import open_session
 from pipeline.train.world import World, choose_device, configure_process
+
+SMALLER = "lower data.eval_batch or prune.statistics_samples, or add memory"
+MORE_ROOM = "let fewer trials run side by side (raise cluster.cpus_per_trial), or lower data.eval_batch"
+NOT_AGAIN = "it was not tried again, since that would end the same way"
 
 
 def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
@@ -36,14 +42,39 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
 
     Weights and val images (uint8) go through the object store once. The network's own answers are computed once, by a
     task with a trial's resources. A trial's process is reused for the next tensor, so it keeps the network. Raises
-    RunStopped when trials keep failing.
+    RunStopped for a trial that fails by itself, or is lost more than cluster.max_failures times between two levels.
+    """
+    shared, most = ray.put(shared_inputs(config, run, source)), config.cluster.max_failures
+    dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is", most)
+    known, lost = {name: [*given] for name, given in todo.items()}, dict.fromkeys(todo, 0)
+
+    def collect(name: str, level: Level) -> None:
+        known[name].append(level)
+        on_level(name, level)
+
+    while todo:
+        before = {name: len(known[name]) for name in todo}
+        failed = trials(ray, {name: [*known[name]] for name in todo}, config, run, collect, shared, dense)
+        for name, error in failed.items():
+            lost[name] = 1 if len(known[name]) > before[name] else lost[name] + 1
+            said = f"scan: the trial of {name} was lost: {losses.told(error)}"
+            if lost[name] > most:
+                remedy = f"To mend it, {MORE_ROOM}. " if losses.is_memory(error) else ""
+                raise RunStopped(f"{said}; {losses.tried(lost[name], most, 'level')}. {remedy}The same command goes on")
+            warnings.warn(f"{said}; trying again from its last level ({lost[name]} of {most})", stacklevel=2)
+        todo = {name: todo[name] for name in failed}
+    return dense.figures()
+
+
+def trials(
+    ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, shared: Any, dense: Answers
+) -> dict[str, Exception]:
+    """One trial for each tensor, in parallel; returns those that were lost, each with Ray's error.
+
+    Raises RunStopped for a trial that failed in a way that would repeat.
     """
     from ray import tune
 
-    shared = ray.put(shared_inputs(config, run, source))
-    dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is")
-    if not todo:
-        return dense.figures()
     name = f"{config.name}-scan-{uuid.uuid4().hex[:8]}"
     trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense, known=todo)
     with connect.ray_folder(run, name) as folder:
@@ -58,13 +89,26 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
                 callbacks=[make_collector(tune, on_level)],
                 # A level is kept by the driver as soon as it is reported, so a trial needs no checkpoint of its own.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
+                # `scan` counts losses: Tune would count those before the last level, too, and measure levels again.
+                failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
         results = tuner.fit()
-    if results.errors:
-        raise RunStopped(f"scan: {len(results.errors)} trials failed: {str(results.errors[0]).splitlines()[-1]}")
-    return dense.figures()
+    failed = {}
+    for result in results:
+        if result.error is not None:
+            require_loss(result.error, f"scan: {result.config['tensor']}")
+            failed[result.config["tensor"]] = result.error
+    return failed
+
+
+def require_loss(error: Exception, what: str) -> None:
+    """Raise UserError or RunStopped for an error that every try would meet: only lost processes are replaced."""
+    cause = getattr(error, "cause", None) or error
+    if memory.lacks(cause):
+        raise UserError(f"{what}: {memory.said(cause, SMALLER)}; {NOT_AGAIN}") from error
+    if not losses.is_rays(error):
+        raise RunStopped(f"{what} could not be measured: {blame.text(cause)}; {NOT_AGAIN}") from error
 
 
 def together(ray: Any, config: Config, run: Run, source: str) -> Together:
@@ -78,7 +122,7 @@ def together(ray: Any, config: Config, run: Run, source: str) -> Together:
 
     def measured(keeps: Sequence[Keep]) -> Iterator[Difference]:
         for started in [task.remote(shared, dense, keep) for keep in keeps]:
-            yield finished(ray, started, "the network with all tensors pruned")
+            yield finished(ray, started, "the network with all tensors pruned", config.cluster.max_failures)
 
     return measured
 
@@ -89,12 +133,17 @@ def as_task(ray: Any, config: Config, function: Callable[..., Any]) -> Any:
     return ray.remote(**reserved, max_retries=config.cluster.max_failures)(function)
 
 
-def finished(ray: Any, started: Any, what: str) -> Any:
-    """What a task returns. Raises RunStopped if it failed for good."""
+def finished(ray: Any, started: Any, what: str, most: int) -> Any:
+    """What a task returns. Raises UserError or RunStopped if it failed for good."""
     try:
         return ray.get(started)
     except ray.exceptions.RayError as error:
-        raise RunStopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
+        require_loss(error, f"scan: {what}")
+        remedy = f"To mend it, {MORE_ROOM}. " if losses.is_memory(error) else ""
+        raise RunStopped(
+            f"scan: {what} could not be measured: {losses.told(error)}; tried {most + 1} times "
+            f"(cluster.max_failures={most}). {remedy}The same command goes on"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

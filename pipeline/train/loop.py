@@ -20,7 +20,7 @@ from pipeline.prune.gradual import Gradual
 from pipeline.run.events import EpochEnded, Resumed, Stepped
 from pipeline.run.records import Epoch
 from pipeline.settings.training import Retrain, Train
-from pipeline.train import allreduce, checkpoint, phases, recipe
+from pipeline.train import allreduce, checkpoint, memory, phases, recipe
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import Session
 
@@ -81,6 +81,11 @@ class Training:
         self.trainable = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.optimizer = recipe.make_optimizer(self.settings, list(self.parameters.values()))
         self.total = recipe.total_steps(settings, self.loader.steps_per_epoch)
+        name = "retrain" if isinstance(settings, Retrain) else "dense"
+        self.remedy = (
+            f"lower {name}.batch_size={settings.batch_size}, of which each worker takes its share, or raise "
+            "cluster.workers; lower data.cache_bytes where it is the machine's memory"
+        )
         self.position = Position()
         self.running = torch.zeros(3, dtype=torch.float64, device=session.world.device)
         self.order_here = 0
@@ -110,7 +115,8 @@ class Training:
                 if wrapped is None or phase != entered:
                     wrapped = None  # frees the DDP of the previous phase first
                     wrapped, entered = self._enter(phase), phase
-                self._update(wrapped, batch)
+                with memory.remedied(f"{self.phase}: step {self.position.step} on rank {self.world.rank}", self.remedy):
+                    self._update(wrapped, batch)
                 self.position.step += 1
                 last = self.position.step in (self.total, (epoch + 1) * self.loader.steps_per_epoch)
                 leaving = self.position.step == self.look_at and self._leaving()

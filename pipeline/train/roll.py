@@ -78,8 +78,8 @@ def said(ranks: Mapping[int, Seen], behind: list[int], seconds: float) -> str:
     if not behind:
         place = next(iter(ranks.values())).note.place
         return (
-            f"all ranks have waited for each other for {seconds:g} s at {place}: messages between their hosts are lost; "
-            f"look at the network ({_remedy(seconds)})"
+            f"all ranks have waited for each other for {seconds:g} s at {place}: messages between their hosts are "
+            f"lost; look at the network ({_remedy(seconds)})"
         )
     parts = []
     for rank in behind:

@@ -174,7 +174,7 @@ class Posts:
     def send(self, data: bytes) -> None:
         """On rank 0: tell it."""
         if self.world.size > 1:
-            _get_default_store().set(self._key(), data)
+            _get_default_store().set(self._key(), data.decode())
         self.number += 1
 
     def wait(self) -> bytes:
