@@ -11,6 +11,7 @@ import socket
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,9 @@ ENVIRONMENT = {
     # And so is SIGTERM, also while Ray starts: its handler would print a stack. Python still prints one of a crash.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
 }
+
+START_TRIES = 3
+TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own"
 
 
 class NoRoom(Exception):
@@ -137,15 +141,43 @@ def _init(ray: Any, address: str, config: Config) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
         # On one's own machine more workers than cores are allowed: they share them.
         options |= {"num_cpus": max(os.cpu_count() or 1, demand(config)["CPU"]), "include_dashboard": False}
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it shows tracebacks of what we say in a sentence
     try:
         knock(address)
-        with sigterm_later():
-            ray.init(**options)
+        start(ray, options)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"cluster.address={address}: the cluster does not take this token, or wants one and got none: {TOKEN}"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"cluster.address={address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one with "
             "`ray start --head`, or leave cluster.address out to run on this machine"
         ) from error
+
+
+def start(ray: Any, options: dict[str, Any]) -> None:
+    """ray.init, tried again where Ray's processes take too long to come up. Raises UserError where they never do."""
+    for number in range(1, START_TRIES + 1):
+        try:
+            with sigterm_later():
+                ray.init(**options)
+            return
+        except Exception as error:
+            if options["address"] != "local" or not too_slow(error):
+                raise
+            ray.shutdown()
+            if number == START_TRIES:
+                raise UserError(
+                    f"Ray did not come up on this machine in {START_TRIES} tries: it is too busy, or has too little "
+                    "memory or shared memory; free some of it, or join a cluster with cluster.address"
+                ) from error
+            warnings.warn(f"Ray was too slow to come up; try {number + 1} of {START_TRIES}", stacklevel=2)
+
+
+def too_slow(error: Exception) -> bool:
+    """Whether Ray's processes did not come up in time: Ray says it with exceptions of several kinds."""
+    return any(words in str(error) for words in ("timed out during startup", "Timed out"))
 
 
 def knock(address: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import job_env
-from cluster.connect import require_shared_paths
+from cluster.connect import TOKEN, require_shared_paths
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.cli import commands
@@ -54,6 +54,7 @@ def submit(
         raise UserError(
             f"config '{config}' holds a password or signature, which a job's command would show: copy it here"
         )
+    require_own_names(Path.cwd())
     loaded = commands.read(config, overrides, trust_code=trust_code)
     require_shared_paths(loaded, "a job's working directory is temporary and the next submission does not see it")
     environment = job_env.make(loaded, runtime_env, Path.cwd())
@@ -76,6 +77,18 @@ def submit(
             file=sys.stderr,
         )
         raise Told(INTERRUPTED) from error
+
+
+def require_own_names(folder: Path) -> None:
+    """Raise UserError where the folder that is sent holds a package with the name of one of ours: it would hide it."""
+    for name, part in (("pipeline", "stages.py"), ("cluster", "connect.py")):
+        for found in (folder / name, folder / f"{name}.py"):
+            is_package = found.is_file() or (found / "__init__.py").is_file()
+            if is_package and not (found / part).is_file():
+                raise UserError(
+                    f"'{found}' is sent with the job, and hides secateur's own package '{name}' there: give yours "
+                    "another name"
+                )
 
 
 def check(config: Config) -> None:
@@ -109,8 +122,7 @@ def _client(where: str) -> Any:
         return client
     except AuthenticationError as error:
         raise UserError(
-            f"--address={where}: the cluster does not take this token, or wants one and got none: set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own"
+            f"--address={where}: the cluster does not take this token, or wants one and got none: {TOKEN}"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(

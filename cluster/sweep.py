@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster import connect
+from cluster import connect, losses
+from pipeline.base import blame
 from pipeline.base.errors import RunStopped, UserError
 from pipeline.data.loader import Batch
 from pipeline.engine import Levels, OnLevel, Together
@@ -28,10 +29,14 @@ from pipeline.scan.together import measure
 from pipeline.settings.config import Config, parse_config
 from pipeline.task.answers import Answers
 from pipeline.task.feed import Feed
+from pipeline.train import memory
 from pipeline.train.session import open_session
 from pipeline.train.world import World, choose_device, configure_process
 
 PAUSE_S = 1.0  # between two looks for room
+SMALLER = "lower data.eval_batch or prune.statistics_samples, or add memory"
+MORE_ROOM = "let fewer trials run side by side (raise cluster.cpus_per_trial), or lower data.eval_batch"
+NOT_AGAIN = "it was not tried again, since that would end the same way"
 
 
 def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
@@ -39,15 +44,40 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
 
     Weights and val images (uint8) go through the object store once, and so do the levels that each tensor has already:
     a trial takes those of its own tensor. The network's own answers are computed once, by a task with a trial's
-    resources. A trial's process is reused for the next tensor, so it keeps the network. Raises RunStopped when trials
-    keep failing.
+    resources. A trial's process is reused for the next tensor, so it keeps the network. Raises RunStopped for a trial
+    that fails by itself, or is lost more than cluster.max_failures times between two levels.
+    """
+    shared, most = in_store(ray, config, run, source), config.cluster.max_failures
+    dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is", config)
+    known, lost = {name: [*given] for name, given in todo.items()}, dict.fromkeys(todo, 0)
+
+    def collect(name: str, level: Level) -> None:
+        known[name].append(level)
+        on_level(name, level)
+
+    while todo:
+        before = {name: len(known[name]) for name in todo}
+        failed = trials(ray, {name: [*known[name]] for name in todo}, config, run, collect, shared, dense)
+        for name, error in failed.items():
+            lost[name] = 1 if len(known[name]) > before[name] else lost[name] + 1
+            said = f"scan: the trial of {name} was lost: {losses.told(error)}"
+            if lost[name] > most:
+                remedy = f"To mend it, {MORE_ROOM}. " if losses.is_memory(error) else ""
+                raise RunStopped(f"{said}; {losses.tried(lost[name], most, 'level')}. {remedy}The same command goes on")
+            warnings.warn(f"{said}; trying again from its last level ({lost[name]} of {most})", stacklevel=2)
+        todo = {name: todo[name] for name in failed}
+    return dense.figures()
+
+
+def trials(
+    ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, shared: Any, dense: Answers
+) -> dict[str, Exception]:
+    """One trial for each tensor, in parallel; returns those that were lost, each with Ray's error.
+
+    Raises RunStopped for a trial that failed in a way that would repeat.
     """
     from ray import tune
 
-    shared = in_store(ray, config, run, source)
-    dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is", config)
-    if not todo:
-        return dense.figures()
     name = f"{config.name}-scan-{uuid.uuid4().hex[:8]}"
     known = {tensor: ray.put(levels) for tensor, levels in todo.items() if levels}
     trial = tune.with_parameters(make_trial(ray, tune), shared=[shared], dense=dense, known=known)
@@ -64,14 +94,33 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
                 callbacks=[collector],
                 # A level is kept by the driver as soon as it is reported, so a trial needs no checkpoint of its own.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
+                # `scan` counts losses: Tune would count those before the last level, too, and measure levels again.
+                failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
         results = tuner.fit()
     collector.raise_error()
-    if results.errors:
-        raise RunStopped(f"scan: {len(results.errors)} trials failed: {str(results.errors[0]).splitlines()[-1]}")
-    return dense.figures()
+    failed = {}
+    for result in results:
+        if result.error is not None:
+            require_loss(result.error, f"scan: {result.config['tensor']}")
+            failed[result.config["tensor"]] = result.error
+    return failed
+
+
+def require_loss(error: Exception, what: str) -> None:
+    """Raise UserError or RunStopped for an error that every try would meet: only lost processes are replaced."""
+    from ray.exceptions import RayTaskError
+
+    cause = getattr(error, "cause", None) or error
+    while isinstance(cause, RayTaskError):  # of a task whose result it takes
+        cause = cause.cause
+    if isinstance(cause, UserError | RunStopped):
+        raise type(cause)(str(cause)) from error
+    if memory.lacks(cause):
+        raise UserError(f"{what}: {memory.said(cause, SMALLER)}; {NOT_AGAIN}") from error
+    if not losses.is_rays(error):
+        raise RunStopped(f"{what} could not be measured: {blame.text(cause)}; {NOT_AGAIN}") from error
 
 
 def together(ray: Any, config: Config, run: Run, source: str) -> Together:
@@ -130,24 +179,19 @@ class Room:
 
 
 def finished(ray: Any, started: Any, what: str, config: Config) -> Any:
-    """What a task returns. Raises RunStopped if it failed for good, or the UserError or RunStopped that it ended by.
-
-    Raises UserError where there is no room for it.
-    """
-    room = Room(ray, config)
+    """What a task returns. Raises UserError or RunStopped if it failed for good, or where there is no room for it."""
+    room, most = Room(ray, config), config.cluster.max_failures
     while not ray.wait([started], timeout=PAUSE_S)[0]:
         room.look()
     try:
         return ray.get(started)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        while isinstance(cause, ray.exceptions.RayTaskError):  # of a task whose result it takes
-            cause = cause.cause
-        if isinstance(cause, UserError | RunStopped):
-            raise type(cause)(str(cause)) from error
-        raise RunStopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
     except ray.exceptions.RayError as error:
-        raise RunStopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
+        require_loss(error, f"scan: {what}")
+        remedy = f"To mend it, {MORE_ROOM}. " if losses.is_memory(error) else ""
+        raise RunStopped(
+            f"scan: {what} could not be measured: {losses.told(error)}; tried {most + 1} times "
+            f"(cluster.max_failures={most}). {remedy}The same command goes on"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,15 +15,25 @@ from typing import Any
 
 import torch
 
-from cluster import connect
+from cluster import connect, losses
 from cluster.connect import NoRoom
+from cluster.losses import Tries
+from pipeline.base import blame
 from pipeline.base.errors import Agreed, Leaving, RunStopped, UserError
 from pipeline.engine import Work
 from pipeline.run.events import Event, Progress, Warned
 from pipeline.run.state import Run
 from pipeline.settings.config import Config, parse_config
+from pipeline.train import memory
 from pipeline.train.session import open_session
-from pipeline.train.world import choose_device, configure_process, current_world
+from pipeline.train.world import (
+    choose_device,
+    collective_timeout,
+    configure_process,
+    current_world,
+    lost_touch,
+    watched,
+)
 
 
 def worker(job: dict[str, Any]) -> None:
@@ -40,6 +50,11 @@ def worker(job: dict[str, Any]) -> None:
         if context.get_world_rank() == 0:
             board.push.remote(event)
 
+    def hung(found: str) -> None:
+        """End this process, which waits within torch: Ray then ends the others, too."""
+        ray.get(board.hang.remote(found))
+        os._exit(1)
+
     def leaving() -> bool:
         return job["watched"] and ray.train.get_preemption_info() is not None
 
@@ -51,7 +66,8 @@ def worker(job: dict[str, Any]) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         run = Run(job["root"], job["fence"])
-        job["work"].do(open_session(config, current_world(device), run, progress, leaving))
+        with watched(current_world(device), job["work"].stage, config.cluster.hang_seconds, hung) as world:
+            job["work"].do(open_session(config, world, run, progress, leaving))
     except Leaving as error:
         progress(Warned(f"a node is about to be taken away; {error}, and the training goes on elsewhere"))
         ray.get(board.leave.remote())
@@ -59,11 +75,26 @@ def worker(job: dict[str, Any]) -> None:
         ray.get(board.end.remote({"user": isinstance(error, UserError), "message": str(error)}))
         if context.get_world_size() > 1 and not isinstance(error, Agreed):
             raise  # this rank may be alone with it: Ray ends the others, which wait for this one
+    except Exception as error:
+        if not may_pass(error):
+            ray.get(board.end.remote({"user": memory.lacks(error), "message": would_repeat(job["work"].stage, error)}))
+        raise
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether another try may end better: this process lost touch with another one, or with its device."""
+    return lost_touch(error) or losses.is_rays(error) or isinstance(error, torch.AcceleratorError)
+
+
+def would_repeat(stage: str, error: Exception) -> str:
+    """What a person is told of an error that every try would meet."""
+    said = memory.said(error) if memory.lacks(error) else blame.text(error)
+    return f"{stage}: {said}; it was not tried again, since that would end the same way"
 
 
 def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) -> None:
     """Do the work of a stage on cluster.workers Ray Train workers; start them again if they left a node being taken
-    away.
+    away, or were lost.
 
     Raises UserError or RunStopped as the workers did, or when there is no room for them for cluster.wait_seconds.
     """
@@ -76,23 +107,51 @@ def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) ->
             "board": board.actor,
             "watched": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
         }
+        carry_out(ray, job, config, run, progress)
+
+
+def carry_out(ray: Any, job: dict[str, Any], config: Config, run: Run, progress: Progress) -> None:
+    """Trainings of Ray Train's, one after the other, until the work is done. Raises as `train` does."""
+    stage, board = job["work"].stage, job["board"]
+    tries = Tries(run, stage, config.cluster.max_failures)
+    while True:
         failure = fit(ray, job, config, run)
-        while failure is None and ray.get(board.actor.left.remote()):
-            failure = fit(ray, job, config, run)
-        ended = ray.get(board.actor.ended.remote())
-    if ended is not None:
-        raise UserError(ended["message"]) if ended["user"] else RunStopped(ended["message"])
-    if failure is not None:
+        ended = ray.get(board.ended.remote())
+        if ended is not None:
+            raise UserError(ended["message"]) if ended["user"] else RunStopped(ended["message"])
+        if failure is None:
+            if ray.get(board.left.remote()):
+                continue
+            return
         reason = getattr(failure, "controller_failure", None)
         if isinstance(reason, NoRoom):
-            raise UserError(f"{work.stage}: {reason}") from failure
-        raise RunStopped(
-            f"{work.stage}: training failed after cluster.max_failures={config.cluster.max_failures} retries: {failure}"
-        ) from failure
+            raise UserError(f"{stage}: {reason}") from failure
+        said, remedy = describe(failure, ray.get(board.hung.remote()))
+        if not tries.again():
+            raise RunStopped(f"{stage}: {said}; {tries.said()}. {remedy}The same command goes on") from failure
+        progress(Warned(f"{stage}: {said}; trying again from the last checkpoint ({tries.count} of {tries.most})"))
+
+
+def describe(failure: Exception, hung: str | None) -> tuple[str, str]:
+    """What a person is told of a training that was lost, and what to do, or nothing."""
+    if hung is not None:
+        return hung, ""
+    failed = getattr(failure, "worker_failures", None)
+    if failed:
+        memory_ran_out = any(losses.is_memory(error) for error in failed.values())
+        return losses.of_group(failed), f"To mend it, {losses.REMEDIES}. " if memory_ran_out else ""
+    cause = getattr(failure, "controller_failure", failure)
+    if losses.is_rays(cause):
+        memory_ran_out = losses.is_memory(cause)
+        return (
+            f"Ray Train's controller, a process on the driver's machine, was lost: {losses.told(cause)}",
+            f"To mend it, {losses.REMEDIES}. " if memory_ran_out else "",
+        )
+    return f"Ray Train could not go on: {losses.told(cause)}", ""
 
 
 def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | None:
-    """One training of Ray Train's, with its restarts; returns why it failed, if it did."""
+    """One training of Ray Train's; returns why it failed, if it did."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -107,7 +166,10 @@ def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | 
         trainer = TorchTrainer(
             worker,
             train_loop_config=job,
-            torch_config=TorchConfig(backend="nccl" if wanted.gpus_per_worker else "gloo"),
+            torch_config=TorchConfig(
+                backend="nccl" if wanted.gpus_per_worker else "gloo",
+                timeout_s=int(collective_timeout(wanted.hang_seconds).total_seconds()),
+            ),
             scaling_config=ScalingConfig(
                 num_workers=wanted.workers,
                 use_gpu=wanted.gpus_per_worker > 0,
@@ -118,8 +180,9 @@ def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | 
             run_config=RunConfig(
                 name=name,
                 storage_path=folder,
-                # `Patience` limits how long a placement is retried: it counts seconds.
-                failure_config=FailureConfig(max_failures=wanted.max_failures, controller_failure_limit=-1),
+                # Losses are counted by `Tries`: Ray Train would count those before the last checkpoint, too. `Patience`
+                # limits how long a placement is retried: it counts seconds.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=-1),
                 callbacks=[Patience(config)],
             ),
         )
@@ -129,7 +192,7 @@ def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | 
         except SystemExit as error:
             # Ray's own handler of Ctrl-C aborts the training and then leaves with code 0.
             raise KeyboardInterrupt from error
-        except ray.train.TrainingFailedError as error:
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:  # the latter: its controller is lost
             return error
         finally:
             signal.signal(signal.SIGINT, handler)
@@ -174,11 +237,12 @@ class _Events:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.reason: dict[str, Any] | None = None
+        self.stuck: str | None = None
         self.going = False
 
     def begin(self) -> dict[str, Any] | None:
         """Called first by each rank: why a rank ended, if one did. Ranks that had left are back."""
-        self.going = False
+        self.going, self.stuck = False, None
         return self.reason
 
     def leave(self) -> None:
@@ -188,6 +252,14 @@ class _Events:
     def left(self) -> bool:
         """Whether the ranks left a node, and have work to continue."""
         return self.going
+
+    def hang(self, found: str) -> None:
+        """Note which rank hangs; the first to find one stands."""
+        self.stuck = self.stuck or found
+
+    def hung(self) -> str | None:
+        """Which rank hung in the last try, if one did."""
+        return self.stuck
 
     def end(self, reason: dict[str, Any]) -> None:
         """Note why a rank ended; the first reason stands."""

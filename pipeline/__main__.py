@@ -21,7 +21,7 @@ def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode =
     """Train, scan, prune and retrain, report; goes on where it was stopped."""
     loaded = commands.load(config, overrides, trust_code=trust_code)
     configure_process(loaded.threads)
-    with torchrun_world(loaded.device) as world:
+    with torchrun_world(loaded.device, loaded.cluster.hang_seconds) as world:
         engine = LocalEngine(world)
         if world.first:
             commands.run(loaded, engine)
@@ -46,7 +46,7 @@ def reproduce(
     jobs = paper.jobs(paper.Wanted(target, data, seeds, runs_dir, networks, configs), overrides or [])
     first = next(iter(jobs[0].runs.values()))
     configure_process(first.threads)
-    with torchrun_world(first.device) as world:
+    with torchrun_world(first.device, first.cluster.hang_seconds) as world:
         engine = LocalEngine(world)
         if world.first:
             paper.carry_out(jobs, engine, main_module(["python -m pipeline", *sys.argv[1:]]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from pipeline.scan import levels, together
 from pipeline.scan.inputs import ScanInputs, scan_inputs
 from pipeline.settings.config import Config, parse_config
 from pipeline.train.session import open_session
-from pipeline.train.world import World
+from pipeline.train.world import Posts, World, watched
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ class LocalEngine:
     """Rank 0 drives; the other ranks of torchrun, if any, `follow` it."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        self.world, self._posts = world, Posts(world)
         self._working = False  # whether the followers are within a stage, too
 
     def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
         """Do it here and on every follower."""
         self._tell(Call(work, config.model_dump(mode="json"), run.root, run.fence))
         self._working = True
-        work.do(open_session(config, self.world, run, progress))
+        self._do(work, config, run, progress)
         self._working = False
 
     def scan(self, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
@@ -67,16 +69,28 @@ class LocalEngine:
     def follow(self) -> None:
         """On ranks other than 0: do what rank 0 does until it closes."""
         while True:
-            told = json.loads(self.world.broadcast(None))
+            told = json.loads(self._posts.wait())
             if told is None:
                 return
             call = Call.from_json(told, "what rank 0 tells")
             run = Run(call.root, call.fence)
-            call.work.do(open_session(parse_config(call.config), self.world, run, unheard))
+            self._do(call.work, parse_config(call.config), run, unheard)
+
+    def _do(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
+        name = f"work {self._posts.number}"
+        with watched(self.world, name, config.cluster.hang_seconds, _end) as world:
+            work.do(open_session(config, world, run, progress))
 
     def _inputs(self, config: Config, run: Run, source: str) -> ScanInputs:
         return scan_inputs(open_session(config, World(0, 1, self.world.device), run, unheard), source)
 
     def _tell(self, call: Call | None) -> None:
         """What the followers do next; None ends them."""
-        self.world.broadcast(json.dumps(plain(call)).encode())
+        self._posts.send(json.dumps(plain(call)).encode())
+
+
+def _end(found: str) -> None:
+    """End this process, which waits within torch for a rank that hangs: nothing else gets it out of there."""
+    sys.stdout.flush()
+    print(f"error: {found}. The same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(2)

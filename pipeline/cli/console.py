@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import assert_never
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -36,6 +35,7 @@ from pipeline.run.events import (
 )
 from pipeline.run.records import Scan
 from pipeline.run.result import Result
+from pipeline.train import memory
 
 LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
 STEPS_EVERY_S = 30.0  # and one of a training's steps, between the lines of its epochs
@@ -154,10 +154,9 @@ def one_message(resume: str | None = None) -> Iterator[None]:
             say(f"error: {error}")
             raise SystemExit(2) from error
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not memory.lacks(error):
                 raise
-            text = "not enough memory: lower batch_size, data.eval_batch, data.cache_bytes or data.size, or add memory"
-            err.print(f"error: {text} ({' '.join(str(error).split())[:200]})", markup=False)
+            say(f"error: {memory.said(error)}")
             raise SystemExit(2) from error
         except (KeyboardInterrupt, SystemExit) as error:
             if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
@@ -166,11 +165,6 @@ def one_message(resume: str | None = None) -> Iterator[None]:
             if resume:
                 say(f"To go on: {resume}")
             raise SystemExit(INTERRUPTED) from error
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether this is a lack of memory: Python's, NumPy's, or torch's on a GPU or a CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def show_plan(plan: RunPlan, resolved: str, console: Console | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.base import blame
 from pipeline.base.errors import UserError
 from pipeline.base.seeding import derive
 from pipeline.network import factory as factories
@@ -38,10 +39,11 @@ def build_network(model: Model, num_classes: int | None = None, seed: int = 0) -
         torch.default_generator.manual_seed(derive(seed, "init"))
         try:
             network = factory(**kwargs)
-        except FOREIGN as error:
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
+            missing = error.name if isinstance(error, ImportError) else None
             raise UserError(
                 f"model.factory='{model.factory}' does not work with the arguments {str(kwargs)[:300]} (model.kwargs "
-                f"and the number of classes): {' '.join(str(error).split())[:300] or type(error).__name__}"
+                f"and the number of classes): {blame.text(error)}{blame.clash(missing)}"
             ) from error
     if not isinstance(network, nn.Module):
         raise UserError(

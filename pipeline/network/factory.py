@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from pipeline.base import blame
 from pipeline.base.errors import UserError
 from pipeline.base.names import hint
 from pipeline.network.paper_networks import BUILTIN
@@ -40,7 +41,9 @@ def find(path: str) -> Callable[..., Any]:
     found: Any = _module(path, where)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise UserError(f"model.factory='{path}': '{where}' has no '{part}'; {hint(part, _public(found))}")
+            raise UserError(
+                f"model.factory='{path}': '{where}' has no '{part}'; {hint(part, _public(found))}{blame.clash(where)}"
+            )
         found = getattr(found, part)
     _require_maker(path, found)
     factory: Callable[..., Any] = found
@@ -53,10 +56,13 @@ def _module(path: str, where: str) -> Any:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's own module beside the config
     try:
         return importlib.import_module(where)
-    except (ImportError, SyntaxError, TypeError, ValueError) as error:  # the last two for a name that is none
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raised = blame.place(error)
+        missing = error.name if isinstance(error, ImportError) else None
+        said = blame.text(error) if raised else " ".join(str(error).split())
+        remedy = "mend it" if raised else f"it must be installed or lie under {os.getcwd()}"
         raise UserError(
-            f"model.factory='{path}': module '{where}' cannot be imported: {error}; it must be installed or lie under "
-            f"{os.getcwd()}"
+            f"model.factory='{path}': module '{where}' cannot be imported: {said}; {blame.clash(missing)[2:] or remedy}"
         ) from error
 
 

@@ -49,10 +49,17 @@ class Cluster(Section):
         "pack", description="pack: workers on as few nodes as hold them; spread: on as many nodes as there are."
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        3, description="Lost workers that a training survives, not counting those lost after a preemption notice."
+        3,
+        description="How often lost workers, or a lost scan trial, are replaced with no new checkpoint, or level, in "
+        "between. Losses after a preemption notice do not count.",
     )
     wait_seconds: Annotated[float, Field(gt=0.0)] = Field(
         600.0, description="How long a run waits for room after a node is lost, such as an autoscaler's new node."
+    )
+    hang_seconds: Annotated[float, Field(ge=1.0)] = Field(
+        1800.0,
+        description="How long workers wait for one that does not go on before it counts as lost, under Ray and "
+        "torchrun. A slow one that goes on is waited for.",
     )
     resize_seconds: Annotated[float, Field(gt=0.0)] = Field(
         60.0,

@@ -28,7 +28,7 @@ _INSTEAD = (
 
 
 # Settings that were added when runs existed already: see `hashed`.
-ADDED = ("prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links")
+ADDED = ("prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links", "cluster.hang_seconds")
 # Settings that change no result, and no fingerprint.
 UNHASHED = ("dense.checkpoint_minutes", "retrain.checkpoint_minutes")
 

@@ -25,7 +25,8 @@ def evaluate(model: nn.Module, loader: EvalLoader, feed: Feed, world: World, cla
     count = torch.zeros(size, dtype=torch.int64)
     training = model.training
     model.eval()
-    for batch in loader.batches(world.rank, world.size):
+    for number, batch in enumerate(loader.batches(world.rank, world.size)):
+        world.at(f"batch {number} of an evaluation")
         output = feed.forward(model, batch.images.to(world.device, non_blocking=True))
         rows[:, batch.indices] = feed.task.judge(output, batch, present).cpu()
         count[batch.indices] += 1

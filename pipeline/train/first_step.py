@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.base import blame
 from pipeline.base.errors import UserError
 from pipeline.base.names import few
 from pipeline.data.loader import Batch
@@ -24,7 +25,7 @@ from pipeline.settings.data import Data
 from pipeline.settings.model import Model
 from pipeline.settings.training import Retrain, Train
 from pipeline.task.feed import Feed
-from pipeline.train import checkpoint, recipe
+from pipeline.train import checkpoint, memory, recipe
 from pipeline.train.session import Session
 
 SAMPLES = 2  # in a step without data: batch norm needs more than one
@@ -84,11 +85,10 @@ def require(config: Config, classes: int, batch: Batch, device: torch.device) ->
     for name, settings in trainings(config.dense, config.retrain).items():
         network = new(config.model)
         try:
-            _step(network, factory, feed, settings, batch)
-        except torch.OutOfMemoryError:
-            raise  # the command line explains it
+            with memory.remedied(f"the first step of {name}", f"lower {name}.batch_size={settings.batch_size}"):
+                _step(network, factory, feed, settings, batch)
         except FOREIGN as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = (" ".join(str(error).split())[:300] or type(error).__name__) + blame.place(error)
             raise UserError(f"{factory} cannot be trained: the first step of {name} fails: {reason}") from error
         without = [key for key, value in network.named_parameters() if value.requires_grad and value.grad is None]
         if without and config.cluster.max_workers > 1:

@@ -20,7 +20,7 @@ from pipeline.prune.gradual import Gradual
 from pipeline.run.events import EpochEnded, Resumed, Stepped
 from pipeline.run.records import Epoch
 from pipeline.settings.training import Retrain, Train
-from pipeline.train import allreduce, checkpoint, phases, recipe
+from pipeline.train import allreduce, checkpoint, memory, phases, recipe
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.looks import Looks
 from pipeline.train.session import Session, require_same_data
@@ -79,6 +79,11 @@ class Training:
         self.trainable = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.optimizer = recipe.make_optimizer(self.settings, list(self.parameters.values()))
         self.total = recipe.total_steps(settings, self.loader.steps_per_epoch)
+        name = "retrain" if isinstance(settings, Retrain) else "dense"
+        self.remedy = (
+            f"lower {name}.batch_size={settings.batch_size}, of which each worker takes its share, or raise "
+            "cluster.workers; lower data.cache_bytes where it is the machine's memory"
+        )
         self.position = Position()
         self.tally = Tally(session.world)
         self.told = time.monotonic()
@@ -105,14 +110,15 @@ class Training:
                 if wrapped is None or phase != entered:
                     wrapped = None  # frees the DDP of the previous phase first
                     wrapped, entered = self._enter(phase), phase
-                self._update(wrapped, batch)
+                with memory.remedied(f"{self.phase}: step {self.position.step} on rank {self.world.rank}", self.remedy):
+                    self._update(wrapped, batch)
                 self.position.step += 1
                 last = self.position.step in (self.total, (epoch + 1) * self.loader.steps_per_epoch)
                 due = self.position.step % self.settings.checkpoint_steps == 0
                 if last or due:  # and nowhere else: where sums are cut decides their last bits
                     self.tally.collect()
                 looking = looks.due(self.position.step)
-                late, leaving = looking and looks.late(self.position.step), looking and self.session.leaving()
+                late, leaving = looking and looks.late(self.position.step), looking and self._leaving()
                 save = due or late or leaving
                 if last or save:
                     self.position.seconds += time.monotonic() - clock
@@ -153,7 +159,8 @@ class Training:
         if self.world.size == 1:
             return self.model
         gc.collect()  # a DDP is in a reference cycle, and its buckets are as large as the gradients
-        wrapped = DistributedDataParallel(self.model)
+        with self.world.waiting(f"the exchange of weights before step {self.position.step} of {self.phase}"):
+            wrapped = DistributedDataParallel(self.model)
         updated = {name: mask for name, mask in self.masks.items() if self.parameters[name].requires_grad}
         allreduce.use_masks(wrapped, {self.parameters[name]: mask for name, mask in updated.items()})
         return wrapped
@@ -161,6 +168,7 @@ class Training:
     def _update(self, wrapped: nn.Module, batch: Batch) -> None:
         """One optimizer update. Raises Agreed, on every rank and before the update, if the gradient is not finite."""
         step, device = self.position.step, self.world.device
+        self.world.at(f"step {step} of {self.phase}")
         # Dropout draws from the step alone, so a resumed training draws what the undisturbed one drew.
         torch.manual_seed(seeding.derive(self.config.seed, "dropout", self.order, step, self.world.rank))
         rate = self._rate()
@@ -173,6 +181,7 @@ class Training:
         # DDP averages gradients over ranks, which may hold unequal shares of the batch; a bad image counts as a
         # sample with loss 0, so the divisor is the same on every rank without another all-reduce.
         self.optimizer.zero_grad(set_to_none=True)
+        self.world.at(f"the exchange of gradients in step {step} of {self.phase}", waits=True)
         (total * (self.world.size / self.settings.batch_size)).backward()
         if self.settings.l1:
             recipe.add_l1(self.weights, self.settings.l1)
@@ -186,6 +195,7 @@ class Training:
             )
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.clip_norm, norm)
+        self.world.at(f"the end of step {step} of {self.phase}")  # CUDA has ended the exchange to know the norm
         self.optimizer.step()
         self.applier.apply()
         self.tally.add(step, batch.indices.numpy(), total.detach(), valid)
@@ -209,6 +219,10 @@ class Training:
                 f"(schedule={self.settings.schedule})"
             )
         return rate
+
+    def _leaving(self) -> bool:
+        with self.world.waiting("the question whether to leave"):
+            return self.session.leaving()
 
     def _tell(self) -> None:
         """Report the step every TELL_EVERY_S seconds; costs no communication."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.base import blame
 from pipeline.base.errors import UserError
 from pipeline.data import loader, shards, sources
 from pipeline.data.loader import Batch, EvalLoader, Split
@@ -20,7 +21,7 @@ from pipeline.run.state import Run
 from pipeline.settings.config import Config
 from pipeline.task.answers import Answers
 from pipeline.task.feed import Feed
-from pipeline.train import evaluate
+from pipeline.train import evaluate, memory
 from pipeline.train.world import World
 
 
@@ -67,7 +68,9 @@ class Session:
         Raises RunStopped when too many images are unreadable, or an answer is not finite.
         """
         data = EvalLoader(self.split(split), self.config.data)
-        answers = evaluate.evaluate(model, data, self.feed, self.world, self.manifest.num_classes)
+        eval_batch = f"data.eval_batch={self.config.data.eval_batch}"
+        with memory.remedied(f"evaluation on rank {self.world.rank}", f"lower {eval_batch}"):
+            answers = evaluate.evaluate(model, data, self.feed, self.world, self.manifest.num_classes)
         bad = int((~answers.valid).sum())
         problem = self.too_many_bad(split, bad, len(answers.valid))
         if problem is None and not np.isfinite(answers.loss[answers.valid]).all():
@@ -155,7 +158,7 @@ def check_output(model: nn.Module, factory: str, feed: Feed, classes: int) -> No
     except FOREIGN as error:
         raise UserError(
             f"model.factory={factory} cannot take images of shape {feed.shape} (data.channels, data.size, data.size): "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{' '.join(str(error).split())[:300]}{blame.place(error)}"
         ) from error
     model.train(training)
     feed.task.require_output(output, factory, classes)

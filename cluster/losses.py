@@ -1,0 +1,108 @@
+"""What Ray says of processes that it lost, in a sentence of ours, and how often a loss is made good."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Set
+from typing import Any
+
+from pipeline import storage
+from pipeline.base import blame
+from pipeline.run.state import Run
+from pipeline.train.world import lost_touch
+
+_NODE = re.compile(r"Memory on the node \(IP: (?P<node>[^,]+), ID: [^)]*\) was (?P<used>\S+)GB used / (?P<limit>\S+)GB")
+_KILLED = re.compile(r"(?P<who>[^\n(]*)\([^\n]*pid=(?P<pid>\d+), actual memory used=(?P<memory>[\d.]+)GB")
+_IN_ACTOR = re.compile(r"^\s*(pid|ip): (\S+)$", re.MULTILINE)
+
+
+def told(error: BaseException) -> str:
+    """One sentence for an error of Ray's about a process that it lost, or for any other error of a worker."""
+    inner = getattr(error, "health_check_failure", None) or getattr(error, "cause", None)
+    if inner is not None:
+        return told(inner)
+    text = str(error)
+    if "low on memory" in text:
+        return _memory(text)
+    if type(error).__name__ == "WorkerHealthCheckTimeoutError":
+        return "its process does not answer"
+    where = dict(_IN_ACTOR.findall(text))
+    on = "".join(
+        f" {word} {where[key]}" for key, word in (("pid", "with process id"), ("ip", "on node")) if key in where
+    )
+    if "node" in text.lower() and ("has died" in text or "was terminated" in text) and "worker process" not in text:
+        return f"its node was lost{on.partition(' with process id')[0] or on}"
+    if type(error).__name__ in ("ActorDiedError", "RayActorError", "WorkerCrashedError", "ActorUnavailableError"):
+        return f"its process{on} died (killed, or out of the machine's memory, or crashed)"
+    return blame.text(error)[:400]
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether Ray's memory monitor killed the process."""
+    return "low on memory" in str(getattr(error, "health_check_failure", error))
+
+
+def _memory(text: str) -> str:
+    node, killed = _NODE.search(text), _KILLED.search(text)
+    said = "Ray's memory monitor killed its process"
+    if killed is not None:
+        said += f" {killed['pid']}, which used {killed['memory']} GB"
+    if node is not None:
+        said += f", on node {node['node']}, where {node['used']} of {node['limit']} GB were in use"
+    return said
+
+
+def of_group(failures: Mapping[int, BaseException]) -> str:
+    """One sentence for a worker group of which ranks were lost; those that only lost touch with them are left out."""
+    causes = {
+        rank: error for rank, error in failures.items() if not (isinstance(error, Exception) and lost_touch(error))
+    }
+    shown = sorted((causes or failures).items())[:3]
+    return "; ".join(f"rank {rank} was lost: {told(error)}" for rank, error in shown)
+
+
+REMEDIES = "give each worker more room (cluster.cpus_per_worker, fewer cluster.workers), or lower data.cache_bytes"
+
+
+class Tries:
+    """How often a stage may be tried again: losses count only while no newer checkpoint has come in between."""
+
+    def __init__(self, run: Run, folder: str, most: int) -> None:
+        self.run, self.folder, self.most = run, folder, most
+        self.count = 0
+        self._seen = marks(run, folder)
+
+    def again(self) -> bool:
+        """Count a loss. Whether to try again."""
+        now = marks(self.run, self.folder)
+        self.count = 1 if now - self._seen else self.count + 1
+        self._seen = now
+        return self.count <= self.most
+
+    def said(self) -> str:
+        """How often it was tried again, for the last message."""
+        return tried(self.count, self.most, "checkpoint")
+
+
+def tried(lost: int, most: int, what: str) -> str:
+    """How often something was tried again until its `lost`-th loss, which was one too many."""
+    if not most:
+        return "it was not tried again (cluster.max_failures=0)"
+    times = f"{lost - 1} times" if lost != 2 else "once"
+    return f"it was tried again {times} without a newer {what} (cluster.max_failures={most})"
+
+
+def marks(run: Run, folder: str) -> Set[str]:
+    """What a stage has written for good so far: its documents and the manifests of its whole checkpoints."""
+    here = run.path(folder)
+    found = {f"{folder}/{name}" for name in storage.list_files(here) if name.endswith(".json")}
+    for inner in storage.list_folders(here):
+        found |= marks(run, f"{folder}/{inner}")
+    return found
+
+
+def is_rays(error: Any) -> bool:
+    """Whether an error is one of Ray's own about a process, and not one that a function raised there."""
+    from ray.exceptions import RayError, RayTaskError
+
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)

@@ -1,0 +1,34 @@
+"""Too little memory, on a GPU or in a machine: which setting to lower. Trying again would end the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pipeline.base.errors import UserError
+
+
+def lacks(error: BaseException) -> bool:
+    """Whether an error is a lack of memory: Python's, NumPy's, or torch's on a GPU or a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def said(error: BaseException, remedy: str = "") -> str:
+    """What a person is told of a lack of memory; `remedy` is what to lower where that is known."""
+    remedy = remedy or "lower batch_size, data.eval_batch, data.cache_bytes or data.size, or add memory"
+    return f"not enough memory: {remedy} ({' '.join(str(error).split())[:200]})"
+
+
+@contextmanager
+def remedied(where: str, remedy: str) -> Iterator[None]:
+    """Turn a lack of memory in the block into a UserError that names the place and what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks(error):
+            raise
+        raise UserError(f"{where}: {said(error, remedy)}") from error
