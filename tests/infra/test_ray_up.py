@@ -67,4 +67,4 @@ def test_nodes_get_what_terraform_made_and_no_wide_defaults(node: dict[str, Any]
 
 
 def test_the_ray_that_validates_is_the_ray_that_runs() -> None:
-    assert f"ray=={ray.__version__}\n" in (INFRA.parent / "requirements.lock").read_text()
+    assert f"ray=={ray.__version__} \\\n" in (INFRA.parent / "requirements.lock").read_text()
