@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeline.base.record import Record, plain
 from pipeline.engine import Levels, OnLevel, Together, Work
-from pipeline.run.events import Progress, unheard
+from pipeline.run import log
+from pipeline.run.events import Event, Progress, Warned, unheard
 from pipeline.run.records import Figures
 from pipeline.run.state import Run
 from pipeline.scan import levels, together
@@ -40,7 +41,7 @@ class LocalEngine:
         """Do it here and on every follower."""
         self._tell(Call(work, config.model_dump(mode="json"), run.root, run.fence))
         self._working = True
-        work.do(open_session(config, self.world, run, progress))
+        self._do(work, config, run, progress)
         self._working = False
 
     def scan(self, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
@@ -58,6 +59,9 @@ class LocalEngine:
         dense = given.answers()
         return lambda keeps: together.measure(given, dense, keeps)
 
+    def hear(self, event: Event) -> None:
+        """Nothing here asks."""
+
     def close(self) -> None:
         """Let the followers go; out of the middle of a stage they go as this process does."""
         if not self._working:
@@ -71,8 +75,16 @@ class LocalEngine:
             if told is None:
                 return
             call = Call.from_json(told, "what rank 0 tells")
-            run = Run(call.root, call.fence)
-            call.work.do(open_session(parse_config(call.config), self.world, run, unheard))
+            self._do(call.work, parse_config(call.config), Run(call.root, call.fence), unheard)
+
+    def _do(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
+        """This rank's part of the work, which its own log tells of."""
+
+        def tell(text: str) -> None:
+            progress(Warned(text))
+
+        with log.kept(run, log.rank_name(run, work.stage, 1, self.world.rank), tell, self.world.rank, 1) as kept:
+            work.do(open_session(config, self.world, run, kept.hearing(progress)))
 
     def _inputs(self, config: Config, run: Run, source: str) -> ScanInputs:
         return scan_inputs(open_session(config, World(0, 1, self.world.device), run, unheard), source)
