@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster import connect
-from pipeline.base.errors import RunStopped
+from pipeline.base.errors import Lost, RunStopped
 from pipeline.data.loader import Batch
 from pipeline.engine import Levels, OnLevel, Together
 from pipeline.network.build import build_network
@@ -63,7 +63,8 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
         )
         results = tuner.fit()
     if results.errors:
-        raise RunStopped(f"scan: {len(results.errors)} trials failed: {str(results.errors[0]).splitlines()[-1]}")
+        stopped = Lost if all(connect.is_loss(ray, error) for error in results.errors) else RunStopped
+        raise stopped(f"scan: {len(results.errors)} trials failed: {str(results.errors[0]).splitlines()[-1]}")
     return dense.figures()
 
 
@@ -94,7 +95,8 @@ def finished(ray: Any, started: Any, what: str) -> Any:
     try:
         return ray.get(started)
     except ray.exceptions.RayError as error:
-        raise RunStopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
+        stopped = Lost if connect.is_loss(ray, error) else RunStopped
+        raise stopped(f"scan: {what} could not be measured: {str(error).splitlines()[-1]}") from error
 
 
 @dataclass(frozen=True, eq=False)

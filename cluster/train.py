@@ -17,13 +17,21 @@ import torch
 
 from cluster import connect
 from cluster.connect import NoRoom
-from pipeline.base.errors import Agreed, Leaving, RunStopped, UserError
+from pipeline.base.errors import Agreed, Away, Leaving, Lost, RunStopped, UserError
 from pipeline.engine import Work
-from pipeline.run.events import Event, Progress, Warned
+from pipeline.run import log
+from pipeline.run.events import Event, Paced, Progress, Warned, WorkersBegun
 from pipeline.run.state import Run
 from pipeline.settings.config import Config, parse_config
 from pipeline.train.session import open_session
 from pipeline.train.world import choose_device, configure_process, current_world
+
+KINDS: tuple[type[Exception], ...] = (Away, UserError, Lost, RunStopped)  # the narrower first
+# Ray Train's errors for workers that are gone, or never came.
+LOST = {
+    "WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError", "WorkerGroupStartupTimeoutError",
+    "WorkerGroupStartupFailedError", "InsufficientClusterResourcesError",
+}  # fmt: skip
 
 
 def worker(job: dict[str, Any]) -> None:
@@ -34,29 +42,37 @@ def worker(job: dict[str, Any]) -> None:
     config = parse_config(job["config"])
     configure_process(config.threads)
     context = ray.train.get_context()
-    board = job["board"]
+    board, rank, stage = job["board"], context.get_world_rank(), job["work"].stage
 
     def progress(event: Event) -> None:
-        if context.get_world_rank() == 0:
+        if rank == 0 or isinstance(event, Paced):  # each rank's own
             board.push.remote(event)
 
     def leaving() -> bool:
         return job["watched"] and ray.train.get_preemption_info() is not None
 
-    warnings.showwarning = lambda message, *_, **__: progress(Warned(str(message)))
-    if ray.get(board.begin.remote()) is not None:
+    attempt, reason = ray.get(board.begin.remote(rank))
+    if reason is not None:
         return  # Ray started the group again after the failure below
+    progress(WorkersBegun(stage, attempt, context.get_world_size()))
+    run = Run(job["root"], job["fence"])
+
+    def tell(text: str) -> None:
+        board.push.remote(Warned(f"rank {rank}: {text}"))
+
     try:
-        device = choose_device(config.device, context.get_local_rank())
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        run = Run(job["root"], job["fence"])
-        job["work"].do(open_session(config, current_world(device), run, progress, leaving))
+        with log.kept(run, log.rank_name(run, stage, attempt, rank), tell, rank, attempt) as kept:
+            heard = kept.hearing(progress)
+            warnings.showwarning = lambda message, *_, **__: heard(Warned(str(message)))
+            device = choose_device(config.device, context.get_local_rank())
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            job["work"].do(open_session(config, current_world(device), run, heard, leaving))
     except Leaving as error:
         progress(Warned(f"a node is about to be taken away; {error}, and the training goes on elsewhere"))
         ray.get(board.leave.remote())
     except (UserError, RunStopped) as error:
-        ray.get(board.end.remote({"user": isinstance(error, UserError), "message": str(error)}))
+        ray.get(board.end.remote({"kind": kind_of(error).__name__, "message": str(error)}))
         if context.get_world_size() > 1 and not isinstance(error, Agreed):
             raise  # this rank may be alone with it: Ray ends the others, which wait for this one
 
@@ -81,14 +97,25 @@ def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) ->
             failure = fit(ray, job, config, run)
         ended = ray.get(board.actor.ended.remote())
     if ended is not None:
-        raise UserError(ended["message"]) if ended["user"] else RunStopped(ended["message"])
+        raise next(kind for kind in KINDS if kind.__name__ == ended["kind"])(ended["message"])
     if failure is not None:
         reason = getattr(failure, "controller_failure", None)
         if isinstance(reason, NoRoom):
-            raise UserError(f"{work.stage}: {reason}") from failure
-        raise RunStopped(
+            raise Away(f"{work.stage}: {reason}") from failure
+        raise (Lost if lost(ray, failure) else RunStopped)(
             f"{work.stage}: training failed after cluster.max_failures={config.cluster.max_failures} retries: {failure}"
         ) from failure
+
+
+def kind_of(error: Exception) -> type[Exception]:
+    """As what an error of a worker is raised by the driver."""
+    return next(kind for kind in KINDS if isinstance(error, kind))
+
+
+def lost(ray: Any, failure: Exception) -> bool:
+    """Whether a training failed because processes or nodes were lost, and not by an error of its own code."""
+    causes = [*getattr(failure, "worker_failures", {}).values()] or [getattr(failure, "controller_failure", failure)]
+    return all(type(cause).__name__ in LOST or connect.is_loss(ray, cause) for cause in causes)
 
 
 def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | None:
@@ -175,11 +202,19 @@ class _Events:
         self.events: list[Event] = []
         self.reason: dict[str, Any] | None = None
         self.going = False
+        self.attempt = 1
+        self.here: set[int] = set()
 
-    def begin(self) -> dict[str, Any] | None:
-        """Called first by each rank: why a rank ended, if one did. Ranks that had left are back."""
+    def begin(self, rank: int) -> tuple[int, dict[str, Any] | None]:
+        """Called first by each rank: the number of its group's start, and why a rank ended, if one did.
+
+        A rank that comes again is of a new group. Ranks that had left are back.
+        """
         self.going = False
-        return self.reason
+        if rank in self.here:
+            self.attempt, self.here = self.attempt + 1, set()
+        self.here.add(rank)
+        return self.attempt, self.reason
 
     def leave(self) -> None:
         """Note that the ranks leave a node that is taken away."""
