@@ -9,7 +9,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.run.events import EpochEnded, Event, Mirrored, Paced, Resumed, Saved, Stepped, WorkersBegun
+from pipeline.run.events import (
+    EpochEnded,
+    Event,
+    LevelMeasured,
+    Mirrored,
+    Paced,
+    Resumed,
+    RoundBegun,
+    Saved,
+    ShardsCounted,
+    StageBegun,
+    Stepped,
+    WorkersBegun,
+)
 
 LAST_STEP = "secateur_last_step_timestamp_seconds"
 SPEED = "secateur_images_per_second"
@@ -25,7 +38,7 @@ RUN, RANK = ("run",), ("run", "rank")  # labels
 # Name: what it is, and its labels.
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     LAST_STEP: (
-        "When the driver last heard of a training step, in seconds since 1970.",
+        "When the run last got on (a step, an epoch, a level of the scan, a stage), in seconds since 1970.",
         RUN,
     ),
     SPEED: ("Train images a second, of all ranks.", RUN),
@@ -54,7 +67,7 @@ class Gauges:
     def __call__(self, event: Event) -> None:
         """Set what an event tells of."""
         match event:
-            case Stepped() | EpochEnded() | Resumed():
+            case Stepped() | EpochEnded() | Resumed() | StageBegun() | ShardsCounted() | LevelMeasured() | RoundBegun():
                 self.set(LAST_STEP, time.time())
             case Paced(rank=rank):
                 if rank == 0:
