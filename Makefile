@@ -1,11 +1,14 @@
 # Everything below sets itself up: the first call makes .venv and installs requirements.lock into it.
+# Locks hold versions and hashes, and no address: pip finds files where it is set up to, and refuses any other content.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := build/tools
+PIP := -m pip --quiet --disable-pip-version-check
 export SECATEUR_DATA ?= $(abspath $(wildcard ../shared/data))
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install demo test faults lint format bench schema lock clean
+.PHONY: help install demo test faults lint format bench schema lock sbom clean
 
 help:
 	@echo "make demo    prune a real network on real digits, through every stage (about 2 minutes)"
@@ -14,13 +17,15 @@ help:
 	@echo "make lint    ruff, the layers of imports, mypy"
 	@echo "make bench   benchmarks, each prints a table"
 	@echo "make install only the environment in $(VENV)"
+	@echo "make lock    the locks again, as pyproject.toml wants; UPGRADE=--upgrade takes newer versions"
+	@echo "make sbom    build/sbom.json: what is installed in $(VENV), in CycloneDX's form"
 
 install: $(VENV)/installed
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python $(PIP) install --require-hashes -r requirements.lock
+	$(BIN)/python $(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: install
@@ -50,9 +55,26 @@ schema: install
 	$(BIN)/python -c 'import json; from pipeline.settings.config import Config; print(json.dumps(Config.model_json_schema(), indent=1))' > configs/schema.json
 	$(BIN)/python -c 'import json; from pipeline.run.result import schema; print(json.dumps(schema(), indent=1))' > pipeline/results/result.schema.json
 
-lock: install
-	(echo "# Exact versions of everything that is installed; made by \`make lock\`."; \
-	$(BIN)/python -m pip freeze --exclude-editable) > requirements.lock
+# Tools that are not the project's own, and so stay out of its environment.
+$(TOOLS)/installed: requirements-tools.lock
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python $(PIP) install --require-hashes -r requirements-tools.lock
+	touch $@
+
+# Versions stay as they are in the locks, unless pyproject.toml no longer takes them. The images' locks hold parts of
+# requirements.lock: what an image needs, at the same versions.
+COMPILE = $(TOOLS)/bin/uv pip compile --quiet --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock"
+
+lock: $(TOOLS)/installed
+	$(COMPILE) $(UPGRADE) pyproject.toml --extra dev -o requirements.lock
+	$(COMPILE) $(UPGRADE) --group pyproject.toml:tools -o requirements-tools.lock
+	$(COMPILE) pyproject.toml -c requirements.lock -o infra/docker/requirements.lock
+	$(COMPILE) $(UPGRADE) infra/mlflow/requirements.txt -c requirements.lock -o infra/mlflow/requirements.lock
+
+sbom: install $(TOOLS)/installed
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON \
+		-o build/sbom.json $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

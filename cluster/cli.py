@@ -259,7 +259,9 @@ def _typed() -> str:
 
 
 def command_line() -> None:
-    """Run the command line: 0 when done, 2 for a mistake that the user can mend, 130 for Ctrl-C and SIGTERM."""
+    """Run the command line. Exit codes: 0 done, 2 a mistake that the user can mend, 75 what may pass, 130 Ctrl-C and
+    SIGTERM.
+    """
     with one_message(resume=_typed()):
         app()
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline import storage
-from pipeline.base.errors import UserError
+from pipeline.base.errors import Away, UserError
 from pipeline.run.state import Run
 from pipeline.settings.cluster import asked
 from pipeline.settings.config import Config
@@ -46,8 +46,8 @@ class NoRoom(Exception):
 def connect(config: Config) -> Any:
     """Join cluster.address (a job joins its own cluster), or start Ray on this machine; returns the module.
 
-    Raises UserError where no cluster answers, or where it has less than the config asks for: at once, or after
-    cluster.wait_seconds where it had enough before.
+    Raises Away where no cluster answers, or where it has less than the config asks for: at once, or after
+    cluster.wait_seconds where it had enough before. Raises UserError where this machine has too little.
     """
     wanted = config.cluster
     # A range is only tried on nodes that are there; a fixed number may wait for an autoscaler, which is asked again.
@@ -63,8 +63,14 @@ def connect(config: Config) -> Any:
     while (problem := shortage(nodes(ray), config)) and time.monotonic() < deadline:
         time.sleep(1)
     if problem:
-        raise UserError(problem)
+        # On a cluster nodes may still come; this machine stays as it is.
+        raise (UserError if started_here(config) else Away)(problem)
     return ray
+
+
+def started_here(config: Config) -> bool:
+    """Whether the run's Ray is one that it starts on this machine."""
+    return (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 
 def nodes(ray: Any) -> list[dict[str, float]]:
@@ -150,7 +156,7 @@ def _init(ray: Any, address: str, config: Config) -> None:
             f"cluster.address={address}: the cluster does not take this token, or wants one and got none: {TOKEN}"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
+        raise Away(
             f"cluster.address={address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one with "
             "`ray start --head`, or leave cluster.address out to run on this machine"
         ) from error

@@ -6,8 +6,10 @@ from typing import Any
 
 from cluster import connect, sweep
 from cluster import train as training
+from cluster.metrics import Gauges
+from pipeline import storage
 from pipeline.engine import Levels, OnLevel, Together, Work
-from pipeline.run.events import Progress
+from pipeline.run.events import Event, Progress
 from pipeline.run.records import Figures
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
@@ -18,6 +20,7 @@ class RayEngine:
 
     def __init__(self) -> None:
         self.ray: Any = None
+        self.gauges: Gauges | None = None
 
     def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
         """Do it on a worker group of Ray Train."""
@@ -36,10 +39,20 @@ class RayEngine:
 
     def _connect(self, config: Config, run: Run) -> None:
         self.ray = connect.connect(config)
+        if self.gauges is None or self.gauges.run != storage.hide(run.root):
+            from ray.util.metrics import Gauge
+
+            self.gauges = Gauges(storage.hide(run.root), Gauge)
         connect.check_shared(self.ray, run.root)
+
+    def hear(self, event: Event) -> None:
+        """Set the run's gauges, once Ray is up."""
+        if self.gauges is not None:
+            self.gauges(event)
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
         if self.ray is not None:
             with connect.sigterm_later():
                 self.ray.shutdown()
+            self.gauges = None  # Ray's own: gone with it

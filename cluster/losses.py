@@ -13,6 +13,11 @@ from pipeline.train.world import lost_touch
 
 _NODE = re.compile(r"Memory on the node \(IP: (?P<node>[^,]+), ID: [^)]*\) was (?P<used>\S+)GB used / (?P<limit>\S+)GB")
 _KILLED = re.compile(r"(?P<who>[^\n(]*)\([^\n]*pid=(?P<pid>\d+), actual memory used=(?P<memory>[\d.]+)GB")
+# Ray Train's errors for workers that are gone, or never came.
+OF_RAY_TRAIN = {
+    "WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError", "WorkerGroupStartupTimeoutError",
+    "WorkerGroupStartupFailedError", "InsufficientClusterResourcesError",
+}  # fmt: skip
 _IN_ACTOR = re.compile(r"^\s*(pid|ip): (\S+)$", re.MULTILINE)
 
 
@@ -39,7 +44,17 @@ def told(error: BaseException) -> str:
 
 def is_memory(error: BaseException) -> bool:
     """Whether Ray's memory monitor killed the process."""
-    return "low on memory" in str(getattr(error, "health_check_failure", error))
+    cause = getattr(error, "health_check_failure", error)
+    return type(cause).__name__ == "OutOfMemoryError" or "low on memory" in str(cause)
+
+
+def may_pass(failure: Exception) -> bool:
+    """Whether a training of Ray Train's, or a task, failed because processes or nodes were lost, or never came.
+
+    Not by an error of its own code, and not by a lack of memory, which would come again.
+    """
+    causes = [*getattr(failure, "worker_failures", {}).values()] or [getattr(failure, "controller_failure", failure)]
+    return all(not is_memory(cause) and (type(cause).__name__ in OF_RAY_TRAIN or is_rays(cause)) for cause in causes)
 
 
 def _memory(text: str) -> str:

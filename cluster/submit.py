@@ -15,7 +15,7 @@ from typing import Any
 from cluster import job_env
 from cluster.connect import TOKEN, require_shared_paths
 from pipeline import storage
-from pipeline.base.errors import UserError
+from pipeline.base.errors import Away, UserError
 from pipeline.cli import commands
 from pipeline.cli.console import INTERRUPTED, Told
 from pipeline.rounds import branch, preflight
@@ -125,7 +125,7 @@ def _client(where: str) -> Any:
             f"--address={where}: the cluster does not take this token, or wants one and got none: {TOKEN}"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
+        raise Away(
             f"--address={where}: no Ray dashboard answers there ({str(error).splitlines()[0]}); start a cluster with "
             "`ray start --head`, or give its dashboard's address"
         ) from error
@@ -155,7 +155,7 @@ async def _follow(client: Any, job: str, where: str) -> int:
         if info is not None:
             heard, told = time.monotonic(), False
         elif time.monotonic() - heard > PATIENCE_S:
-            raise UserError(
+            raise Away(
                 f"--address={where} has not answered for {PATIENCE_S:.0f} s; job {job} may still run. When the cluster "
                 "is back, the same command follows it, or resumes the run"
             )
@@ -199,7 +199,7 @@ def _info(client: Any, job: str) -> Any:
         return None
     except RuntimeError as error:
         if "404" in str(error):
-            raise UserError(
+            raise Away(
                 f"the cluster does not know job {job} any more: it was started anew; the same command resumes the run"
             ) from error
         return None

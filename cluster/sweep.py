@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cluster import connect, losses
 from pipeline.base import blame
-from pipeline.base.errors import RunStopped, UserError
+from pipeline.base.errors import Away, Lost, RunStopped, UserError
 from pipeline.data.loader import Batch
 from pipeline.engine import Levels, OnLevel, Together
 from pipeline.network.build import build_network
@@ -45,7 +45,7 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
     Weights and val images (uint8) go through the object store once, and so do the levels that each tensor has already:
     a trial takes those of its own tensor. The network's own answers are computed once, by a task with a trial's
     resources. A trial's process is reused for the next tensor, so it keeps the network. Raises RunStopped for a trial
-    that fails by itself, or is lost more than cluster.max_failures times between two levels.
+    that fails by itself, and Lost for one that is lost more than cluster.max_failures times between two levels.
     """
     shared, most = in_store(ray, config, run, source), config.cluster.max_failures
     dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is", config)
@@ -63,7 +63,8 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
             said = f"scan: the trial of {name} was lost: {losses.told(error)}"
             if lost[name] > most:
                 remedy = f"To mend it, {MORE_ROOM}. " if losses.is_memory(error) else ""
-                raise RunStopped(f"{said}; {losses.tried(lost[name], most, 'level')}. {remedy}The same command goes on")
+                stopped = Lost if losses.may_pass(error) else RunStopped
+                raise stopped(f"{said}; {losses.tried(lost[name], most, 'level')}. {remedy}The same command goes on")
             warnings.warn(f"{said}; trying again from its last level ({lost[name]} of {most})", stacklevel=2)
         todo = {name: todo[name] for name in failed}
     return dense.figures()
@@ -162,7 +163,7 @@ class Room:
         self._lacking_since: float | None = None
 
     def look(self) -> None:
-        """Raise UserError, naming what is missing, where no node could hold a trial for cluster.wait_seconds."""
+        """Raise Away, naming what is missing, where no node could hold a trial for cluster.wait_seconds."""
         now, patience = time.monotonic(), self._config.cluster.wait_seconds
         if now - self._looked < PAUSE_S:
             return
@@ -173,13 +174,11 @@ class Room:
             return
         self._lacking_since = now if self._lacking_since is None else self._lacking_since
         if now - self._lacking_since >= patience:
-            raise UserError(
-                f"scan: waited cluster.wait_seconds={patience:g} for room. {problem}. The same command goes on"
-            )
+            raise Away(f"scan: waited cluster.wait_seconds={patience:g} for room. {problem}. The same command goes on")
 
 
 def finished(ray: Any, started: Any, what: str, config: Config) -> Any:
-    """What a task returns. Raises UserError or RunStopped if it failed for good, or where there is no room for it."""
+    """What a task returns. Raises UserError, RunStopped or Lost if it failed for good, Away where there is no room."""
     room, most = Room(ray, config), config.cluster.max_failures
     while not ray.wait([started], timeout=PAUSE_S)[0]:
         room.look()
@@ -188,7 +187,7 @@ def finished(ray: Any, started: Any, what: str, config: Config) -> Any:
     except ray.exceptions.RayError as error:
         require_loss(error, f"scan: {what}")
         remedy = f"To mend it, {MORE_ROOM}. " if losses.is_memory(error) else ""
-        raise RunStopped(
+        raise (Lost if losses.may_pass(error) else RunStopped)(
             f"scan: {what} could not be measured: {losses.told(error)}; tried {most + 1} times "
             f"(cluster.max_failures={most}). {remedy}The same command goes on"
         ) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import uuid
 import warnings
 from typing import Any
@@ -16,12 +15,14 @@ from typing import Any
 import torch
 
 from cluster import connect, losses
+from cluster.board import Board
 from cluster.connect import NoRoom
 from cluster.losses import Tries
 from pipeline.base import blame
-from pipeline.base.errors import Agreed, Leaving, RunStopped, UserError
+from pipeline.base.errors import Agreed, Away, Leaving, Lost, RunStopped, UserError
 from pipeline.engine import Work
-from pipeline.run.events import Event, Progress, Warned
+from pipeline.run import log
+from pipeline.run.events import Event, Paced, Progress, Warned, WorkersBegun
 from pipeline.run.state import Run
 from pipeline.settings.config import Config, parse_config
 from pipeline.train import memory
@@ -35,6 +36,8 @@ from pipeline.train.world import (
     watched,
 )
 
+KINDS: tuple[type[Exception], ...] = (Away, UserError, Lost, RunStopped)  # the narrower first
+
 
 def worker(job: dict[str, Any]) -> None:
     """What Ray runs on each worker. A failure that would repeat is reported to the driver, and ends the training."""
@@ -44,10 +47,10 @@ def worker(job: dict[str, Any]) -> None:
     config = parse_config(job["config"])
     configure_process(config.threads)
     context = ray.train.get_context()
-    board = job["board"]
+    board, rank, stage = job["board"], context.get_world_rank(), job["work"].stage
 
     def progress(event: Event) -> None:
-        if context.get_world_rank() == 0:
+        if rank == 0 or isinstance(event, Paced):  # each rank's own
             board.push.remote(event)
 
     def hung(found: str) -> None:
@@ -58,26 +61,35 @@ def worker(job: dict[str, Any]) -> None:
     def leaving() -> bool:
         return job["watched"] and ray.train.get_preemption_info() is not None
 
-    warnings.showwarning = lambda message, *_, **__: progress(Warned(str(message)))
-    if ray.get(board.begin.remote()) is not None:
+    attempt, reason = ray.get(board.begin.remote(rank))
+    if reason is not None:
         return  # Ray started the group again after the failure below
+    progress(WorkersBegun(stage, attempt, context.get_world_size()))
+    run = Run(job["root"], job["fence"])
+
+    def tell(text: str) -> None:
+        board.push.remote(Warned(f"rank {rank}: {text}"))
+
     try:
-        device = choose_device(config.device, context.get_local_rank())
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        run = Run(job["root"], job["fence"])
-        with watched(current_world(device), job["work"].stage, config.cluster.hang_seconds, hung) as world:
-            job["work"].do(open_session(config, world, run, progress, leaving))
+        with log.kept(run, log.rank_name(run, stage, attempt, rank), tell, rank, attempt) as kept:
+            heard = kept.hearing(progress)
+            warnings.showwarning = lambda message, *_, **__: heard(Warned(str(message)))
+            device = choose_device(config.device, context.get_local_rank())
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            with watched(current_world(device), stage, config.cluster.hang_seconds, hung) as world:
+                job["work"].do(open_session(config, world, run, heard, leaving))
     except Leaving as error:
         progress(Warned(f"a node is about to be taken away; {error}, and the training goes on elsewhere"))
         ray.get(board.leave.remote())
     except (UserError, RunStopped) as error:
-        ray.get(board.end.remote({"user": isinstance(error, UserError), "message": str(error)}))
+        ray.get(board.end.remote({"kind": kind_of(error).__name__, "message": str(error)}))
         if context.get_world_size() > 1 and not isinstance(error, Agreed):
             raise  # this rank may be alone with it: Ray ends the others, which wait for this one
     except Exception as error:
         if not may_pass(error):
-            ray.get(board.end.remote({"user": memory.lacks(error), "message": would_repeat(job["work"].stage, error)}))
+            kind = UserError if memory.lacks(error) else RunStopped
+            ray.get(board.end.remote({"kind": kind.__name__, "message": would_repeat(stage, error)}))
         raise
 
 
@@ -118,17 +130,18 @@ def carry_out(ray: Any, job: dict[str, Any], config: Config, run: Run, progress:
         failure = fit(ray, job, config, run)
         ended = ray.get(board.ended.remote())
         if ended is not None:
-            raise UserError(ended["message"]) if ended["user"] else RunStopped(ended["message"])
+            raise next(kind for kind in KINDS if kind.__name__ == ended["kind"])(ended["message"])
         if failure is None:
             if ray.get(board.left.remote()):
                 continue
             return
         reason = getattr(failure, "controller_failure", None)
         if isinstance(reason, NoRoom):
-            raise UserError(f"{stage}: {reason}") from failure
+            raise Away(f"{stage}: {reason}") from failure
         said, remedy = describe(failure, ray.get(board.hung.remote()))
         if not tries.again():
-            raise RunStopped(f"{stage}: {said}; {tries.said()}. {remedy}The same command goes on") from failure
+            stopped = Lost if losses.may_pass(failure) else RunStopped
+            raise stopped(f"{stage}: {said}; {tries.said()}. {remedy}The same command goes on") from failure
         progress(Warned(f"{stage}: {said}; trying again from the last checkpoint ({tries.count} of {tries.most})"))
 
 
@@ -148,6 +161,11 @@ def describe(failure: Exception, hung: str | None) -> tuple[str, str]:
             f"To mend it, {losses.REMEDIES}. " if memory_ran_out else "",
         )
     return f"Ray Train could not go on: {losses.told(cause)}", ""
+
+
+def kind_of(error: Exception) -> type[Exception]:
+    """As what an error of a worker is raised by the driver."""
+    return next(kind for kind in KINDS if isinstance(error, kind))
 
 
 def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | None:
@@ -197,81 +215,3 @@ def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | 
         finally:
             signal.signal(signal.SIGINT, handler)
     return None
-
-
-class Board:
-    """Events from rank 0 to the driver: a small actor that is read every half second."""
-
-    def __init__(self, ray: Any, progress: Progress) -> None:
-        self.ray, self.progress = ray, progress
-        self.actor = ray.remote(num_cpus=0)(_Events).options(scheduling_strategy=connect.here(ray)).remote()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-
-    def __enter__(self) -> Board:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
-        self.ray.kill(self.actor)
-
-    def _poll(self) -> None:
-        while True:
-            last = self._stop.wait(0.5)
-            try:
-                for event in self.ray.get(self.actor.take.remote(), timeout=60):
-                    self.progress(event)
-            except self.ray.exceptions.GetTimeoutError:
-                continue  # a busy machine; the events wait in the actor
-            except self.ray.exceptions.RayError:
-                return  # The cluster is going away; the training says why.
-            if last:
-                return
-
-
-class _Events:
-    """The actor's state: events not yet taken."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.reason: dict[str, Any] | None = None
-        self.stuck: str | None = None
-        self.going = False
-
-    def begin(self) -> dict[str, Any] | None:
-        """Called first by each rank: why a rank ended, if one did. Ranks that had left are back."""
-        self.going, self.stuck = False, None
-        return self.reason
-
-    def leave(self) -> None:
-        """Note that the ranks leave a node that is taken away."""
-        self.going = True
-
-    def left(self) -> bool:
-        """Whether the ranks left a node, and have work to continue."""
-        return self.going
-
-    def hang(self, found: str) -> None:
-        """Note which rank hangs; the first to find one stands."""
-        self.stuck = self.stuck or found
-
-    def hung(self) -> str | None:
-        """Which rank hung in the last try, if one did."""
-        return self.stuck
-
-    def end(self, reason: dict[str, Any]) -> None:
-        """Note why a rank ended; the first reason stands."""
-        self.reason = self.reason or reason
-
-    def ended(self) -> dict[str, Any] | None:
-        """Why a rank ended, if one did."""
-        return self.reason
-
-    def push(self, event: Event) -> None:
-        self.events.append(event)
-
-    def take(self) -> list[Event]:
-        taken, self.events = self.events, []
-        return taken

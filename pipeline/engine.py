@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.prune.budget import Keep
-from pipeline.run.events import Progress
+from pipeline.run.events import Event, Progress
 from pipeline.run.records import Difference, Figures, Level
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
@@ -51,6 +51,9 @@ class Engine(Protocol):
     def together(self, config: Config, run: Run, source: str) -> Together:
         """A function that measures the network in `source` with all its tensors pruned, at one allocation after the
         other."""
+
+    def hear(self, event: Event) -> None:
+        """Is told every event of the run, from any thread; for what watches the cluster."""
 
     def close(self) -> None:
         """Release what the engine holds."""

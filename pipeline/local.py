@@ -11,7 +11,8 @@ from typing import Any
 
 from pipeline.base.record import Record, plain
 from pipeline.engine import Levels, OnLevel, Together, Work
-from pipeline.run.events import Progress, unheard
+from pipeline.run import log
+from pipeline.run.events import Event, Progress, Warned, unheard
 from pipeline.run.records import Figures
 from pipeline.run.state import Run
 from pipeline.scan import levels, together
@@ -60,6 +61,9 @@ class LocalEngine:
         dense = given.answers()
         return lambda keeps: together.measure(given, dense, keeps)
 
+    def hear(self, event: Event) -> None:
+        """Nothing here asks."""
+
     def close(self) -> None:
         """Let the followers go; out of the middle of a stage they go as this process does."""
         if not self._working:
@@ -73,13 +77,20 @@ class LocalEngine:
             if told is None:
                 return
             call = Call.from_json(told, "what rank 0 tells")
-            run = Run(call.root, call.fence)
-            self._do(call.work, parse_config(call.config), run, unheard)
+            self._do(call.work, parse_config(call.config), Run(call.root, call.fence), unheard)
 
     def _do(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
-        name = f"work {self._posts.number}"
-        with watched(self.world, name, config.cluster.hang_seconds, _end) as world:
-            work.do(open_session(config, world, run, progress))
+        """This rank's part of the work, which its own log tells of."""
+
+        def tell(text: str) -> None:
+            progress(Warned(text))
+
+        number, rank = self._posts.number, self.world.rank
+        with (
+            log.kept(run, log.rank_name(run, work.stage, 1, rank), tell, rank, 1) as kept,
+            watched(self.world, f"work {number}", config.cluster.hang_seconds, _end) as world,
+        ):
+            work.do(open_session(config, world, run, kept.hearing(progress)))
 
     def _inputs(self, config: Config, run: Run, source: str) -> ScanInputs:
         return scan_inputs(open_session(config, World(0, 1, self.world.device), run, unheard), source)

@@ -7,7 +7,8 @@ processes is handed to an engine: this process alone or torchrun's (`LocalEngine
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from pipeline.network.survey import survey as survey_network
 from pipeline.prune import round_plan
 from pipeline.results import final
 from pipeline.rounds import branch, comparison, preflight, same_data
-from pipeline.run.events import Noted, Progress, ShardsCounted, StageBegun, Warned
+from pipeline.run import log
+from pipeline.run.events import Event, Mirrored, Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.records import DataFacts, Scan
 from pipeline.run.result import Result
 from pipeline.run.state import Run, fingerprint, open_run
@@ -224,12 +226,12 @@ def up_to(config: Config, *ends: Stage) -> list[Stage]:
 
 def run(config: Config, engine: Engine, progress: Progress) -> Result:
     """Carry a run to its end and return its result.json. Raises as `carry_out` does."""
-    with open_run(config, lambda text: progress(Noted(text))) as here:
+    with open_run(config, lambda text: progress(Noted(text))) as here, logged(engine, here, progress) as heard:
         mirror, patience = None, patience_s()
         if config.tracking.enabled:
-            mirror = Mirror(here.root, config, lambda text: progress(Warned(text)))
+            mirror = Mirror(here.root, config, lambda text: heard(Warned(text)), lambda lag: heard(Mirrored(lag)))
         try:
-            carry_out(up_to(config, ROUNDS, FINAL), Driver(config, engine, here, progress))
+            carry_out(up_to(config, ROUNDS, FINAL), Driver(config, engine, here, heard))
             result = here.load(Result, "result.json")
             if mirror is not None and result.mlflow is None:
                 started = time.monotonic()
@@ -243,14 +245,28 @@ def run(config: Config, engine: Engine, progress: Progress) -> Result:
         return result
 
 
+@contextmanager
+def logged(engine: Engine, here: Run, progress: Progress) -> Iterator[Progress]:
+    """A progress function for a run's driver: events also go to the driver's log and to the engine."""
+    with log.kept(here, log.driver_name(here), lambda text: progress(Warned(text))) as kept:
+
+        def heard(event: Event) -> None:
+            kept(event)
+            engine.hear(event)
+            progress(event)
+
+        yield heard
+
+
 def scan(
     config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = (), after: int | None = None
 ) -> Scan:
     """Only the scan, with the stages before it, or of a finished round's model."""
-    driver = Driver(config, engine, here, progress, tuple(merged))
-    if after is not None:
-        scans.require_round(after, here)
-        progress(StageBegun(SCAN.name, SCAN.title))
-        return scans.measure(driver.prunable(), config, engine, here, progress, merged, after)
-    carry_out(up_to(config, SCAN), driver)
-    return here.load(Scan, "scan", "scan.json")
+    with logged(engine, here, progress) as heard:
+        driver = Driver(config, engine, here, heard, tuple(merged))
+        if after is not None:
+            scans.require_round(after, here)
+            heard(StageBegun(SCAN.name, SCAN.title))
+            return scans.measure(driver.prunable(), config, engine, here, heard, merged, after)
+        carry_out(up_to(config, SCAN), driver)
+        return here.load(Scan, "scan", "scan.json")

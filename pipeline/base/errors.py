@@ -18,6 +18,13 @@ class UserError(Exception):
         super().__init__(one_line(message))
 
 
+class Away(UserError):
+    """What a run needs was not there: a store, a server, a cluster, room on it. The same command may work later.
+
+    The command line exits with code 75, which tells whatever started it to try again.
+    """
+
+
 def one_line(message: str) -> str:
     """A message on one line. Long words, and the middle of a long text, are left out: the remedy comes at the end."""
     line = re.sub(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*", " ", message)
@@ -35,6 +42,10 @@ def _cut(text: str, most: int) -> str:
 
 class RunStopped(Exception):
     """Training cannot go on and trying again would end the same way. State on disk is kept."""
+
+
+class Lost(RunStopped):
+    """Processes or machines were lost too often. The same command goes on from what is kept, and exits as for Away."""
 
 
 class Agreed(RunStopped):

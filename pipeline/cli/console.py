@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from pipeline import storage
-from pipeline.base.errors import RunStopped, UserError
+from pipeline.base.errors import Away, Lost, RunStopped, UserError
 from pipeline.cli import sigterm
 from pipeline.export.bench import Bench
 from pipeline.results import report
@@ -24,14 +24,18 @@ from pipeline.run.events import (
     EpochEnded,
     Event,
     LevelMeasured,
+    Mirrored,
     Noted,
+    Paced,
     Resumed,
     RoundBegun,
+    Saved,
     ShardsCounted,
     StageBegun,
     Stepped,
     TogetherMeasured,
     Warned,
+    WorkersBegun,
 )
 from pipeline.run.records import Scan
 from pipeline.run.result import Result
@@ -39,6 +43,8 @@ from pipeline.train import memory
 
 LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
 STEPS_EVERY_S = 30.0  # and one of a training's steps, between the lines of its epochs
+MISTAKE = 2  # exit code: the user can mend it, and trying again without that would end the same way
+PASSING = 75  # exit code (EX_TEMPFAIL of sysexits.h): something was away or lost, and the same command may work later
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 LOG_WIDTH = 180  # columns of a table in a log
 
@@ -104,6 +110,8 @@ class Display:
                     f"{phase}: epoch {epoch.epoch}/{epochs}, loss {epoch.loss:.4f}, val {epoch.val_top1:.2%}, "
                     f"{epoch.seconds:.1f} s"
                 )
+            case Paced() | Saved() | WorkersBegun() | Mirrored():
+                pass  # for the log and for gauges
             case _:
                 assert_never(event)
 
@@ -139,7 +147,9 @@ class Told(SystemExit):
 
 @contextmanager
 def one_message(resume: str | None = None) -> Iterator[None]:
-    """One message and exit code 2 for a user's mistake, or a run that had to stop; 130 for Ctrl-C and SIGTERM."""
+    """One message, and the exit code: MISTAKE for what the user can mend, or a run that had to stop; PASSING for what
+    may work later; INTERRUPTED for Ctrl-C and SIGTERM.
+    """
     err = make_console(stderr=True)
 
     def say(text: str) -> None:
@@ -152,12 +162,12 @@ def one_message(resume: str | None = None) -> Iterator[None]:
                 yield
         except (UserError, RunStopped) as error:
             say(f"error: {error}")
-            raise SystemExit(2) from error
+            raise SystemExit(PASSING if isinstance(error, Away | Lost) else MISTAKE) from error
         except (MemoryError, RuntimeError) as error:
             if not memory.lacks(error):
                 raise
             say(f"error: {memory.said(error)}")
-            raise SystemExit(2) from error
+            raise SystemExit(MISTAKE) from error
         except (KeyboardInterrupt, SystemExit) as error:
             if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
                 raise  # Typer makes INTERRUPTED of Ctrl-C

@@ -92,6 +92,48 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Paced:
+    """How fast a training goes, since the last such report of this rank.
+
+    `images_per_s` are those of all ranks; `waiting` is the share (0 to 1) of this rank's time in which it waited for
+    data. This rank has met `bad` unreadable images and made `retries` of reads and writes since its process began.
+    """
+
+    phase: str
+    step: int
+    rank: int
+    images_per_s: float
+    waiting: float
+    bad: int
+    retries: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A training wrote a step checkpoint, which took so many seconds."""
+
+    phase: str
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WorkersBegun:
+    """The workers of a stage begin; `attempt` counts their starts, from 1, by this driver."""
+
+    stage: str
+    attempt: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """MLflow lacks what the run has held for `lag` seconds; 0 where it lacks nothing."""
+
+    lag: float
+
+
+@dataclass(frozen=True)
 class EpochEnded:
     """An epoch of a training ended."""
 
@@ -111,6 +153,10 @@ Event = (
     | RoundBegun
     | Resumed
     | Stepped
+    | Paced
+    | Saved
+    | WorkersBegun
+    | Mirrored
     | EpochEnded
 )
 Progress = Callable[[Event], None]

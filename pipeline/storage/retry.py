@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from pipeline.base.environment import number
-from pipeline.base.errors import UserError
+from pipeline.base.errors import Away
 
 R = TypeVar("R")
 LONGEST_WAIT_S = 16.0
@@ -52,12 +52,12 @@ class Attempts:
         self.url, self.judge, self.failures = url, judge, 0
 
     def failed(self, error: Exception) -> None:
-        """Wait before a retry. Raises UserError after too many failures, or where a retry cannot help."""
+        """Wait before a retry. Raises Away after too many failures, or where a retry cannot help."""
         passing = self.judge(self.url, error)
         self.failures += 1
         if self.failures > passing.tries:
             detail = " ".join(str(error).split())[:200]
-            raise UserError(
+            raise Away(
                 f"'{self.url}' did not answer in {self.failures} tries, the last ended with {passing.reason} "
                 f"({detail}): check that the store is up and its address right (AWS_ENDPOINT_URL, the network), then "
                 "run the same command again; what is finished is kept"

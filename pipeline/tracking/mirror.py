@@ -18,7 +18,7 @@ from pipeline.tracking.tracking import Synced
 
 _LONGEST_WAIT = 60.0  # seconds between tries while the server is away
 _POLL, _POLL_REMOTE = 2.0, 15.0  # seconds between looks at a run on disk, and at one on S3, where each is paid for
-
+LAG_EVERY_S = 10.0  # between reports while MLflow lacks something
 
 THREAD = "mlflow-mirror"
 
@@ -32,7 +32,8 @@ class Mirror:
     """Calls `tracking.sync` when a file of the run has changed.
 
     A problem is reported once, through `on_problem`, until a sync works again. Syncs are retried at growing intervals,
-    and nothing is raised into the run. `on_problem` is called from this thread, or from the caller of `close`.
+    and nothing is raised into the run. `on_problem` is called from this thread, or from the caller of `close`; `on_lag`
+    from this thread, every LAG_EVERY_S while MLflow lacks something, and when it lacks nothing.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Mirror:
         run_dir: str | Path,
         config: Config,
         on_problem: Callable[[str], None],
+        on_lag: Callable[[float], None] = lambda lag: None,
         poll_seconds: float | None = None,
     ) -> None:
         self._run_dir, self._config, self._on_problem = run_dir, config, on_problem
@@ -51,6 +53,9 @@ class Mirror:
         self._problem = ""
         self._told = False  # that problem, through `on_problem`
         self._latest: Synced | None = None
+        self._on_lag = on_lag
+        self._behind: float | None = None  # when a change was seen that MLflow still lacks
+        self._lag: float | None = None  # what `on_lag` was told last
         self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
         self._thread.start()
 
@@ -95,9 +100,12 @@ class Mirror:
                 asked, closing = self._asked, self._closing
             now = self._fingerprint()
             requested = asked > self._answered
+            if now and now != seen:
+                self._tell_lag(True)
             if requested or (now and now != seen and time.monotonic() >= due):
                 if self._try():
                     seen, failures = now, 0
+                    self._tell_lag(False)
                 else:
                     failures += 1
                     due = time.monotonic() + min(_LONGEST_WAIT, self._poll * 2**failures)
@@ -110,6 +118,21 @@ class Mirror:
                 self._state.notify_all()
                 if closing and asked >= self._asked:
                     return
+
+    def _tell_lag(self, behind: bool) -> None:
+        """Tell `on_lag` how long MLflow has lacked something, every LAG_EVERY_S; that it lacks nothing, once."""
+        if not behind:
+            self._behind = None
+            if self._lag != 0:
+                self._lag = 0.0
+                self._on_lag(0.0)
+            return
+        now = time.monotonic()
+        self._behind = now if self._behind is None else self._behind
+        lag = now - self._behind
+        if lag >= (self._lag or 0.0) + LAG_EVERY_S:
+            self._lag = lag
+            self._on_lag(round(lag, 3))
 
     def _try(self) -> bool:
         try:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline import storage
-from pipeline.base.errors import UserError
+from pipeline.base.errors import Away, UserError
 from pipeline.run.contents import read
 from pipeline.run.records import StartFacts
 from pipeline.run.result import MlflowPlace
@@ -125,7 +125,7 @@ class Server:
 def sync(run_dir: str | Path, config: Config) -> Synced:
     """Make MLflow hold all that the run directory holds; idempotent.
 
-    Raises UserError if the directory is not a run, or the server is away or refuses.
+    Raises UserError if the directory is not a run or the server refuses, and Away if the server does not answer.
     """
     contents = read(run_dir)
     server = Server(config.tracking, config.runs_dir)
@@ -146,9 +146,10 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
         _set_status(client, client.get_run(run_id), whole)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = " ".join(storage.hide(str(error)).split())[:300]
-        refused = isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
-        remedy = f" ({_REFUSED})" if refused else ""
-        raise UserError(f"tracking.uri='{storage.hide(uri)}' did not take the run: {reason}{remedy}") from error
+        status = error.get_http_status_code() if isinstance(error, MlflowException) else 503
+        remedy = f" ({_REFUSED})" if status in (401, 403) else ""
+        kind = Away if status >= 500 else UserError
+        raise kind(f"tracking.uri='{storage.hide(uri)}' did not take the run: {reason}{remedy}") from error
     return Synced(storage.hide(uri), run_id, experiment)
 
 

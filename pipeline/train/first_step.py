@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.base import blame
-from pipeline.base.errors import UserError
+from pipeline.base.errors import Away, UserError
 from pipeline.base.names import few
 from pipeline.data.loader import Batch
 from pipeline.network.build import FOREIGN, build_network
@@ -66,6 +66,8 @@ def on_workers(session: Session, phase: str) -> None:
     try:
         batch = real(session, max([SAMPLES, *(size // session.world.size for size in sizes)]))
         require(config, session.manifest.num_classes, batch, session.world.device)
+    except Away:
+        raise  # no mistake, so nothing to agree on: this rank's end ends the others
     except UserError as error:
         problem = str(error)
     session.world.agree(problem)

@@ -17,12 +17,13 @@ from pipeline.base.errors import Agreed, Leaving
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.prune import masks as masking
 from pipeline.prune.gradual import Gradual
-from pipeline.run.events import EpochEnded, Resumed, Stepped
+from pipeline.run.events import EpochEnded, Resumed, Saved, Stepped
 from pipeline.run.records import Epoch
 from pipeline.settings.training import Retrain, Train
 from pipeline.train import allreduce, checkpoint, memory, phases, recipe
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.looks import Looks
+from pipeline.train.pace import Pace
 from pipeline.train.session import Session, require_same_data
 from pipeline.train.tally import Tally
 
@@ -87,6 +88,7 @@ class Training:
         self.position = Position()
         self.tally = Tally(session.world)
         self.told = time.monotonic()
+        self.pace = Pace()
 
     def fit(self) -> Position:
         """Train from the last whole step checkpoint, or from the start, to the end.
@@ -99,10 +101,11 @@ class Training:
         entered: int | None = None
         self.model.train()
         self.applier.apply()
+        self.pace.restart()
         clock = time.monotonic()
         while self.position.step < self.total:
             epoch, first = divmod(self.position.step, self.loader.steps_per_epoch)
-            for batch in self.loader.epoch(epoch, first):
+            for batch in self.pace.timed(self.loader.epoch(epoch, first)):
                 if self.gradual and self.gradual.due(self.position.step, self.total):
                     self._prune(self.gradual.masks(self.position.step, self.total, self.masks))
                     wrapped = None  # its all-reduce has the old masks
@@ -112,6 +115,7 @@ class Training:
                     wrapped, entered = self._enter(phase), phase
                 with memory.remedied(f"{self.phase}: step {self.position.step} on rank {self.world.rank}", self.remedy):
                     self._update(wrapped, batch)
+                self.pace.steps += 1
                 self.position.step += 1
                 last = self.position.step in (self.total, (epoch + 1) * self.loader.steps_per_epoch)
                 due = self.position.step % self.settings.checkpoint_steps == 0
@@ -229,8 +233,12 @@ class Training:
         if time.monotonic() - self.told >= TELL_EVERY_S:
             self.told = time.monotonic()
             self.session.progress(Stepped(self.phase, self.position.step, self.total))
+        if time.monotonic() - self.pace.since >= TELL_EVERY_S:
+            speed, waiting = self.pace.taken()
+            self.session.paced(self.phase, self.position.step, speed * self.settings.batch_size, waiting)
 
     def _end_epoch(self, epoch: int) -> None:
+        began = time.monotonic()
         loss, samples, bad = self.tally.totals
         self.world.agree(self.session.too_many_bad("train", int(bad), int(samples + bad)))
         val = self.session.evaluate(self.model, "val").metrics()
@@ -247,12 +255,14 @@ class Training:
         self.tally = Tally(self.world)
         self.told = time.monotonic()
         self.session.progress(EpochEnded(self.phase, entry, self.settings.epochs, self.total))
+        self.pace.without(time.monotonic() - began)
 
     def _save(self) -> None:
         """Write a step checkpoint from rank 0 and drop all but the last ones."""
         sums = self.tally.state()
         if not self.world.first:
             return
+        began = time.monotonic()
         state = {
             "phase": self.phase,
             "step": self.position.step,
@@ -267,6 +277,7 @@ class Training:
         )
         checkpoint.save(self.session.run, checkpoint.step_folder(self.phase, self.position.step), saved)
         checkpoint.keep_last(self.session.run, self.phase, KEPT_CHECKPOINTS)
+        self.session.progress(Saved(self.phase, self.position.step, round(time.monotonic() - began, 3)))
 
     def _resume(self) -> None:
         saved = checkpoint.latest(self.session.run, self.phase)

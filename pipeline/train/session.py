@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline import storage
 from pipeline.base import blame
 from pipeline.base.errors import UserError
 from pipeline.data import loader, shards, sources
 from pipeline.data.loader import Batch, EvalLoader, Split
 from pipeline.data.shards import Manifest
 from pipeline.network.build import FOREIGN, build_network
-from pipeline.run.events import Progress
+from pipeline.run.events import Paced, Progress
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
@@ -88,6 +89,11 @@ class Session:
         """
         loader = EvalLoader(self.split("train"), self.config.data, limit=samples, seed=self.config.seed)
         return loader.batches(self.world.rank, self.world.size) if share else loader.batches(0, 1)
+
+    def paced(self, phase: str, step: int, images_per_s: float, waiting: float) -> None:
+        """Report how fast a training goes (`Paced`), with what this process has met so far."""
+        bad, retries = sum(len(split.bad) for split in self._splits.values()), storage.retries().total()
+        self.progress(Paced(phase, step, self.world.rank, round(images_per_s, 3), round(waiting, 4), bad, retries))
 
     def too_many_bad(self, split: str, bad: int, seen: int) -> str | None:
         """The problem to report when more than data.max_bad_fraction of the images could not be read."""

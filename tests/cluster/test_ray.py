@@ -130,7 +130,7 @@ def test_a_cluster_without_what_is_asked_for_is_one_message(tiny_yaml: Path) -> 
     assert "cluster.workers=2 with 1 GPU each" in done.stderr
     assert "the cluster has 0" in done.stderr
     gone = program("cluster", "run", str(tiny_yaml), "cluster.address=127.0.0.1:6666")
-    assert gone.returncode == 2
+    assert gone.returncode == 75
     assert "cluster.address=127.0.0.1:6666" in gone.stderr
 
 

@@ -41,9 +41,12 @@ def test_hadolint_is_content(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_bases_are_pinned_to_a_full_version(path: Path) -> None:
     stages = set()
+    arguments_of = [arguments.partition("=") for name, arguments in _instructions(path) if name == "ARG"]
+    bases = {f"${{{name}}}": value for name, _, value in arguments_of}
     for name, arguments in _instructions(path):
         if name == "FROM":
             image, *alias = arguments.split()
+            image = bases.get(image, image)
             assert image in stages or re.search(r":\d+\.\d+(\.\d+)?(-|$)|@sha256:[0-9a-f]{64}$", image), image
             stages |= set(alias[1:])
 
@@ -78,7 +81,7 @@ def test_the_build_context_is_closed_but_for_what_is_named(path: Path) -> None:
 def test_the_image_has_what_pip_reads_and_what_it_copies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = [name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]]
-    needed = {"requirements.lock", "pyproject.toml", project["project"]["readme"], "configs", *packages}
+    needed = {"infra/docker/requirements.lock", "pyproject.toml", project["project"]["readme"], "configs", *packages}
     needed |= set(project["project"]["license-files"])
     allowed = (INFRA / "docker/Dockerfile.dockerignore").read_text().splitlines()
     assert {f"!{name}" for name in needed} <= set(allowed)
@@ -87,7 +90,7 @@ def test_the_image_has_what_pip_reads_and_what_it_copies() -> None:
 def test_the_image_serves_ray() -> None:
     text = IMAGE.read_text()
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["python_version"]
-    assert f"FROM python:{version}." in text
+    assert f"ARG PYTHON_BASE=python:{version}." in text
     for tool in ("wget", "rsync", "openssh-client"):
         assert re.search(rf"\b{tool}\b", text)
     assert re.search(r"^ENV RAY_AUTH_MODE=token", text, re.MULTILINE)

@@ -22,8 +22,11 @@ SECRET = {
     "a value for a secret": r"(?i)(password|secret|token|access_key|session_key)\w*[\"']?[ \t]*[=:][ \t]*"
     r"[\"']?(?![\"'$<{\[]|\.\.\.)[A-Za-z0-9+/_-]{12,}",
 }
-# What the last pattern also sees: names of settings and of Kubernetes objects, and paths.
-NOT_SECRET = re.compile(r"RAY_AUTH_TOKEN_PATH=\S+|secretName: [a-z-]+|/home/secateur/token: \S+|auth_token=\"\$\(")
+# What the patterns also see: names of settings and of Kubernetes objects, paths, and hashes of packages.
+NOT_SECRET = re.compile(
+    r"RAY_AUTH_TOKEN_PATH=\S+|secretName: [a-z-]+|/home/secateur/token: \S+|auth_token=\"\$\("
+    r"|--hash=sha256:[0-9a-f]{64}"
+)
 
 
 def found(text: str) -> list[str]:

@@ -23,6 +23,7 @@ from referencing import Registry, Resource
 from support import ROOT
 
 from cluster import connect
+from pipeline.cli.console import MISTAKE, PASSING
 from pipeline.settings.config import load_config
 
 KUBERNETES = "1.37"
@@ -75,7 +76,7 @@ def test_the_schema_refuses_mistakes(path: list[Any], value: Any, kuberay: jsons
 def test_the_kustomization_holds_all_that_stays() -> None:
     listed = yaml.safe_load((INFRA / "kuberay/kustomization.yaml").read_text())["resources"]
     there = {path.name for path in (INFRA / "kuberay").glob("*.yaml")}
-    assert {*listed, "kustomization.yaml", "raycluster.yaml", "rayjob.yaml"} == there
+    assert {*listed, "kustomization.yaml", "raycluster.yaml", "rayjob.yaml", "job.yaml"} == there
 
 
 def test_the_job_runs_on_the_cluster_that_raycluster_yaml_describes() -> None:
@@ -161,7 +162,7 @@ def test_the_network_policy_lets_in_the_cluster_and_the_submitter_and_nobody_els
     submitter = JOB["spec"]["submitterPodTemplate"]["metadata"]["labels"]
     operator = {"app.kubernetes.io/name": "kuberay-operator"}
     ports = [port["containerPort"] for port in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]]
-    assert {6379, 8265, 10001} == set(ports)
+    assert {6379, 8265, 10001, 8080} == set(ports)
     for port in [*ports, 10002, 45678]:
         assert _may_reach(worker, head, port)
         assert _may_reach(head, worker, port)
@@ -173,6 +174,10 @@ def test_the_network_policy_lets_in_the_cluster_and_the_submitter_and_nobody_els
         assert _may_reach(submitter, head, port) == (port == 8265)
         assert _may_reach(operator, head, port, namespace="kuberay-system") == (port == 8265)
         assert not _may_reach(operator, head, port, namespace="elsewhere")
+        prometheus = {"app.kubernetes.io/name": "prometheus"}
+        for node in (head, worker):
+            assert _may_reach(prometheus, node, port, namespace="monitoring") == (port == 8080)
+            assert not _may_reach(prometheus, node, port, namespace="elsewhere")
 
 
 def test_no_pod_can_ask_the_node_for_its_credentials() -> None:
@@ -182,7 +187,105 @@ def test_no_pod_can_ask_the_node_for_its_credentials() -> None:
         for peer in rule.get("to", [])
         if "ipBlock" in peer
     ]
-    assert blocks == [{"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}]
+    pod_identity = {"cidr": "169.254.170.23/32"}  # gives a pod its own role's, and no other's
+    assert blocks == [{"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}, pod_identity]
+
+
+def test_pods_reach_their_role_and_a_store_in_the_cluster() -> None:
+    rules = OBJECTS["NetworkPolicy/secateur-ray"]["spec"]["egress"]
+    ports = {json.dumps(rule["to"]): [entry["port"] for entry in rule["ports"]] for rule in rules if len(rule) == 2}
+    assert ports[json.dumps([{"ipBlock": {"cidr": "169.254.170.23/32"}}])] == [80]
+    (minio,) = [given for peers, given in ports.items() if "minio" in peers]
+    assert minio == [9000]
+
+
+@pytest.mark.parametrize("name", RAY)
+def test_only_workers_see_gpus(name: str) -> None:
+    spec = OBJECTS[name]["spec"]
+    spec = spec.get("rayClusterSpec", spec)
+    assert spec["headGroupSpec"]["rayStartParams"]["num-gpus"] == "0"
+    for container in containers(OBJECTS[name]):
+        env = {variable["name"]: variable.get("value") for variable in container["env"]}
+        asks = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert (env.get("NVIDIA_VISIBLE_DEVICES") == "void") == (not asks), container["name"]
+
+
+@pytest.mark.parametrize("name", RAY)
+def test_the_autoscaler_is_version_2_whose_pods_are_never_restarted(name: str) -> None:
+    spec = OBJECTS[name]["spec"]
+    spec = spec.get("rayClusterSpec", spec)
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    assert {group["template"]["spec"]["restartPolicy"] for group in groups} == {"Never"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Serve, which Ray's commands import
+@pytest.mark.parametrize("name", RAY)
+def test_a_worker_that_is_evicted_tells_ray_first(name: str) -> None:
+    """The real command takes these options, and its deadline is within the time that the pod is given."""
+    from ray.scripts.scripts import drain_node
+
+    spec = OBJECTS[name]["spec"]
+    (group,) = spec.get("rayClusterSpec", spec)["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    shell, flag, script = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, flag) == ("/bin/bash", "-c")
+    drain, wait = script.split("; ")
+    program, command, *options = shlex.split(drain)
+    assert (program, command) == ("ray", "drain-node")
+    given = drain_node.make_context(command, list(options)).params
+    assert given["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+    seconds = int(wait.removeprefix("sleep "))
+    assert seconds < given["deadline_remaining_seconds"] < pod["terminationGracePeriodSeconds"] <= 120
+    assert not any(
+        budget["spec"]["selector"]["matchLabels"].get("ray.io/node-type") != "head"
+        for kind, budget in OBJECTS.items()
+        if kind.startswith("PodDisruptionBudget/")
+    ), "a budget of the workers would hold the eviction up"
+
+
+def test_no_eviction_of_the_head_goes_through() -> None:
+    spec = OBJECTS["PodDisruptionBudget/secateur-head"]["spec"]
+    assert (spec["maxUnavailable"], "minAvailable" in spec) == (0, False)
+
+
+def test_the_job_ends_for_a_mistake_and_tries_again_for_what_may_pass() -> None:
+    spec = OBJECTS["Job/secateur-"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+
+    def action(code: int) -> str:
+        """Kubernetes' rule: the first rule that matches; else the failure is counted."""
+        for rule in spec["podFailurePolicy"]["rules"]:
+            if "onExitCodes" in rule and code in rule["onExitCodes"]["values"]:
+                assert rule["onExitCodes"]["containerName"] == container["name"]
+                assert rule["onExitCodes"]["operator"] == "In"
+                return str(rule["action"])
+        return "Count"
+
+    assert {code: action(code) for code in (MISTAKE, PASSING, 1, 130)} == {
+        2: "FailJob",
+        75: "Count",
+        1: "Count",
+        130: "Count",
+    }
+    assert spec["backoffLimit"] > 0
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"  # which a podFailurePolicy needs
+    assert spec["activeDeadlineSeconds"] == JOB["spec"]["activeDeadlineSeconds"]
+    program, command, config, address, *overrides = [*container["command"], *container["args"]]
+    assert (program, command) == ("secateur", "submit")
+    assert address == "--address=http://secateur-head-svc.secateur.svc.cluster.local:8265"
+    assert [config, *overrides] == [part.removeprefix("/app/") for part in shlex.split(JOB["spec"]["entrypoint"])[4:]]
+    labels = spec["template"]["metadata"]["labels"]
+    assert labels == JOB["spec"]["submitterPodTemplate"]["metadata"]["labels"]
+    context = container["securityContext"]
+    assert (context["readOnlyRootFilesystem"], context["allowPrivilegeEscalation"]) == (True, False)
+
+
+def test_images_are_given_by_digest() -> None:
+    """Which digest is for the user to fill in: an image that is not built has none."""
+    images = [container["image"] for name in RAY for container in containers(OBJECTS[name])]
+    images.append(OBJECTS["Job/secateur-"]["spec"]["template"]["spec"]["containers"][0]["image"])
+    assert {image.partition("@")[2] for image in images} == {"DIGEST"}
 
 
 def test_a_head_that_dies_is_followed_by_one_that_resumes() -> None:

@@ -43,6 +43,14 @@ def test_every_ray_process_starts_with_the_token(commands: str) -> None:
     assert starts[0].startswith("RAY_AUTH_MODE=token ray start")
 
 
+def test_workers_watch_for_their_spot_notice() -> None:
+    *_, start, watch = CLUSTER["worker_start_ray_commands"]
+    assert "ray start" in start
+    assert "python -m cluster.spot" in watch
+    assert watch.endswith("&")
+    assert not any("cluster.spot" in command for command in CLUSTER["head_start_ray_commands"])
+
+
 def test_the_token_is_a_file_and_in_no_command() -> None:
     options = CLUSTER["docker"]["run_options"]
     (mounted,) = CLUSTER["file_mounts"]
@@ -67,4 +75,4 @@ def test_nodes_get_what_terraform_made_and_no_wide_defaults(node: dict[str, Any]
 
 
 def test_the_ray_that_validates_is_the_ray_that_runs() -> None:
-    assert f"ray=={ray.__version__}\n" in (INFRA.parent / "requirements.lock").read_text()
+    assert f"ray=={ray.__version__} \\\n" in (INFRA.parent / "requirements.lock").read_text()

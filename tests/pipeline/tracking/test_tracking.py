@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -19,6 +20,7 @@ from pipeline.base.errors import UserError
 from pipeline.results import report
 from pipeline.run.records import RunFacts
 from pipeline.settings.config import Config
+from pipeline.tracking import mirror as mirrors
 from pipeline.tracking import tracking
 from pipeline.tracking.mirror import Mirror
 
@@ -253,7 +255,8 @@ def test_mirror_follows_a_run(tmp_path: Path) -> None:
     settings = config(tmp_path)
     problems: list[str] = []
     run = begin(settings)
-    mirror = Mirror(run, settings, problems.append, poll_seconds=0.05)
+    lags: list[float] = []
+    mirror = Mirror(run, settings, problems.append, lags.append, poll_seconds=0.05)
     dense(run)
     round_done(run, 1, 0.5)
     flushed = mirror.flush(60)
@@ -263,6 +266,7 @@ def test_mirror_follows_a_run(tmp_path: Path) -> None:
     finals(run, settings)
     closed = mirror.close(60)
     assert closed == flushed
+    assert lags == [0.0]
     assert named(everything(settings))["lenet"]["info"][1] == "FINISHED"
     assert problems == []
 
@@ -271,9 +275,11 @@ def test_mirror_outlives_a_server_that_is_away(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     away = config(tmp_path, tracking={"uri": f"http://127.0.0.1:{free_port()}"})
     problems: list[str] = []
+    lags: list[float] = []
+    monkeypatch.setattr(mirrors, "LAG_EVERY_S", 0.2)
     run = begin(away)
     started = time.monotonic()
-    mirror = Mirror(run, away, problems.append, poll_seconds=0.05)
+    mirror = Mirror(run, away, problems.append, lags.append, poll_seconds=0.05)
     assert time.monotonic() - started < 1.0
     until = time.monotonic() + 180
     while not problems and time.monotonic() < until:
@@ -283,6 +289,9 @@ def test_mirror_outlives_a_server_that_is_away(tmp_path: Path, monkeypatch: pyte
         time.sleep(0.2)
     assert len(problems) == 1
     assert "tracking.uri='http://127.0.0.1:" in problems[0]
+    assert len(lags) > 1
+    assert lags == sorted(lags)
+    assert min(later - before for before, later in itertools.pairwise([0.0, *lags])) >= 0.19
     assert mirror.close(30) is None
     assert problems[1:] == [f"MLflow does not hold all of this run; when its server answers: secateur sync {run}"]
     back = config(tmp_path)
