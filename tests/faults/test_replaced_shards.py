@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from faults.limits import command
-from faults.runs import Line, RayRun, newest_step, same_weights
+from faults.runs import Line, RayRun, newest_step, resumed_at, same_weights
 from tiny_run import NO_SCAN, TINY
 
 from pipeline import stages
@@ -82,14 +82,14 @@ def test_shards_replaced_between_two_starts(when: str, tiny: Tiny, tmp_path: Pat
 def test_shards_replaced_under_a_restarted_worker(tiny: Tiny, tmp_path: Path, line: Line) -> None:
     """Refused by the worker that starts again, without further retries."""
     root, others = tmp_path / "shards", tmp_path / "others"
-    settings = ["data.resize=56", "data.size=56", "data.source=shards", f"data.root={root}", NO_SCAN]
+    settings = ["data.source=shards", f"data.root={root}", "retrain.epochs=1", "prune.dense_control=false", NO_SCAN]
     shards.build(tiny().data, 0, str(root))
     other_shards(tiny, others)
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump({**TINY, "runs_dir": str(tmp_path / "runs")}))
     run = RayRun(config, tmp_path / "runs", *settings)
-    victim, steps = run.worker(1), run.folder / "rounds/01/steps"
-    run.wait(lambda: newest_step(steps))
+    victim = run.worker(1, "dense")
+    run.wait(lambda: newest_step(run.folder / "dense/steps"))
     swap(root, others)
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
@@ -102,5 +102,5 @@ def test_shards_replaced_under_a_restarted_worker(tiny: Tiny, tmp_path: Path, li
     swap(root, others)
     again = RayRun(config, tmp_path / "runs", *settings)
     again.finish()
-    assert "rounds/01: resumed at step" in again.output
+    assert resumed_at(again.output, "dense") > 0
     line("shards replaced under a restarted worker", "stops cleanly", "<=50", seconds)
