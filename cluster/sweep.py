@@ -149,9 +149,11 @@ def as_task(ray: Any, config: Config, function: Callable[..., Any]) -> Any:
 def in_store(ray: Any, config: Config, run: Run, source: str) -> Any:
     """A reference to the `Shared` of a scan. A task makes it, so that val is never in the driver's memory.
 
-    Each node holds it once. Where the node that made it is lost, Ray runs the task again.
+    Each node holds it once. It is made on the driver's node, so it is lost only with the driver: made again elsewhere,
+    it would need room while the trials that wait for it hold all there is. It reserves nothing itself.
     """
-    return as_task(ray, config, shared_inputs).remote(config, run, source)
+    make = ray.remote(num_cpus=0, max_retries=config.cluster.max_failures)(shared_inputs)
+    return make.options(scheduling_strategy=connect.here(ray)).remote(config, run, source)
 
 
 class Room:

@@ -88,10 +88,10 @@ def measured_twice(run: Path) -> int:
 
 
 @pytest.mark.parametrize("part", [LEVELS, TOGETHER])
-def test_the_node_killed_that_held_everything(
+def test_the_node_killed_that_measured(
     part: str, undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, line: Line
 ) -> None:
-    """It holds val, the network and the trial. Another one has joined, where all of that is made again."""
+    """Another one has joined, which has room for one trial only, and not for what would make its inputs again."""
     first = nodes.add()
     run = nodes.run(undisturbed.config, before(part, undisturbed, tmp_path / "runs"), *SETTINGS)
     run.wait(lambda: measured(run.folder, part))
