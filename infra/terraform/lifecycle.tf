@@ -17,6 +17,21 @@ resource "aws_s3_bucket_lifecycle_configuration" "this" {
     }
   }
 
+  # A run deletes its step checkpoints, each as large as the network, as soon as newer ones are whole, and overwrites its
+  # lease all the time: their old versions would soon be most of the bucket.
+  rule {
+    id     = "step-checkpoints"
+    status = "Enabled"
+
+    filter {
+      prefix = "${var.runs_prefix}/"
+    }
+
+    noncurrent_version_expiration {
+      noncurrent_days = var.runs_noncurrent_days
+    }
+  }
+
   rule {
     id     = "torn-uploads"
     status = "Enabled"
@@ -25,6 +40,21 @@ resource "aws_s3_bucket_lifecycle_configuration" "this" {
 
     abort_incomplete_multipart_upload {
       days_after_initiation = 2
+    }
+  }
+}
+
+resource "aws_s3_bucket_lifecycle_configuration" "logs" {
+  bucket = aws_s3_bucket.logs.id
+
+  rule {
+    id     = "old-logs"
+    status = "Enabled"
+
+    filter {}
+
+    expiration {
+      days = var.access_log_days
     }
   }
 }

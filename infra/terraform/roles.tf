@@ -7,6 +7,8 @@ locals {
 
 # What every node may do: read shards, keep runs, see nothing else in the bucket.
 data "aws_iam_policy_document" "storage" {
+  source_policy_documents = [data.aws_iam_policy_document.key.json]
+
   statement {
     sid       = "ReadShards"
     actions   = ["s3:GetObject"]

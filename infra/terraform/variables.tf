@@ -42,6 +42,18 @@ variable "noncurrent_days" {
   default     = 14
 }
 
+variable "runs_noncurrent_days" {
+  description = "As noncurrent_days, for what lies under runs_prefix: step checkpoints above all. The shorter one counts."
+  type        = number
+  default     = 3
+}
+
+variable "access_log_days" {
+  description = "Days that S3's access logs are kept, in a bucket of their own."
+  type        = number
+  default     = 90
+}
+
 variable "vpc_id" {
   description = "VPC of the cluster."
   type        = string

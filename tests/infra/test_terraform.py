@@ -89,9 +89,19 @@ def outputs(terraform: Run, variables: None, folder: Path, aws: dict[str, str]) 
     (folder / "lifecycle.tf").rename(folder / "lifecycle.tf.not-applied")
     terraform("apply", "-auto-approve", "-input=false", "-no-color")
     yield {name: item["value"] for name, item in json.loads(terraform("output", "-json")).items()}
+    _empty_logs(aws)
     terraform("destroy", "-auto-approve", "-input=false", "-no-color", "-refresh=false")
     assert _client("s3", aws).list_buckets()["Buckets"] == []
     assert _client("iam", aws).list_roles()["Roles"] == []
+
+
+def _empty_logs(aws: dict[str, str]) -> None:
+    """As a person must before the bucket of access logs can go; moto writes such logs too."""
+    s3, logs = _client("s3", aws), f"{BUCKET}-logs"
+    s3.put_bucket_logging(Bucket=BUCKET, BucketLoggingStatus={})
+    s3.delete_bucket_policy(Bucket=logs)  # it refuses what does not come by TLS, as here
+    for item in s3.list_objects_v2(Bucket=logs).get("Contents", []):
+        s3.delete_object(Bucket=logs, Key=item["Key"])
 
 
 def _client(service: str, aws: dict[str, str]) -> Any:
@@ -129,9 +139,16 @@ def test_the_module_is_valid_and_its_provider_is_pinned(terraform: Run) -> None:
     assert 'version = "5.100.0"' in (INFRA / "terraform/versions.tf").read_text()
 
 
-def test_old_versions_and_torn_uploads_expire_and_nothing_else() -> None:
-    text = (INFRA / "terraform/lifecycle.tf").read_text()
-    assert text.count('status = "Enabled"') == text.count("rule {") == 2
+def test_old_versions_and_torn_uploads_expire_and_nothing_else_but_logs() -> None:
+    whole = (INFRA / "terraform/lifecycle.tf").read_text()
+    text, logs = whole.split('resource "aws_s3_bucket_lifecycle_configuration" "logs"')
+    assert text.count('status = "Enabled"') == text.count("rule {") == 3
+    assert re.search(
+        r'prefix = "\$\{var\.runs_prefix\}/"\s+\}\s+noncurrent_version_expiration \{\s+'
+        r"noncurrent_days = var\.runs_noncurrent_days\s+\}",
+        text,
+    )
+    assert re.search(r"expiration \{\s+days = var\.access_log_days\s+\}", logs)
     assert re.search(r"noncurrent_version_expiration \{\s+noncurrent_days = var\.noncurrent_days\s+\}", text)
     assert re.search(r"abort_incomplete_multipart_upload \{\s+days_after_initiation = \d\s+\}", text)
     assert not re.search(r"^\s+(days|date)\s*=", text, re.MULTILINE), "an object in use would expire"
@@ -144,11 +161,35 @@ def test_the_bucket_is_closed_encrypted_and_versioned(outputs: dict[str, Any], a
     block = s3.get_public_access_block(Bucket=BUCKET)["PublicAccessBlockConfiguration"]
     assert list(block.values()) == [True] * 4
     rules = s3.get_bucket_encryption(Bucket=BUCKET)["ServerSideEncryptionConfiguration"]["Rules"]
-    assert rules[0]["ApplyServerSideEncryptionByDefault"]["SSEAlgorithm"] == "AES256"
+    aliases = _client("kms", aws).list_aliases()["Aliases"]
+    (key,) = [entry["TargetKeyId"] for entry in aliases if entry["AliasName"] == "alias/secateur"]
+    default = rules[0]["ApplyServerSideEncryptionByDefault"]
+    assert default["SSEAlgorithm"] == "aws:kms"
+    assert default["KMSMasterKeyID"].endswith(f":key/{key}")
+    assert rules[0]["BucketKeyEnabled"]
+    assert _client("kms", aws).get_key_rotation_status(KeyId=key)["KeyRotationEnabled"]
     deny = _statements(s3.get_bucket_policy(Bucket=BUCKET)["Policy"])["TlsOnly"]
     assert (deny["Effect"], deny["Action"], deny["Principal"]) == ("Deny", "s3:*", "*")
     assert deny["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
     assert deny["Resource"] == [f"arn:aws:s3:::{BUCKET}/*", f"arn:aws:s3:::{BUCKET}"]
+
+
+def test_access_is_logged_into_a_closed_bucket_that_only_s3_writes(
+    outputs: dict[str, Any], aws: dict[str, str]
+) -> None:
+    s3, logs = _client("s3", aws), f"{BUCKET}-logs"
+    assert s3.get_bucket_logging(Bucket=BUCKET)["LoggingEnabled"]["TargetBucket"] == logs
+    written = s3.list_objects_v2(Bucket=logs)["Contents"]
+    assert written
+    assert all(item["Key"].startswith("s3/") for item in written)
+    block = s3.get_public_access_block(Bucket=logs)["PublicAccessBlockConfiguration"]
+    assert list(block.values()) == [True] * 4
+    statements = _statements(s3.get_bucket_policy(Bucket=logs)["Policy"])
+    writes = statements["AccessLogs"]
+    assert (writes["Action"], writes["Principal"]) == ("s3:PutObject", {"Service": "logging.s3.amazonaws.com"})
+    assert writes["Condition"]["ArnEquals"] == {"aws:SourceArn": f"arn:aws:s3:::{BUCKET}"}
+    assert statements["TlsOnly"]["Effect"] == "Deny"
+    assert len(statements) == 2
 
 
 def test_every_role_may_read_shards_and_keep_runs_and_no_more(outputs: dict[str, Any], aws: dict[str, str]) -> None:
@@ -173,7 +214,10 @@ def test_every_role_may_read_shards_and_keep_runs_and_no_more(outputs: dict[str,
         *((f"s3:{action}", f"{bucket}/runs/*") for action in runs),
         ("s3:ListBucket", bucket),
         ("s3:ListBucketMultipartUploads", bucket),
+        *((f"kms:{action}", storage["UseKey"]["Resource"]) for action in ("Decrypt", "GenerateDataKey")),
     }
+    assert ":key/" in storage["UseKey"]["Resource"]
+    assert storage["UseKey"]["Condition"] == {"StringEquals": {"kms:ViaService": "s3.eu-central-1.amazonaws.com"}}
     assert storage["ListBoth"]["Condition"] == {"StringLike": {"s3:prefix": ["shards/*", "runs/*"]}}
 
 
