@@ -50,7 +50,7 @@ def worker(job: dict[str, Any]) -> None:
         device = choose_device(config.device, context.get_local_rank())
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        run = Run(job["root"], job["fence"])
+        run = Run(job["root"], job["fence"], job["token"])
         job["work"].do(open_session(config, current_world(device), run, progress, leaving))
     except Leaving as error:
         progress(Warned(f"a node is about to be taken away; {error}, and the training goes on elsewhere"))
@@ -73,6 +73,7 @@ def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) ->
             "config": config.model_dump(mode="json"),
             "root": run.root,
             "fence": run.fence,
+            "token": run.token,
             "board": board.actor,
             "watched": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
         }

@@ -21,12 +21,13 @@ from pipeline.train.world import World
 
 @dataclass(frozen=True)
 class Call(Record):
-    """Work that all ranks do, and on what: the run's folder and its writer's number (`Run`)."""
+    """Work that all ranks do, and on what: the run's folder, and its writer's number and token (`Run`)."""
 
     work: Work
     config: dict[str, Any]  # settings, which `parse_config` validates
     root: str
     fence: int
+    token: str | None
 
 
 class LocalEngine:
@@ -38,7 +39,7 @@ class LocalEngine:
 
     def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
         """Do it here and on every follower."""
-        self._tell(Call(work, config.model_dump(mode="json"), run.root, run.fence))
+        self._tell(Call(work, config.model_dump(mode="json"), run.root, run.fence, run.token))
         self._working = True
         work.do(open_session(config, self.world, run, progress))
         self._working = False
@@ -71,7 +72,7 @@ class LocalEngine:
             if told is None:
                 return
             call = Call.from_json(told, "what rank 0 tells")
-            run = Run(call.root, call.fence)
+            run = Run(call.root, call.fence, call.token)
             call.work.do(open_session(parse_config(call.config), self.world, run, unheard))
 
     def _inputs(self, config: Config, run: Run, source: str) -> ScanInputs:
