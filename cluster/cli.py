@@ -108,7 +108,7 @@ def bench(
     trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
     configure_process(config.threads)
     with state.open_run(config) as here:
-        found = bench_run(here.root, repeats, trust_code=trust_code)
+        found = bench_run(here.root, repeats, trust_code=trust_code, check=here.check_fence)
         final.update(here, latency_ms=found.summary)
     show_bench(found)
 

@@ -65,7 +65,7 @@ def worker(job: dict[str, Any]) -> None:
     if reason is not None:
         return  # Ray started the group again after the failure below
     progress(WorkersBegun(stage, attempt, context.get_world_size()))
-    run = Run(job["root"], job["fence"])
+    run = Run(job["root"], job["fence"], job["token"])
 
     def tell(text: str) -> None:
         board.push.remote(Warned(f"rank {rank}: {text}"))
@@ -116,6 +116,8 @@ def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) ->
             "config": config.model_dump(mode="json"),
             "root": run.root,
             "fence": run.fence,
+            "token": run.token,
+            "token": run.token,
             "board": board.actor,
             "watched": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
         }

@@ -24,12 +24,13 @@ from pipeline.train.world import Posts, World, watched
 
 @dataclass(frozen=True)
 class Call(Record):
-    """Work that all ranks do, and on what: the run's folder and its writer's number (`Run`)."""
+    """Work that all ranks do, and on what: the run's folder, and its writer's number and token (`Run`)."""
 
     work: Work
     config: dict[str, Any]  # settings, which `parse_config` validates
     root: str
     fence: int
+    token: str | None
 
 
 class LocalEngine:
@@ -41,7 +42,7 @@ class LocalEngine:
 
     def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
         """Do it here and on every follower."""
-        self._tell(Call(work, config.model_dump(mode="json"), run.root, run.fence))
+        self._tell(Call(work, config.model_dump(mode="json"), run.root, run.fence, run.token))
         self._working = True
         self._do(work, config, run, progress)
         self._working = False
@@ -77,7 +78,8 @@ class LocalEngine:
             if told is None:
                 return
             call = Call.from_json(told, "what rank 0 tells")
-            self._do(call.work, parse_config(call.config), Run(call.root, call.fence), unheard)
+            run = Run(call.root, call.fence, call.token)
+            self._do(call.work, parse_config(call.config), run, unheard)
 
     def _do(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
         """This rank's part of the work, which its own log tells of."""

@@ -132,12 +132,12 @@ def _shards(driver: Driver) -> None:
     if sources.of(config.data).in_place:
         manifest = shards.load_manifest(session.data_root(config, run))
     else:
-        manifest = shards.build(
-            config.data,
-            config.seed,
-            run.path("shards"),
-            lambda text, done, total: driver.progress(ShardsCounted(text, done, total)),
-        )
+
+        def written(text: str, done: int, total: int) -> None:
+            run.check_fence()  # the shards themselves come out the same, whoever writes them
+            driver.progress(ShardsCounted(text, done, total))
+
+        manifest = shards.build(config.data, config.seed, run.path("shards"), written)
     sizes = manifest.sizes
     facts = DataFacts(
         train=sizes["train"],

@@ -169,7 +169,7 @@ def sync(run_dir: str | Path, uri: str | None = None) -> Synced:
     synced = tracking.sync(run_dir, config)
     here = Run(str(run_dir), 0)
     if here.has("result.json") and here.load(Result, "result.json").mlflow is None:
-        with lease.hold(str(run_dir), config.cluster.lease_seconds, lambda: None, warnings.warn) as fence:
-            final.update(Run(str(run_dir), fence), mlflow=synced.place)
+        with lease.hold(str(run_dir), config.cluster.lease_seconds, lambda: None, warnings.warn) as held:
+            final.update(Run(str(run_dir), held.fence, held.token, held.alive), mlflow=synced.place)
         synced = tracking.sync(run_dir, config)
     return synced

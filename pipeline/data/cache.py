@@ -13,11 +13,10 @@ import os
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-
-from filelock import FileLock
 
 from pipeline import storage
 from pipeline.base.errors import UserError
@@ -93,8 +92,8 @@ class Cache:
                 Path(path).unlink(missing_ok=True)
                 total -= size
 
-    def _lock(self, name: str) -> FileLock:
-        return FileLock(self.folder / name, fallback_to_soft=False)  # a soft lock would outlive a killed process
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        return storage.locked(self.folder / name, f"data.cache_dir={self.folder}", wait=True)
 
 
 def _remember(path: Path) -> None:

@@ -57,12 +57,14 @@ class Bench(Record):
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def bench_run(run_dir: str | Path, repeats: int = 100, *, trust_code: bool = False) -> Bench:
+def bench_run(
+    run_dir: str | Path, repeats: int = 100, *, trust_code: bool = False, check: storage.Check = lambda: None
+) -> Bench:
     """Write final/{compact.safetensors, model.onnx, compact.onnx, fc.csr.safetensors, latency.json}; returns the last.
 
     Measured on config.device with config.threads. A form or file that the network cannot take, or for which a package
-    is missing, is left out, and `missing` says why. Raises UserError for a run that is not finished, and where its
-    config names a network by import path (unless `trust_code`).
+    is missing, is left out, and `missing` says why. `check` is called before each file is written. Raises UserError for
+    a run that is not finished, and where its config names a network by import path (unless `trust_code`).
     """
     config = config_of(run_dir)
     trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
@@ -78,7 +80,7 @@ def bench_run(run_dir: str | Path, repeats: int = 100, *, trust_code: bool = Fal
     inputs = check_inputs(split, config.data, config.seed)
     missing: dict[str, str] = {}
     found = _attempt("compact", lambda: compact(pruned, inputs[:2]), missing)
-    differences = write_files(here, pruned, found, inputs, missing)
+    differences = write_files(here, pruned, found, inputs, missing, check)
     device, shape = choose_device(config.device), Feed.of(config).shape
     forms = {"dense": dense, "pruned": pruned}
     if found is not None and "compact.safetensors" in differences:
@@ -99,7 +101,7 @@ def bench_run(run_dir: str | Path, repeats: int = 100, *, trust_code: bool = Fal
     )
     removed, notes = ({}, ()) if found is None else (found.removed, tuple(found.notes))
     made = Bench(tuple(rows), verdict, differences, removed, notes, summary, missing)
-    storage.write_json(here.path("final", "latency.json"), made.to_json())
+    storage.write_json(here.path("final", "latency.json"), made.to_json(), check)
     return made
 
 
@@ -127,8 +129,9 @@ def check_inputs(split: Split, data: Data, seed: int) -> Tensor:
 
 
 def write_files(
-    here: Run, pruned: nn.Module, found: Compacted | None, inputs: Tensor, missing: dict[str, str]
-) -> dict[str, float]:
+    here: Run, pruned: nn.Module, found: Compacted | None, inputs: Tensor, missing: dict[str, str],
+    check: storage.Check = lambda: None,
+) -> dict[str, float]:  # fmt: skip
     """Export and check; the largest absolute difference of outputs from the pruned network's, by file.
 
     A file that cannot be written, or differs by more than rounding, is not there afterwards; `missing` then says why.
@@ -139,6 +142,7 @@ def write_files(
 
     def checked(name: str, write: Callable[[str], float]) -> None:
         path = here.path("final", name)
+        check()
         difference = _attempt(name, lambda: write(path), missing)
         if difference is not None and not difference <= _rounding(wanted):
             missing[name] = f"it differs from the pruned network by {difference:.3g}, more than rounding"
@@ -160,6 +164,7 @@ def write_files(
 
     if found is not None:
         checked("compact.safetensors", compact_tensors)
+    check()
     export.save_csr(pruned, here.path("final", "fc.csr.safetensors"))
     checked("model.onnx", partial(onnx, pruned))
     if found is not None:

@@ -59,8 +59,10 @@ class PackedSizes:
         return {name: 8 * size.index_bytes / size.kept if size.kept else 0.0 for name, size in self.tensors.items()}
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], values: Values | None = None) -> PackedSizes:
-    """Write the tensors to a packed file, whole or not at all; returns its sizes.
+def write(
+    path: str | Path, tensors: Mapping[str, Tensor], values: Values | None = None, check: storage.Check | None = None
+) -> PackedSizes:
+    """Write the tensors to a packed file, whole or not at all; returns its sizes. `check` is called before each try.
 
     `values` stores every floating-point tensor in that dtype, rounded to the nearest; reading gives that dtype back. By
     default each tensor keeps its own dtype and is exact. A value too small for fp16 becomes 0, and is then not counted
@@ -72,7 +74,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], values: Values | None
     for name, tensor in tensors.items():
         _check(name, tensor)
     # By a local file, since the header at its front is written last.
-    with storage.atomic_path(path) as local, local.open("wb") as file:
+    with storage.atomic_path(path, check) as local, local.open("wb") as file:
         sizes, unpacked = _write(file, tensors, None if values is None else VALUES[values])
         if unpacked > max(unpack.FREE_BYTES, unpack.EXPANSION * sizes.total):
             raise UserError(

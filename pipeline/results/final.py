@@ -64,11 +64,10 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
     dense = checkpoint.load(here, "dense/checkpoint")
     model_bytes = save_safetensors(kept.weights)
     here.commit_bytes(model_bytes, "final", "model.safetensors")
-    here.check_fence()
     model = build_network(config.model, here.load(DataFacts, "data.json").classes, config.seed)
     once = stored_once(model, kept.weights)
     same = once.keys() == kept.weights.keys()  # nothing is tied
-    sizes = packed.write(here.path("final", "model.packed"), once)
+    sizes = packed.write(here.path("final", "model.packed"), once, check=here.check_fence)
     here.commit(histograms(prunable, dense.weights, kept), "final", "histograms.json")
     stored = StoredBytes(
         dense_fp32=sum(tensor.numel() * tensor.element_size() for tensor in once.values()),
@@ -96,7 +95,7 @@ def update(here: Run, *, mlflow: MlflowPlace | None = None, latency_ms: LatencyS
 def write_result(here: Run, result: Result) -> None:
     """Write result.json, and render the report from it."""
     here.commit(result, "result.json")
-    report.write(here.root)
+    report.write(here.root, here.check_fence)
 
 
 def assemble(config: Config, here: Run, layers: Sequence[LayerResult], stored: StoredBytes) -> Result:

@@ -32,13 +32,13 @@ if TYPE_CHECKING:  # matplotlib is loaded where a figure is drawn: it takes most
     from matplotlib.figure import Figure
 
 
-def write(run_dir: str | Path) -> str:
+def write(run_dir: str | Path, check: storage.Check | None = None) -> str:
     """Write `report.html` into the run directory and return where it is.
 
-    Raises UserError if the run is not finished or a file of it is damaged.
+    `check` is called before each try. Raises UserError if the run is not finished or a file of it is damaged.
     """
     target = storage.join(run_dir, "report.html")
-    storage.write_bytes(target, render(run_dir).encode())
+    storage.write_bytes(target, render(run_dir).encode(), check)
     return target
 
 

@@ -159,11 +159,10 @@ def _undo(run: Run, metrics: RoundMetrics) -> None:
     if not run.has(record, "metrics.json"):
         run.commit(run.read(folder, "plan.json"), record, "plan.json")
         run.commit(metrics, record, "metrics.json")
-    run.check_fence()
     for part in ("checkpoint", "steps", PRUNED):
-        storage.remove_tree(run.path(folder, part))
+        run.remove_tree(folder, part)
     for name in ("plan.json", "metrics.json"):
-        storage.remove(run.path(folder, name))
+        run.remove(folder, name)
 
 
 def _tell(session: Session, metrics: RoundMetrics) -> None:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from pipeline import storage
 from pipeline.base import seeding
 from pipeline.base.errors import Agreed, UserError
 from pipeline.base.record import plain
@@ -84,7 +83,7 @@ def kept_before(session: Session, model: nn.Module, folder: str) -> Pruned | Non
 
 def drop(session: Session, folder: str) -> None:
     """Remove what `keep` saved."""
-    storage.remove_tree(session.run.path(folder, PRUNED))
+    session.run.remove_tree(folder, PRUNED)
 
 
 def remove_dead(

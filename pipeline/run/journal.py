@@ -62,8 +62,7 @@ class Journal:
         return storage.join(self._folder, name)
 
     def _send(self, data: bytes) -> None:
-        self._run.check_fence()
-        storage.write_bytes(self._file(), data)
+        storage.write_bytes(self._file(), data, check=self._run.check_fence)
 
 
 def read(run: Run, kind: type[R], *folder: str) -> Iterator[R]:

@@ -1,14 +1,13 @@
-"""One writer at a time: a run's lease, with a fencing number that rises with every writer.
+"""One writer at a time: a run's lease, with a fencing number that rises with every writer, and a token of its own.
 
 On a file system the kernel holds a lock for the writer, and frees it when the process dies. S3 has no locks: there the
 lease is taken by a conditional PUT, and a heartbeat renews it. A writer whose last heartbeat is longer ago than the
-lease lasts can be taken over.
+lease lasts can be taken over, so it stops by itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import socket
@@ -16,15 +15,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
 
 from pipeline import storage
-from pipeline.base.errors import UserError
+from pipeline.base import process
+from pipeline.base.errors import RunStopped, UserError
 from pipeline.base.record import Record, optional
 
 NAME = "lease.json"
@@ -34,18 +31,21 @@ _TELL_S = 10.0  # between two lines about waiting
 
 @dataclass(frozen=True)
 class Lease(Record):
-    """lease.json: who writes a run. On a file system a lock holds it, and the fields from `machine` on are left out.
+    """lease.json: who writes a run; no two writers have the same `token`.
 
-    `machine` is where `pid` is a process; the lease lasts `seconds` beyond its last renewal, of which `beats` were.
+    On a file system a lock holds it, and the fields from `machine` on are left out. `machine` is where `pid` is a
+    process that started at `start` (`process.started`); the lease lasts `seconds` beyond its last renewal, of which
+    `beats` were.
     """
 
     fence: int
     pid: int = 0
     host: str = "?"
     since_ms: int = 0
-    machine: str | None = optional()
-    seconds: float | None = optional()
     token: str | None = optional()
+    machine: str | None = optional()
+    start: int | None = optional()
+    seconds: float | None = optional()
     beats: int | None = optional()
     released: bool | None = optional()
 
@@ -57,89 +57,135 @@ class Lease(Record):
     @classmethod
     def mine(cls, fence: int) -> Lease:
         """That of this process."""
-        return cls(fence, os.getpid(), socket.gethostname(), time.time_ns() // 1_000_000)
+        now = time.time_ns() // 1_000_000
+        return cls(fence, os.getpid(), socket.gethostname(), now, uuid.uuid4().hex)
 
     def over(self, age_s: float) -> bool:
         """Whether it has ended: given back, silent for too long, or of a process of this machine that is dead."""
         if self.released or age_s > self.lasts:
             return True
-        if self.machine != _machine():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # alive, and somebody else's
-            return False
-        return False
+        return self.machine == process.machine() and not process.lives(self.pid, self.start)
 
 
-def hold(root: str, seconds: float, before: Callable[[], None], tell: Callable[[str], None]) -> Any:
-    """Hold the lease of a run while the block lasts; gives the fencing number.
+@dataclass(frozen=True)
+class Held:
+    """A lease that this process holds. `alive` raises RunStopped where it has ended; it asks the clock alone."""
+
+    fence: int
+    token: str | None
+    alive: Callable[[], None] = lambda: None
+
+
+def hold(
+    root: str, seconds: float, before: Callable[[], None], tell: Callable[[str], None]
+) -> AbstractContextManager[Held]:
+    """Hold the lease of a run while the block lasts.
 
     `before` is called when it is clear that no other process writes, and before anything is written. On S3 the lease
     lasts `seconds` beyond its last renewal. If its writer may be dead, this waits for the lease to end, and `tell` says
-    so. Raises UserError that names the process that holds the lease.
+    so. Raises UserError that names the process that holds the lease, or says why there can be no lease.
     """
     if storage.is_local(root):
         return _hold_local(storage.local_path(root), before)
     return _hold_remote(storage.join(root, NAME), root, seconds, before, tell)
 
 
+def require(root: str, fence: int, token: str | None) -> None:
+    """Raise RunStopped where the lease of a run is another writer's, or on S3 has ended."""
+    url = storage.join(root, NAME)
+    age_s = 0.0
+    try:
+        if storage.is_local(root):
+            data = storage.read_bytes(url)
+        else:
+            found = storage.read_versioned(url)
+            if found is None:
+                raise FileNotFoundError(url)
+            data, age_s = found.data, found.age_s
+    except FileNotFoundError as error:
+        raise RunStopped(f"run '{root}' has no {NAME} any more, so it was removed; this process stops") from error
+    except OSError as error:
+        raise _unusable(root, error) from error
+    holder = _parsed(data, url)
+    if (holder.fence, holder.token) != (fence, token):
+        raise RunStopped(f"run '{root}' was taken over by process {holder.pid} on {holder.host}; this one stops")
+    if age_s > holder.lasts:
+        raise RunStopped(_ended(root, age_s, holder.lasts))
+
+
 @contextmanager
-def _hold_local(root: Path, before: Callable[[], None]) -> Iterator[int]:
+def _hold_local(root: Path, before: Callable[[], None]) -> Iterator[Held]:
     path = str(root / NAME)
-    try:  # a soft lock would outlive a killed process
-        held = FileLock(root / ".lock", blocking=False, thread_local=False, fallback_to_soft=False).acquire()
-    except Timeout as error:
-        lease = Lease.from_json(storage.read_json(path), path) if storage.exists(path) else Lease(0)
-        raise _refusal(str(root), lease, "wait for it, stop it") from error
-    with held:
-        fence = 1 + (Lease.from_json(storage.read_json(path), path).fence if storage.exists(path) else 0)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(storage.locked(root / ".lock", f"runs_dir={root.parent}", wait=False))
+            known = _parsed(storage.read_bytes(path), path) if storage.exists(path) else Lease(0)
+        except storage.LockedByAnother as error:
+            known = _parsed(storage.read_bytes(path), path) if storage.exists(path) else Lease(0)
+            raise _refusal(str(root), known, "wait for it, stop it") from error
+        except OSError as error:
+            raise _unusable(str(root), error) from error
         before()
-        storage.write_json(path, Lease.mine(fence).to_json())
-        yield fence
+        lease = Lease.mine(known.fence + 1)
+        try:
+            storage.write_json(path, lease.to_json())
+        except OSError as error:
+            raise _unusable(str(root), error) from error
+        yield Held(lease.fence, lease.token)
 
 
 @contextmanager
 def _hold_remote(
     url: str, root: str, seconds: float, before: Callable[[], None], tell: Callable[[str], None]
-) -> Iterator[int]:
+) -> Iterator[Held]:
     there = _when_over(url, root, tell)
-    fence = _read(there, url).fence + 1 if there is not None else 1
+    fence = _parsed(there.data, url).fence + 1 if there is not None else 1
     before()
-    lease = dataclasses.replace(Lease.mine(fence), machine=_machine(), seconds=seconds, token=uuid.uuid4().hex)
+    _require_conditions(root)
+    mine = Lease.mine(fence)
+    lease = dataclasses.replace(mine, machine=process.machine(), start=process.started(mine.pid), seconds=seconds)
+    began = process.since_boot()
     version = storage.put_if(url, storage.as_json(lease.to_json()), there.version if there is not None else None)
     if version is None:
         raise UserError(f"run '{root}' was taken by another process at the same moment: wait for it, or stop it")
-    heart = _Heart(url, lease, version)
+    heart = _Heart(root, lease, version, began)
     try:
-        yield fence
+        yield Held(fence, lease.token, heart.check)
     finally:
         heart.stop()
+
+
+def _require_conditions(root: str) -> None:
+    ignored = storage.ignored_conditions(root)
+    if ignored:
+        raise UserError(
+            f"runs_dir={root.rpartition('/')[0]}: its store, or something on the way there, ignores "
+            f"{' and '.join(ignored)}, by which a run is kept to one writer: use a store that heeds them, let nothing "
+            "strip these headers, or put runs_dir on a disk"
+        )
 
 
 def _when_over(url: str, root: str, tell: Callable[[str], None]) -> storage.Versioned | None:
     """Wait until the lease has ended, and return it. Raises UserError where a live writer renews it meanwhile."""
     there, told = storage.read_versioned(url), -math.inf
     while there is not None:
-        lease = _read(there, url)
+        lease = _parsed(there.data, url)
         if lease.over(there.age_s):
             break
-        if lease.machine == _machine():  # or its process would be dead
+        if lease.machine == process.machine():  # or its process would be dead
             raise _alive(root, lease, there.age_s)
         if time.monotonic() - told >= _TELL_S:
             told, left = time.monotonic(), lease.lasts - there.age_s
             tell(f"waiting for the lease of process {lease.pid} on {lease.host} to end ({max(1, left):.0f} s)")
         time.sleep(min(1.0, lease.lasts / _BEATS))
         before, there = there, storage.read_versioned(url)
-        if there is not None and there.version != before.version and not _read(there, url).released:
-            raise _alive(root, _read(there, url), there.age_s)
+        if there is not None and there.version != before.version and not _parsed(there.data, url).released:
+            raise _alive(root, _parsed(there.data, url), there.age_s)
     return there
 
 
-def _read(there: storage.Versioned, url: str) -> Lease:
-    return Lease.from_json(json.loads(there.data), url)
+def _parsed(data: bytes, url: str) -> Lease:
+    return Lease.from_json(storage.parse_json(data, url), url)
 
 
 def _alive(root: str, lease: Lease, age_s: float) -> UserError:
@@ -154,21 +200,42 @@ def _refusal(root: str, lease: Lease, remedy: str, heard: str = "") -> UserError
     )
 
 
-def _machine() -> str:
-    """An identity of this machine, or of this container: process numbers are comparable only within it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+def _unusable(root: str, error: OSError) -> UserError:
+    return UserError(
+        f"run '{root}': its {NAME} cannot be read or written ({error.strerror}): see that its file system is there and "
+        "allows it, then run the same command again, or use another runs_dir=..."
+    )
+
+
+def _ended(root: str, silent: float, lasts: float) -> str:
+    return (
+        f"run '{root}': its lease was not renewed for {silent:.0f} s (its process was stopped, or did not reach the "
+        f"store), longer than cluster.lease_seconds={lasts:g}, so another may have taken the run over; this one stops, "
+        "and what is finished is kept: run the same command again, or raise cluster.lease_seconds"
+    )
 
 
 class _Heart:
-    """A thread that renews a lease until it is stopped, or another writer has taken the lease."""
+    """A thread that renews a lease until it is stopped, another writer has taken the lease, or the lease has ended.
 
-    def __init__(self, url: str, lease: Lease, version: str) -> None:
-        self._url, self._lease, self._version = url, lease, version
+    A lease that was not renewed for as long as it lasts has ended, even if nobody took it: this process may have been
+    stopped meanwhile, and does not know what others did. It is not renewed any more.
+    """
+
+    def __init__(self, root: str, lease: Lease, version: str, began: float) -> None:
+        """`version` is the lease's on the store; it was written after `began`, seconds of `process.since_boot`."""
+        self._root, self._url, self._lease = root, storage.join(root, NAME), lease
+        self._version, self._renewed = version, began
         self._beats, self._sound = 0, True
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
         self._thread.start()
+
+    def check(self) -> None:
+        """Raise RunStopped where the last renewal is longer ago than the lease lasts. Asks the clock, not the store."""
+        silent = process.since_boot() - self._renewed
+        if silent > self._lease.lasts:
+            raise RunStopped(_ended(self._root, silent, self._lease.lasts))
 
     def stop(self) -> None:
         """End the thread, and give the lease back. If the store does not answer, the lease ends by itself in time."""
@@ -178,15 +245,33 @@ class _Heart:
             self._renew(released=True)
 
     def _work(self) -> None:
-        while self._sound and not self._stopping.wait(self._lease.lasts / _BEATS):
-            self._renew()
+        interval = pause = self._lease.lasts / _BEATS
+        while self._sound and not self._stopping.wait(pause):
+            # A renewal counts from its first try: where that was long ago, the next one is due.
+            pause = max(0.0, self._renewed + interval - process.since_boot()) if self._renew() else interval
 
-    def _renew(self, released: bool | None = None) -> None:
+    def _renew(self, released: bool | None = None) -> bool:
+        """Renew the lease, or give it back; whether that was done."""
         self._beats += 1
         lease = dataclasses.replace(self._lease, beats=self._beats, released=released)
+        data, began = storage.as_json(lease.to_json()), process.since_boot()
         try:
-            version = storage.put_if(self._url, storage.as_json(lease.to_json()), self._version)
+            version = storage.put_if(self._url, data, self._version, self.check, lease.lasts / _BEATS / 2)
+            if version is None:
+                self._look()
+                return False
         except UserError:  # the store is away, and was tried for long; each commit meets the same and says so
-            return
-        self._sound = version is not None
-        self._version = version or self._version
+            return False
+        except RunStopped:  # the lease has ended; each commit says so
+            self._sound = False
+            return False
+        self._version, self._renewed = version, began
+        return True
+
+    def _look(self) -> None:
+        """See whose the lease is where it is of another version: ours, if all answers to a renewal were lost."""
+        there = storage.read_versioned(self._url)
+        if there is not None and _parsed(there.data, self._url).token == self._lease.token:
+            self._version = there.version
+        else:
+            self._sound = False

@@ -9,12 +9,12 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import storage
-from pipeline.base.errors import RunStopped, UserError
+from pipeline.base.errors import UserError
 from pipeline.base.record import Record, plain
 from pipeline.run import lease
 from pipeline.run.records import RunFacts, StageMarker
@@ -40,12 +40,15 @@ def fingerprint(*parts: Any) -> str:
 class Run:
     """A run directory and the right to write into it.
 
-    `fence` is the number that the lease had when this writer started. A later driver raises it, and
-    then every commit of this writer is refused: orphans of a killed run cannot write.
+    `fence` and `token` are what the lease had when this writer started. A later driver raises the number and has
+    another token, and then every write of this writer is refused: orphans of a killed run cannot write. `alive` raises
+    RunStopped where this process holds the lease, and it has ended.
     """
 
     root: str
     fence: int
+    token: str | None = None
+    alive: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
     def path(self, *parts: str) -> str:
         """Where a file of the run lies."""
@@ -53,13 +56,19 @@ class Run:
 
     def commit(self, value: Any, *parts: str) -> None:
         """Write a JSON file, of a record or of plain values, atomically, if this writer still holds the run."""
-        self.check_fence()
-        storage.write_json(self.path(*parts), plain(value))
+        storage.write_json(self.path(*parts), plain(value), self.check_fence)
 
     def commit_bytes(self, data: bytes, *parts: str) -> None:
         """Write a file atomically, if this writer still holds the run."""
-        self.check_fence()
-        storage.write_bytes(self.path(*parts), data)
+        storage.write_bytes(self.path(*parts), data, self.check_fence)
+
+    def remove(self, *parts: str) -> None:
+        """Delete a file, if this writer still holds the run; nothing happens if it is not there."""
+        storage.remove(self.path(*parts), self.check_fence)
+
+    def remove_tree(self, *parts: str) -> None:
+        """Delete a folder and all that is in it, if this writer still holds the run."""
+        storage.remove_tree(self.path(*parts), self.check_fence)
 
     def read(self, *parts: str) -> Any:
         """A JSON file of the run."""
@@ -87,12 +96,9 @@ class Run:
         self.commit(StageMarker(made_from, round(seconds, 3), now_ms()), stage, MARKER)
 
     def check_fence(self) -> None:
-        """Raise RunStopped if another driver has taken the run over."""
-        holder = self.load(lease.Lease, lease.NAME)
-        if holder.fence != self.fence:
-            raise RunStopped(
-                f"run '{self.root}' was taken over by process {holder.pid} on {holder.host}; this one stops"
-            )
+        """Raise RunStopped if another driver has taken the run over, or may have. Called before each try of a write."""
+        self.alive()
+        lease.require(self.root, self.fence, self.token)
 
 
 def now_ms() -> int:
@@ -114,8 +120,8 @@ def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Ite
     root = run_root(config)
     if storage.is_local(root):
         _make_folder(root, config.runs_dir)
-    with lease.hold(root, config.cluster.lease_seconds, lambda: _check_config(root, config), tell) as fence:
-        run = Run(root, fence)
+    with lease.hold(root, config.cluster.lease_seconds, lambda: _check_config(root, config), tell) as held:
+        run = Run(root, held.fence, held.token, held.alive)
         storage.remove_leftovers(root)
         if not run.has("run.json"):
             run.commit(RunFacts(uuid.uuid4().hex, config.name, now_ms()), "run.json")

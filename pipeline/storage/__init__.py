@@ -1,7 +1,8 @@
 """Files by path or URL; the one package that knows where bytes live.
 
 A path or file:// URL, s3://bucket/key, or, to be read only, http(s)://. Everything else in secateur reads
-and writes through these functions, so another store is added here and nowhere else.
+and writes through these functions, so another store is added here and nowhere else. What writes takes a `check`: it is
+called before each try, also before one that is made minutes later, and what it raises ends the write.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from pipeline.base.errors import UserError
 from pipeline.storage import local, retry
 from pipeline.storage.hiding import hide
 from pipeline.storage.local import Appending, local_path
+from pipeline.storage.locks import LockedByAnother, locked
+from pipeline.storage.retry import Check
 from pipeline.storage.stat import Stat, Versioned
 
-__all__ = ["Appending", "Stat", "Versioned", "hide", "local_path"]
+__all__ = ["Appending", "Check", "LockedByAnother", "Stat", "Versioned", "hide", "local_path", "locked"]
 
 _PIECE = 2**22  # bytes hashed or copied at a time
 _LIST_FROM = 8  # files from which one listing of their folder is quicker than a look at each
@@ -36,10 +39,10 @@ class _Store(Protocol):
     def stats(self, folder: str, /) -> dict[str, Stat]: ...
     def folders(self, folder: str, /) -> Iterable[str]: ...
     def read(self, url: str, /) -> bytes: ...
-    def write(self, url: str, data: bytes, /) -> None: ...
-    def create(self, url: str, sha256: str | None, /) -> AbstractContextManager[BinaryIO]: ...
-    def remove(self, url: str, /) -> None: ...
-    def remove_tree(self, folder: str, /) -> None: ...
+    def write(self, url: str, data: bytes, check: Check | None, /) -> None: ...
+    def create(self, url: str, sha256: str | None, check: Check | None, /) -> AbstractContextManager[BinaryIO]: ...
+    def remove(self, url: str, check: Check | None, /) -> None: ...
+    def remove_tree(self, folder: str, check: Check | None, /) -> None: ...
     def remove_leftovers(self, folder: str, /) -> None: ...
     def open_range(self, url: str, start: int, stop: int | None, version: str | None, /) -> BinaryIO: ...
 
@@ -143,21 +146,25 @@ def read_bytes(url: str | Path) -> bytes:
 
 def read_json(url: str | Path) -> Any:
     """A JSON file's value. Raises FileNotFoundError, or UserError where it is not valid JSON."""
-    data = read_bytes(url)
+    return parse_json(read_bytes(url), url)
+
+
+def parse_json(data: bytes, url: str | Path) -> Any:
+    """The value of a JSON file that was read from `url`. Raises UserError where it is not valid JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number of thousands of digits
         raise UserError(f"'{url}' is not valid JSON ({error}): restore it, or delete it and make it again") from error
 
 
-def write_bytes(url: str | Path, data: bytes) -> None:
+def write_bytes(url: str | Path, data: bytes, check: Check | None = None) -> None:
     """Write a whole file; a reader sees the old one or the new one, never a part. UserError if the disk is full."""
-    _store(url).write(str(url), data)
+    _store(url).write(str(url), data, check)
 
 
-def write_json(url: str | Path, value: Any) -> None:
+def write_json(url: str | Path, value: Any, check: Check | None = None) -> None:
     """Write a value as indented JSON, atomically. NaN and infinity are our mistake: ValueError."""
-    write_bytes(url, as_json(value))
+    write_bytes(url, as_json(value), check)
 
 
 def as_json(value: Any) -> bytes:
@@ -174,28 +181,28 @@ def appending(url: str | Path) -> Appending:
     return Appending(url)
 
 
-def create(url: str | Path, sha256: str | None = None) -> AbstractContextManager[BinaryIO]:
+def create(url: str | Path, sha256: str | None = None, check: Check | None = None) -> AbstractContextManager[BinaryIO]:
     """A stream to a new file that takes its name only when the block ends well. UserError if the disk is full.
 
     It is written forward only. `sha256` is noted with the file where the store can (`Stat.sha256`).
     """
-    return _store(url).create(str(url), sha256)
+    return _store(url).create(str(url), sha256, check)
 
 
 @contextlib.contextmanager
-def atomic_path(url: str | Path) -> Iterator[Path]:
+def atomic_path(url: str | Path, check: Check | None = None) -> Iterator[Path]:
     """A temporary local path whose file becomes `url` on success and is removed on failure.
 
     Folders above it are made. Raises UserError where the disk is full.
     """
     if is_local(url):
-        with local.atomic_path(url) as path:
+        with local.atomic_path(url, check) as path:
             yield path
         return
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
         path = Path(folder, PurePosixPath(str(url)).name)
         yield path
-        with path.open("rb") as source, create(url) as target:
+        with path.open("rb") as source, create(url, check=check) as target:
             shutil.copyfileobj(source, target, _PIECE)
 
 
@@ -232,14 +239,24 @@ def read_versioned(url: str) -> Versioned | None:
         return None
 
 
-def put_if(url: str, data: bytes, version: str | None) -> str | None:
+def put_if(
+    url: str, data: bytes, version: str | None, check: Check | None = None,
+    longest_wait_s: float = retry.LONGEST_WAIT_S,
+) -> str | None:  # fmt: skip
     """Write a file on S3 if it still has that version (None: if it does not exist). Returns the new version, or None.
 
-    `data` must differ from what anybody else writes there.
+    `data` must differ from what anybody else writes there. Between two tries at most `longest_wait_s` pass.
     """
     from pipeline.storage import s3
 
-    return s3.put_if(_conditional(url), data, version)
+    return s3.put_if(_conditional(url), data, version, check, longest_wait_s)
+
+
+def ignored_conditions(folder: str) -> list[str]:
+    """Which of If-None-Match and If-Match the S3 store of a folder does not heed: `put_if` would then not be safe."""
+    from pipeline.storage import s3
+
+    return s3.ignored_conditions(_conditional(folder))
 
 
 def _conditional(url: str) -> str:
@@ -248,14 +265,14 @@ def _conditional(url: str) -> str:
     return url
 
 
-def remove(url: str | Path) -> None:
+def remove(url: str | Path, check: Check | None = None) -> None:
     """Delete a file; nothing happens if it is not there."""
-    _store(url).remove(str(url))
+    _store(url).remove(str(url), check)
 
 
-def remove_tree(folder: str | Path) -> None:
+def remove_tree(folder: str | Path, check: Check | None = None) -> None:
     """Delete a folder and all that is in it; nothing happens if it is not there."""
-    _store(folder).remove_tree(str(folder))
+    _store(folder).remove_tree(str(folder), check)
 
 
 def remove_leftovers(folder: str | Path) -> None:

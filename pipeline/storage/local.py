@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
 from pipeline.base.errors import UserError
+from pipeline.storage.retry import Check
 from pipeline.storage.stat import Stat
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
@@ -105,16 +106,16 @@ def read(url: str | Path) -> bytes:
     return local_path(url).read_bytes()
 
 
-def write(url: str | Path, data: bytes) -> None:
+def write(url: str | Path, data: bytes, check: Check | None = None) -> None:
     """Write a whole file atomically."""
-    with create(url) as stream:
+    with create(url, None, check) as stream:
         stream.write(data)
 
 
 @contextlib.contextmanager
-def create(url: str | Path, sha256: str | None = None) -> Iterator[BinaryIO]:
+def create(url: str | Path, sha256: str | None = None, check: Check | None = None) -> Iterator[BinaryIO]:
     """A stream to a new file that takes its name only when the block ends well. UserError if the disk is full."""
-    with atomic_path(url) as temporary, temporary.open("wb") as stream:
+    with atomic_path(url, check) as temporary, temporary.open("wb") as stream:
         yield stream
         stream.flush()
         os.fsync(stream.fileno())
@@ -165,18 +166,23 @@ def _room(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, check: Check | None = None) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` on success and removed on failure.
 
-    Folders above it are made. Raises UserError where the disk is full.
+    Folders above it are made. `check` is called first, and again before the file takes its name. Raises UserError where
+    the disk is full.
     """
     final = local_path(path)
+    if check is not None:
+        check()
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with _room(final):
             final.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             _sync(temporary)
+            if check is not None:
+                check()
             os.replace(temporary, final)
             _sync(final.parent)
     finally:
@@ -192,14 +198,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove(url: str | Path) -> None:
+def remove(url: str | Path, check: Check | None = None) -> None:
     """Delete a file; nothing happens if it is not there."""
+    if check is not None:
+        check()
     local_path(url).unlink(missing_ok=True)
 
 
-def remove_tree(folder: str | Path) -> None:
+def remove_tree(folder: str | Path, check: Check | None = None) -> None:
     """Delete a folder and all that is in it; nothing happens if it is not there."""
     path = local_path(folder)
+    if check is not None:
+        check()
     if path.is_dir():
         shutil.rmtree(path)
 

@@ -35,21 +35,26 @@ def first_wait_s() -> float:
 
 
 class Passing(NamedTuple):
-    """A transient error: its name, and after how many in a row to give up."""
+    """A transient error: its name, after how many in a row to give up, and what is said then."""
 
     reason: str
     tries: int
+    failed: str = "did not answer"
+    remedy: str = "check that the store is up and its address right (AWS_ENDPOINT_URL, the network)"
 
 
 # Judges an error: returns Passing if it is transient, else raises what it means (UserError, FileNotFoundError).
 Judge = Callable[[str, Exception], Passing]
+# Asked before each try of a write whether it may still be made; what it raises ends the write.
+Check = Callable[[], None]
 
 
 class Attempts:
     """Failures in a row of one operation on a URL."""
 
-    def __init__(self, url: str, judge: Judge) -> None:
+    def __init__(self, url: str, judge: Judge, longest_wait_s: float = LONGEST_WAIT_S) -> None:
         self.url, self.judge, self.failures = url, judge, 0
+        self.longest_wait_s = longest_wait_s
 
     def failed(self, error: Exception) -> None:
         """Wait before a retry. Raises Away after too many failures, or where a retry cannot help."""
@@ -58,9 +63,8 @@ class Attempts:
         if self.failures > passing.tries:
             detail = " ".join(str(error).split())[:200]
             raise Away(
-                f"'{self.url}' did not answer in {self.failures} tries, the last ended with {passing.reason} "
-                f"({detail}): check that the store is up and its address right (AWS_ENDPOINT_URL, the network), then "
-                "run the same command again; what is finished is kept"
+                f"'{self.url}' {passing.failed} in {self.failures} tries, the last ended with {passing.reason} "
+                f"({detail}): {passing.remedy}, then run the same command again; what is finished is kept"
             ) from error
         counts[passing.reason] += 1
         if self.failures == WARN_AT:
@@ -70,13 +74,18 @@ class Attempts:
                 stacklevel=2,
             )
         # Full jitter: workers that failed together do not retry together.
-        time.sleep(random.uniform(0, min(LONGEST_WAIT_S, first_wait_s() * 2 ** (self.failures - 1))))
+        time.sleep(random.uniform(0, min(self.longest_wait_s, first_wait_s() * 2 ** (self.failures - 1))))
 
 
-def call(url: str, judge: Judge, errors: tuple[type[Exception], ...], function: Callable[[], R]) -> R:
-    """function(), retried while it raises one of `errors` that is transient."""
-    attempts = Attempts(url, judge)
+def call(
+    url: str, judge: Judge, errors: tuple[type[Exception], ...], function: Callable[[], R],
+    check: Check | None = None, longest_wait_s: float = LONGEST_WAIT_S,
+) -> R:  # fmt: skip
+    """function(), retried while it raises one of `errors` that is transient; `check` is called before each try."""
+    attempts = Attempts(url, judge, longest_wait_s)
     while True:
+        if check is not None:
+            check()
         try:
             return function()
         except errors as error:

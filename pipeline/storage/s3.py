@@ -21,10 +21,10 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from pipeline.base.errors import UserError
-from pipeline.storage import retry
+from pipeline.storage import meanings, retry
 from pipeline.storage.meanings import Changed, meaning
-from pipeline.storage.ranges import Body, RangeStream, ShortBody
-from pipeline.storage.retry import Passing
+from pipeline.storage.ranges import Body, RangeStream
+from pipeline.storage.retry import Check, Passing
 from pipeline.storage.stat import Stat, Versioned
 
 R = TypeVar("R")
@@ -33,17 +33,10 @@ Fields = dict[str, Any]  # what S3 takes and answers
 _WHOLE = 64 * 2**20  # a file up to this size is one PUT
 _BUFFER = 2**20
 _UNREACHED_TRIES = 4  # where the store has never answered this process, its address is more likely to be wrong
-ERRORS = (boto.ClientError, boto.BotoCoreError, ResponseParserError, HTTPError)
-_PASSING_CODES = {
-    "SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling", "ThrottlingException",
-    "RequestLimitExceeded", "ConditionalRequestConflict", "OperationAborted",
-}  # fmt: skip
-_PASSING_STATUS = {429, 500, 502, 503, 504}
-_PASSING_ERRORS = (
-    boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ReadTimeoutError, boto.ConnectionClosedError,
-    boto.ResponseStreamingError, boto.IncompleteReadError, ResponseParserError, HTTPError, ShortBody,
-)  # fmt: skip
+# botocore tells of credentials that are still expired after a refresh by a RuntimeError.
+ERRORS = (boto.ClientError, boto.BotoCoreError, ResponseParserError, HTTPError, RuntimeError)
 _reached = False  # whether the store has ever answered this process
+_served = False  # whether it has done what this process asked, so that the credentials were good
 
 
 @functools.cache
@@ -77,24 +70,32 @@ def place(url: str) -> tuple[str, str]:
 
 
 def judge(url: str, error: Exception) -> Passing:
-    """Whether an error is transient. For a permanent one, raises what it means."""
+    """Whether an error is transient. For a permanent one, raises what it means.
+
+    Failing credentials are transient once they have worked: whoever renews them may be late.
+    """
     global _reached
-    if isinstance(error, boto.ClientError):
-        _reached = True
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        if code in _PASSING_CODES or status in _PASSING_STATUS:
-            return Passing(code, retry.tries())
-        raise meaning(url, error) from error
-    if isinstance(error, _PASSING_ERRORS) and not isinstance(error, boto.SSLError):
-        return Passing(type(error).__name__, retry.tries() if _reached else min(_UNREACHED_TRIES, retry.tries()))
+    if isinstance(error, RuntimeError) and not meanings.of_credentials(error):
+        raise error  # our mistake
+    refused = isinstance(error, boto.ClientError)
+    _reached = _reached or refused
+    reason = meanings.code_of(error) if refused else type(error).__name__
+    if meanings.passes(error):
+        return Passing(reason, retry.tries() if _reached else min(_UNREACHED_TRIES, retry.tries()))
+    if _served and meanings.of_credentials(error):
+        client.cache_clear()  # the next try asks the whole AWS chain again
+        return Passing(
+            reason, retry.tries(), "had no good credentials", f"see why they are not renewed ({meanings.CHAIN})"
+        )
     raise meaning(url, error) from error
 
 
-def _call(url: str, function: Callable[[], R]) -> R:
-    global _reached
-    result = retry.call(url, judge, ERRORS, function)
-    _reached = True
+def _call(
+    url: str, function: Callable[[], R], check: Check | None = None, longest_wait_s: float = retry.LONGEST_WAIT_S
+) -> R:
+    global _reached, _served
+    result = retry.call(url, judge, ERRORS, function, check, longest_wait_s)
+    _reached = _served = True
     return result
 
 
@@ -129,20 +130,29 @@ def read(url: str) -> bytes:
         return stream.read()
 
 
-def put(url: str, data: bytes, **options: Any) -> str:
+def put(
+    url: str, data: bytes, check: Check | None = None, longest_wait_s: float = retry.LONGEST_WAIT_S, **options: Any
+) -> str:
     """Write an object in one request; returns its version."""
     bucket, key = place(url)
-    return str(_call(url, lambda: client().put_object(Bucket=bucket, Key=key, Body=data, **options))["ETag"])
+
+    def send() -> Any:
+        return client().put_object(Bucket=bucket, Key=key, Body=data, **options)
+
+    return str(_call(url, send, check, longest_wait_s)["ETag"])
 
 
-def put_if(url: str, data: bytes, version: str | None) -> str | None:
+def put_if(
+    url: str, data: bytes, version: str | None, check: Check | None = None,
+    longest_wait_s: float = retry.LONGEST_WAIT_S,
+) -> str | None:  # fmt: skip
     """Write an object if it still has that version (None: if there is none); its new version, or None if it has not.
 
     `data` must differ from all other writers' data: after a lost answer, it shows whether the write succeeded.
     """
     condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
     try:
-        return put(url, data, **condition)
+        return put(url, data, check, longest_wait_s, **condition)
     except (Changed, FileNotFoundError):
         pass
     try:
@@ -152,19 +162,33 @@ def put_if(url: str, data: bytes, version: str | None) -> str | None:
     return found.version if found.data == data else None
 
 
-def write(url: str, data: bytes) -> None:
+def ignored_conditions(folder: str) -> list[str]:
+    """Which conditions of a write the store does not heed: 4 requests find out, with an object that is then deleted."""
+    url = f"{folder.rstrip('/')}/.probe-{uuid.uuid4().hex}"
+    put(url, b"")
+    conditions: dict[str, Fields] = {"If-None-Match": {"IfNoneMatch": "*"}, "If-Match": {"IfMatch": f'"{"0" * 32}"'}}
+    ignored = []
+    for name, condition in conditions.items():
+        with contextlib.suppress(Changed, FileNotFoundError):
+            put(url, b"", **condition)
+            ignored.append(name)
+    remove(url)
+    return ignored
+
+
+def write(url: str, data: bytes, check: Check | None = None) -> None:
     """Write a whole object; a large one in parts, which appear together."""
     if len(data) <= _WHOLE:
-        put(url, data)
+        put(url, data, check)
         return
-    with create(url) as stream:
+    with create(url, None, check) as stream:
         stream.write(data)
 
 
 @contextlib.contextmanager
-def create(url: str, sha256: str | None = None) -> Iterator[BinaryIO]:
+def create(url: str, sha256: str | None = None, check: Check | None = None) -> Iterator[BinaryIO]:
     """A stream to a new object, which appears when the block ends well; what was sent is removed where it does not."""
-    upload = Upload(url, {} if sha256 is None else {"sha256": sha256})
+    upload = Upload(url, {} if sha256 is None else {"sha256": sha256}, check)
     try:
         yield cast(BinaryIO, upload)
         upload.finish()
@@ -176,8 +200,8 @@ def create(url: str, sha256: str | None = None) -> Iterator[BinaryIO]:
 class Upload(io.RawIOBase):
     """An object written as a stream: in one request if it is small, else in parts that appear together at the end."""
 
-    def __init__(self, url: str, metadata: dict[str, str]) -> None:
-        self._url, self._metadata = url, metadata
+    def __init__(self, url: str, metadata: dict[str, str], check: Check | None = None) -> None:
+        self._url, self._metadata, self._check = url, metadata, check
         self._bucket, self._key = place(url)
         self._waiting = bytearray()
         self._id: str | None = None
@@ -200,7 +224,7 @@ class Upload(io.RawIOBase):
     def finish(self) -> None:
         """Make the object appear."""
         if self._id is None:
-            put(self._url, bytes(self._waiting), Metadata=self._metadata)
+            put(self._url, bytes(self._waiting), self._check, Metadata=self._metadata)
             return
         if self._waiting:
             self._send(bytes(self._waiting))
@@ -232,7 +256,7 @@ class Upload(io.RawIOBase):
         def send() -> Any:
             return getattr(client(), operation)(Bucket=self._bucket, Key=self._key, **options)
 
-        return _call(self._url, send)
+        return _call(self._url, send, self._check)
 
 
 def open_range(url: str, start: int, stop: int | None, version: str | None) -> BinaryIO:
@@ -240,7 +264,7 @@ def open_range(url: str, start: int, stop: int | None, version: str | None) -> B
     bucket, key = place(url)
 
     def fetch(first: int, last: int, known: str | None) -> Body | None:
-        global _reached
+        global _reached, _served
         condition = {} if known is None else {"IfMatch": known}
         try:
             found = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={first}-{last - 1}", **condition)
@@ -248,7 +272,7 @@ def open_range(url: str, start: int, stop: int | None, version: str | None) -> B
             if error.response.get("Error", {}).get("Code") == "InvalidRange":  # the object ends before
                 return None
             raise
-        _reached = True
+        _reached = _served = True
         return Body(found["Body"], str(found["ETag"]), int(found["ContentRange"].rpartition("/")[2]))
 
     return cast(BinaryIO, io.BufferedReader(RangeStream(url, fetch, judge, ERRORS, start, stop, version), _BUFFER))
@@ -274,20 +298,20 @@ def folders(folder: str) -> list[str]:
     ]
 
 
-def remove(url: str) -> None:
+def remove(url: str, check: Check | None = None) -> None:
     """Delete an object; nothing happens if it is not there."""
     bucket, key = place(url)
-    _call(url, lambda: client().delete_object(Bucket=bucket, Key=key))
+    _call(url, lambda: client().delete_object(Bucket=bucket, Key=key), check)
 
 
-def remove_tree(folder: str) -> None:
+def remove_tree(folder: str, check: Check | None = None) -> None:
     """Delete every object below a folder."""
     bucket, _ = place(folder)
     for page in _pages(folder, "list_objects_v2", Prefix=_prefix(folder)):
         keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
         if keys:
             orders = {"Objects": keys, "Quiet": True}
-            answer = _call(folder, functools.partial(_delete, bucket, orders))
+            answer = _call(folder, functools.partial(_delete, bucket, orders), check)
             if answer.get("Errors"):
                 first = answer["Errors"][0]
                 raise UserError(f"'s3://{bucket}/{first['Key']}' cannot be deleted ({first['Code']}): allow it")

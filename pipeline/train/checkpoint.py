@@ -119,13 +119,11 @@ def latest(run: Run, phase: str) -> Checkpoint | None:
 
 def keep_last(run: Run, phase: str, count: int) -> None:
     """Remove all but the last `count` step checkpoints of a phase."""
-    run.check_fence()
-    steps = run.path(phase, "steps")
     if count == 0:
-        storage.remove_tree(steps)
+        run.remove_tree(phase, "steps")
         return
-    for name in storage.list_folders(steps)[:-count]:
-        storage.remove_tree(storage.join(steps, name))
+    for name in storage.list_folders(run.path(phase, "steps"))[:-count]:
+        run.remove_tree(phase, "steps", name)
 
 
 def plain_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,10 +14,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-SLOW_DOWN = (
-    b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>"
-    b"<Message>Please reduce your request rate.</Message></Error>"
-)
 _PIECE = 2**12
 
 
@@ -25,9 +21,10 @@ _PIECE = 2**12
 class Fault:
     """What happens to the next `times` requests of `method` (any, if empty) whose path holds `path`.
 
-    refuse: answered with `status` and S3's SlowDown. hang: silence. delay: carried out `seconds` later. forget: carried
-    out, and the connection reset instead of an answer. Within the body, after `after` bytes: reset, cut (closed as if
-    it were whole) or stall (silence). slow: `rate` bytes a second.
+    refuse: answered with `status` and S3's `code`. strip: carried out without its If-Match and If-None-Match. hang:
+    silence. delay: carried out `seconds` later. forget: carried out, and the connection reset instead of an answer.
+    Within the body, after `after` bytes: reset, cut (closed as if it were whole) or stall (silence). slow: `rate` bytes
+    a second.
     """
 
     kind: str
@@ -37,6 +34,7 @@ class Fault:
     method: str = "GET"
     path: str = ""
     status: int = 503
+    code: str = "SlowDown"
     seconds: float = 0.0
 
 
@@ -92,10 +90,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.proxy.requests.append((self.command, self.path, self.headers.get("Range", "")))
         fault = self.proxy.due(self.command, self.path)
         if fault is not None and fault.kind == "refuse":
+            error = f"<Error><Code>{fault.code}</Code><Message>A fault.</Message></Error>".encode()
             self.send_response(fault.status)
-            self.send_header("Content-Length", str(len(SLOW_DOWN)))
+            self.send_header("Content-Length", str(len(error)))
             self.end_headers()
-            self.wfile.write(SLOW_DOWN)
+            if self.command != "HEAD":
+                self.wfile.write(error)
             return
         if fault is not None and fault.kind == "hang":
             self.proxy.released.wait(600)
@@ -103,7 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.kind == "delay":
             time.sleep(fault.seconds)
         upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
-        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+        dropped = {"expect", *(("if-match", "if-none-match") if fault is not None and fault.kind == "strip" else ())}
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
         upstream.request(self.command, self.path, body, headers)
         answer = upstream.getresponse()
         content = answer.read()
@@ -128,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault.kind == "slow":
             time.sleep(len(data) / fault.rate)
             self.wfile.write(data)
-        elif fault.kind == "delay" or start + len(data) <= fault.after:
+        elif fault.kind in ("delay", "strip") or start + len(data) <= fault.after:
             self.wfile.write(data)
         else:
             self.wfile.write(data[: max(0, fault.after - start)])

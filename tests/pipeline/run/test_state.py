@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -53,6 +56,68 @@ def test_an_earlier_writer_cannot_commit_after_a_later_one(tiny: Callable[..., C
         with pytest.raises(RunStopped, match="taken over"):
             first.commit({"a": 2}, "x.json")
         assert second.read("x.json") == {"a": 1}
+
+
+def test_a_writer_of_a_folder_that_was_made_anew_cannot_commit(tiny: Callable[..., Config]) -> None:
+    with open_run(tiny()) as first:
+        shutil.rmtree(first.root)
+        with pytest.raises(RunStopped, match=r"has no lease\.json any more"):
+            first.commit({}, "x.json")
+        with open_run(tiny()) as second:
+            assert second.fence == first.fence
+            with pytest.raises(RunStopped, match="taken over"):
+                first.commit({}, "x.json")
+            second.commit({}, "x.json")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.EIO])
+def test_a_file_system_without_locks_is_one_message(
+    tiny: Callable[..., Config], tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    words = rf"runs_dir={tmp_path}/runs: '.*/\.lock' cannot be used as a lock \({os.strerror(number)}\): .*flock"
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(UserError, match=words), open_run(tiny()):
+            pass
+    with monkeypatch.context() as patch:  # O_EXCL, by which the lock's file is made
+        (tmp_path / "runs/tiny/.lock").unlink(missing_ok=True)
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(UserError, match=words), open_run(tiny()):
+            pass
+    with open_run(tiny()):
+        pass
+
+
+def test_a_lock_that_cannot_be_given_back_is_a_warning(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = fcntl.flock
+
+    def keep(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_UN:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        original(descriptor, operation)
+
+    with pytest.warns(UserWarning, match=r"could not be given back: Input/output error"), open_run(tiny()):
+        monkeypatch.setattr(fcntl, "flock", keep)
+    monkeypatch.undo()
+
+
+def test_a_lease_that_cannot_be_read_is_one_message(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_run(tiny()) as run:
+        monkeypatch.setattr(Path, "read_bytes", _stale)
+        with pytest.raises(UserError, match=r"its lease\.json cannot be read or written \(Stale file handle\)"):
+            run.commit({}, "x.json")
+        monkeypatch.undo()
+
+
+def _stale(_: Path) -> bytes:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 def test_changed_settings_stop_with_the_keys_that_differ(tiny: Callable[..., Config]) -> None:

@@ -227,6 +227,7 @@ def test_each_mistake_is_one_message(s3: str, monkeypatch: pytest.MonkeyPatch) -
         storage.read_bytes("s3://KEY:hush@bucket/x")
     assert "hush" not in str(told.value)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setattr(boto, "_served", False)  # at the start of a process
     boto.client.cache_clear()
     with pytest.raises(UserError, match=r"no credentials for S3.*AWS_PROFILE"):
         storage.read_bytes(f"{s3}/x")
@@ -274,7 +275,8 @@ def test_http_is_read_and_not_written(proxy: Proxy, s3: str) -> None:
         ("EntityTooLarge", r"refuses PutObject"),
     ],
 )
-def test_what_s3_refuses_is_told_with_its_remedy(code: str, words: str) -> None:
+def test_what_s3_refuses_is_told_with_its_remedy(code: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boto, "_served", False)
     error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 400}}, "PutObject")
     with pytest.raises(UserError, match=words):
         boto.judge("s3://b/x", error)
