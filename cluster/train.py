@@ -117,7 +117,6 @@ def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) ->
             "root": run.root,
             "fence": run.fence,
             "token": run.token,
-            "token": run.token,
             "board": board.actor,
             "watched": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
         }
