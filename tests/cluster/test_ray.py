@@ -56,6 +56,15 @@ def test_uneven_workers_see_the_same_samples_at_the_same_steps(tiny_yaml: Path) 
     assert alone.returncode == 0, alone.stderr
     three = program("cluster", "run", str(tiny_yaml), "name=w3", NO_SCAN, "cluster.workers=3")
     assert three.returncode == 0, three.stderr + three.stdout
+    logs = sorted(path.name for path in (runs / "w3/log").iterdir())
+    stages = ("dense", "rounds")
+    assert logs == [
+        *(f"0001-{stage}-1-rank-{rank}.jsonl" for stage in stages for rank in range(3)),
+        "driver-0001.jsonl",
+    ]
+    for name in logs:
+        last = json.loads((runs / "w3/log" / name).read_text().splitlines()[-1])
+        assert (last["event"], last["message"]) == ("Ended", "ended well")
     assert sample_order(runs / "w3") == sample_order(runs / "w1")
     assert len(set(sample_order(runs / "w1"))) == 3 + 2 + 2  # the control sees what the rounds saw
     assert result(runs, "w3")["weights_kept"] == result(runs, "w1")["weights_kept"] == 50200 // 6
