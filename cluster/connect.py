@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_BACKEND_LOG_LEVEL": "error",  # its C++ would print warnings among a run's lines
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours to handle
     # And so is SIGTERM, also while Ray starts: its handler would print a stack. Python still prints one of a crash.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
@@ -147,6 +148,8 @@ def _init(ray: Any, address: str, config: Config) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
         # On one's own machine more workers than cores are allowed: they share them.
         options |= {"num_cpus": max(os.cpu_count() or 1, demand(config)["CPU"]), "include_dashboard": False}
+    if not config.cluster.ray_logs:
+        ray._private.worker.print_to_stdstream = _unheard  # paragraphs on each lost process; ours is one sentence
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it shows tracebacks of what we say in a sentence
     try:
         knock(address)
@@ -160,6 +163,10 @@ def _init(ray: Any, address: str, config: Config) -> None:
             f"cluster.address={address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one with "
             "`ray start --head`, or leave cluster.address out to run on this machine"
         ) from error
+
+
+def _unheard(*_: object, **__: object) -> None:
+    """In the place of what prints Ray's own reports."""
 
 
 def start(ray: Any, options: dict[str, Any]) -> None:

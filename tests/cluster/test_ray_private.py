@@ -31,6 +31,10 @@ NAMES: list[tuple[str, str, Sequence[str] | None, str]] = [
     (PACKAGING, "GCS_STORAGE_MAX_SIZE", None, "cluster/job_env.py"),
     (PACKAGING, "_get_excludes", ["path", "excludes"], "cluster/job_env.py"),
     (PACKAGING, "_dir_travel", ["path", "excludes", "handler", "include_gitignore", "logger"], "cluster/job_env.py"),
+    ("ray._private.worker", "print_to_stdstream", ["data", "ignore_prefix"], "cluster/connect.py"),
+    ("ray._private.worker", "listen_error_messages", None, "cluster/connect.py"),  # which calls it
+    ("ray.train.v2._internal.exceptions", "WorkerHealthCheckFailedError", None, "cluster/losses.py"),
+    ("ray.train.v2._internal.exceptions", "WorkerHealthCheckTimeoutError", None, "cluster/losses.py"),
     ("ray.runtime_env", "RuntimeEnv.known_fields", None, "cluster/job_env.py"),
     ("ray.autoscaler._private.util", "prepare_config", ["config"], "tests/infra"),
     ("ray.autoscaler._private.util", "validate_config", ["config"], "tests/infra"),
