@@ -48,7 +48,7 @@ def is_memory(error: BaseException) -> bool:
     return type(cause).__name__ == "OutOfMemoryError" or "low on memory" in str(cause)
 
 
-def may_pass(failure: Exception) -> bool:
+def is_loss(failure: Exception) -> bool:
     """Whether a training of Ray Train's, or a task, failed because processes or nodes were lost, or never came.
 
     Not by an error of its own code, and not by a lack of memory, which would come again.

@@ -63,7 +63,7 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
             said = f"scan: the trial of {name} was lost: {losses.told(error)}"
             if lost[name] > most:
                 remedy = f"To mend it, {MORE_ROOM}. " if losses.is_memory(error) else ""
-                stopped = Lost if losses.may_pass(error) else RunStopped
+                stopped = Lost if losses.is_loss(error) else RunStopped
                 raise stopped(f"{said}; {losses.tried(lost[name], most, 'level')}. {remedy}The same command goes on")
             warnings.warn(f"{said}; trying again from its last level ({lost[name]} of {most})", stacklevel=2)
         todo = {name: todo[name] for name in failed}
@@ -189,7 +189,7 @@ def finished(ray: Any, started: Any, what: str, config: Config) -> Any:
     except ray.exceptions.RayError as error:
         require_loss(error, f"scan: {what}")
         remedy = f"To mend it, {MORE_ROOM}. " if losses.is_memory(error) else ""
-        raise (Lost if losses.may_pass(error) else RunStopped)(
+        raise (Lost if losses.is_loss(error) else RunStopped)(
             f"scan: {what} could not be measured: {losses.told(error)}; tried {most + 1} times "
             f"(cluster.max_failures={most}). {remedy}The same command goes on"
         ) from error

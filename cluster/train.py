@@ -141,7 +141,7 @@ def carry_out(ray: Any, job: dict[str, Any], config: Config, run: Run, progress:
             raise Away(f"{stage}: {reason}") from failure
         said, remedy = describe(failure, ray.get(board.hung.remote()))
         if not tries.again():
-            stopped = Lost if losses.may_pass(failure) else RunStopped
+            stopped = Lost if losses.is_loss(failure) else RunStopped
             raise stopped(f"{stage}: {said}; {tries.said()}. {remedy}The same command goes on") from failure
         progress(Warned(f"{stage}: {said}; trying again from the last checkpoint ({tries.count} of {tries.most})"))
 

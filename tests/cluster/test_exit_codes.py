@@ -75,13 +75,13 @@ def user_error(error: Exception) -> Exception:
     ],
 )
 def test_lost_machines_are_told_from_bugs(failure: Exception, passes: bool) -> None:
-    assert losses.may_pass(failure) == passes
+    assert losses.is_loss(failure) == passes
 
 
 def test_a_task_that_fails_by_itself_is_no_loss() -> None:
     failed = RayTaskError("answer", "Traceback ...", ValueError("a bug"))
-    assert not losses.may_pass(failed)
-    assert losses.may_pass(NodeDiedError("gone"))
+    assert not losses.is_loss(failed)
+    assert losses.is_loss(NodeDiedError("gone"))
 
 
 def test_ray_train_still_has_these_errors() -> None:
