@@ -21,7 +21,8 @@ from pipeline.run.state import Run
 DIED = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n\tactor_id: 9\n"
     "\tpid: 21613\n\tnamespace: efb2e0aa\n\tip: 10.0.0.7\nThe actor is dead because its worker process has died. "
-    "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file. "
+    "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection "
+    "error code 2. End of file. "
     "Some common causes include: (1) the process was killed by the OOM killer due to high memory usage"
 )
 MEMORY = (
