@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from cluster import connect, sweep
+from cluster import connect, losses, sweep
 from cluster import train as training
 from cluster.metrics import Gauges
 from pipeline import storage
+from pipeline.base.errors import Lost, RunStopped
 from pipeline.engine import Levels, OnLevel, Together, Work
 from pipeline.run.events import Event, Progress
 from pipeline.run.records import Figures
@@ -25,17 +28,20 @@ class RayEngine:
     def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
         """Do it on a worker group of Ray Train."""
         self._connect(config, run)
-        training.train(self.ray, work, config, run, progress)
+        with self._in_a_sentence(work.stage):
+            training.train(self.ray, work, config, run, progress)
 
     def scan(self, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
         """Run the scan as trials of Ray Tune."""
         self._connect(config, run)
-        return sweep.scan(self.ray, todo, config, run, on_level, source)
+        with self._in_a_sentence("scan"):
+            return sweep.scan(self.ray, todo, config, run, on_level, source)
 
     def together(self, config: Config, run: Run, source: str) -> Together:
         """Measure allocations as tasks side by side."""
         self._connect(config, run)
-        return sweep.together(self.ray, config, run, source)
+        with self._in_a_sentence("scan"):
+            return sweep.together(self.ray, config, run, source)
 
     def _connect(self, config: Config, run: Run) -> None:
         self.ray = connect.connect(config)
@@ -49,6 +55,21 @@ class RayEngine:
         """Set the run's gauges, once Ray is up."""
         if self.gauges is not None:
             self.gauges(event)
+
+    @contextmanager
+    def _in_a_sentence(self, stage: str) -> Iterator[None]:
+        """Raise Lost for an error of Ray's that nothing in the block expected, as where it lost its own process.
+
+        RunStopped where it would come again.
+        """
+        try:
+            yield
+        except self.ray.exceptions.RayError as error:
+            remedy = f"To mend it, {losses.REMEDIES}. " if losses.is_memory(error) else ""
+            raise (Lost if losses.is_loss(error) else RunStopped)(
+                f"{stage}: a process of Ray's that carries messages or data of the run was lost: {losses.told(error)}; "
+                f"it was not tried again. {remedy}The same command goes on"
+            ) from error
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""

@@ -12,7 +12,7 @@ from pipeline.run.state import Run
 from pipeline.train.world import lost_touch
 
 _NODE = re.compile(r"Memory on the node \(IP: (?P<node>[^,]+), ID: [^)]*\) was (?P<used>\S+)GB used / (?P<limit>\S+)GB")
-_KILLED = re.compile(r"(?P<who>[^\n(]*)\([^\n]*pid=(?P<pid>\d+), actual memory used=(?P<memory>[\d.]+)GB")
+_KILLED = re.compile(r"Selected to kill: [^\n]*?pid=(?P<pid>\d+), actual memory used=(?P<memory>[\d.]+)GB")
 # Ray Train's errors for workers that are gone, or never came.
 OF_RAY_TRAIN = {
     "WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError", "WorkerGroupStartupTimeoutError",

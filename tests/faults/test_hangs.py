@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,6 +25,9 @@ def started(tiny_yaml: Path) -> Iterator[list[Started]]:
     made: list[Started] = []
     yield made
     for each in made:
+        each.process.terminate()  # torchrun ends its ranks then; killed, it would leave them
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            each.process.wait(60)
         each.kill()
 
 
