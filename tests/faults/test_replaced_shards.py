@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 from faults.limits import command
-from faults.runs import Line, RayRun, newest_step, resumed_at, same_weights
+from faults.runs import SETTINGS, Line, RayRun, newest_step, resumed_at, same_weights
+from support import program
 from tiny_run import NO_SCAN, TINY
 
 from pipeline import stages
@@ -100,7 +101,7 @@ def test_shards_replaced_under_a_restarted_worker(tiny: Tiny, tmp_path: Path, li
     assert "max_failures" not in run.output
     seconds = time.monotonic() - killed
     swap(root, others)
-    again = RayRun(config, tmp_path / "runs", *settings)
-    again.finish()
-    assert resumed_at(again.output, "dense") > 0
+    again = program("pipeline", "run", str(config), *SETTINGS, *settings, ray=False)
+    assert again.returncode == 0, again.stderr
+    assert resumed_at(again.stdout, "dense") > 0
     line("shards replaced under a restarted worker", "stops cleanly", "<=50", seconds)
