@@ -24,7 +24,8 @@ from tiny_run import TINY
 
 from pipeline.scan.known import LEVELS, TOGETHER
 
-pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(2000)]
+LONG = 900  # seconds, on a busy machine
 LEVELS_EACH = 20
 # One image at a time: both parts of the scan take seconds, the rest of the run does not.
 SETTINGS = [
@@ -98,7 +99,7 @@ def test_the_node_killed_that_measured(
     nodes.add()
     nodes.remove(first)
     reached = measured(run.folder, part)
-    run.finish()
+    run.finish(seconds=LONG)
     assert reached < (3 * LEVELS_EACH if part == LEVELS else 5 * len(SCAN["together"]))
     assert scanned(run.folder) == scanned(undisturbed.run)
     assert measured_twice(run.folder) == 0
@@ -115,15 +116,15 @@ def test_the_only_node_killed(undisturbed: Undisturbed, nodes: Nodes, tmp_path: 
     run.wait(lambda: measured(run.folder, LEVELS))
     nodes.remove(only)
     removed = time.monotonic()
-    run.finish(code=2)
-    assert 12 <= time.monotonic() - removed < 90
+    run.finish(code=2, seconds=LONG)
+    assert 12 <= time.monotonic() - removed < 200
     assert (
         "error: scan: waited cluster.wait_seconds=12 for room. a scan trial with 1 CPU each needs 1 CPU" in run.output
     )
     kept = measured(run.folder, LEVELS)
     nodes.add()
     again = nodes.run(undisturbed.config, runs, *settings)
-    again.finish()
+    again.finish(seconds=LONG)
     assert measured(run.folder, LEVELS) - kept <= 3 * LEVELS_EACH + 1 - kept  # and the line of the dense network
     assert measured_twice(run.folder) == 0
     assert scanned(run.folder) == scanned(undisturbed.run)
@@ -139,7 +140,7 @@ def test_a_worker_killed(part: str, undisturbed: Undisturbed, nodes: Nodes, tmp_
     words = "ScanTrial" if part == LEVELS else "answer_pruned"
     [victim, *_] = run.wait(lambda: processes_in("net", nodes.process.pid, f"ray::{words}"))
     os.kill(victim, signal.SIGKILL)
-    run.finish()
+    run.finish(seconds=LONG)
     assert scanned(run.folder) == scanned(undisturbed.run)
     assert measured_twice(run.folder) == 0
     assert same_weights(undisturbed.run, run.folder)
