@@ -1,4 +1,4 @@
-"""Runs under Ray whose processes are found by rank, watched in the run's folder, and killed."""
+"""Runs that are watched in their folder, and killed: under Ray with processes found by rank, or with state on S3."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from support import ROOT, alone_on_the_network, environment
+
+from pipeline import storage
 
 WORKERS = 2
 EVERY = 50  # steps between checkpoints
@@ -116,6 +118,26 @@ class RayRun(Started):
                     os.kill(writer, signal.SIGCONT)
                 return int(torn.name)
             os.kill(writer, signal.SIGCONT)
+
+
+class OnS3(Started):
+    """A run without Ray whose state is on S3, which it reaches at `endpoint`."""
+
+    def __init__(self, config: Path, bucket: str, endpoint: str, name: str, *overrides: str, **extra: str) -> None:
+        self.url = f"{bucket}/runs/{name}"
+        where = [f"runs_dir={bucket}/runs", f"name={name}"]
+        command = [sys.executable, "-m", "pipeline", "run", str(config), *overrides, *where]
+        log = config.parent / f"{name}-{time.monotonic_ns()}.txt"
+        super().__init__(log, command, AWS_ENDPOINT_URL=endpoint, **extra)
+
+    def has_a_checkpoint(self) -> bool:
+        """Whether round 1 has a whole step checkpoint."""
+        steps = f"{self.url}/rounds/01/steps"
+        return any(storage.exists(f"{steps}/{name}/manifest.json") for name in storage.list_folders(steps))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What it ended with."""
+        return load(storage.read_bytes(f"{self.url}/final/model.safetensors"))
 
 
 def unfinished(steps: Path) -> Path | None:

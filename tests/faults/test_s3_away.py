@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from faults.proxy import Fault, Proxy
-from faults.runs import Line, Started
-from safetensors.torch import load
+from faults.runs import Line, OnS3
 from tiny_run import TINY
 
 from pipeline import storage
@@ -55,25 +53,6 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-class OnS3(Started):
-    """A run whose shards and state are on S3 behind a proxy."""
-
-    def __init__(self, tiny_yaml: Path, bucket: str, proxy: Proxy, name: str, **extra: str) -> None:
-        self.url = f"{bucket}/runs/{name}"
-        where = [f"runs_dir={bucket}/runs", f"data.root={bucket}/shards", f"name={name}"]
-        command = [sys.executable, "-m", "pipeline", "run", str(tiny_yaml), *SETTINGS, *where]
-        super().__init__(tiny_yaml.parent / f"{name}.txt", command, AWS_ENDPOINT_URL=proxy.url, **extra)
-
-    def has_a_checkpoint(self) -> bool:
-        """Whether round 1 has a whole step checkpoint."""
-        steps = f"{self.url}/rounds/01/steps"
-        return any(storage.exists(f"{steps}/{name}/manifest.json") for name in storage.list_folders(steps))
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """What it ended with."""
-        return load(storage.read_bytes(f"{self.url}/final/model.safetensors"))
-
-
 @pytest.fixture(scope="module")
 def shards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of the tiny run on disk."""
@@ -97,6 +76,7 @@ FAULTS = {
     "S3: socket stalls": Fault("stall", times=2, after=20_000, path="/shards/"),
     "S3: slow link": Fault("slow", times=8, rate=200_000, path="/shards/"),
     "S3: answer to a write lost": Fault("forget", times=3, method="PUT"),
+    "credentials failing three times": Fault("refuse", times=3, method="", status=400, code="ExpiredToken"),
     "S3 down for 30 s": Fault("reset", times=-1, method=""),
 }
 
@@ -105,13 +85,14 @@ FAULTS = {
 def test_a_run_outlives_each_fault_of_its_store(name: str, stored: str, tiny_yaml: Path, moto: str, line: Line) -> None:
     away = name.endswith("30 s")
     waits = {"SECATEUR_STORAGE_TIMEOUT_S": "2", "SECATEUR_STORAGE_BACKOFF_S": "0.1"}
-    proxy = Proxy(moto)
+    proxy, settings = Proxy(moto), [*SETTINGS, f"data.root={stored}/shards"]
     try:
         if not UNDISTURBED:
-            whole = OnS3(tiny_yaml, stored, proxy, "undisturbed", **waits)
+            whole = OnS3(tiny_yaml, stored, proxy.url, "undisturbed", *settings, **waits)
             UNDISTURBED["run"] = whole.finish(), whole.weights()
         undisturbed, weights = UNDISTURBED["run"]
-        run = OnS3(tiny_yaml, stored, proxy, "fault", **waits | ({"SECATEUR_STORAGE_BACKOFF_S": "5"} if away else {}))
+        waits |= {"SECATEUR_STORAGE_BACKOFF_S": "5"} if away else {}
+        run = OnS3(tiny_yaml, stored, proxy.url, "fault", *settings, **waits)
         run.wait(run.has_a_checkpoint, poll=0.05)
         proxy.fault = dataclasses.replace(FAULTS[name])
         if away:

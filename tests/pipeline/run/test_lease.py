@@ -70,7 +70,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(remote: Tiny) -> None:
 def test_an_orphan_cannot_commit_after_a_take_over(remote: Tiny) -> None:
     with open_run(remote()) as first:
         first.commit({"a": 1}, "x.json")
-        storage.write_json(first.path("lease.json"), {**lease_of(remote()), "released": True})
+        storage.write_json(first.path("lease.json"), {**lease_of(remote()), "token": "x", "released": True})
         with open_run(remote()) as second:
             assert second.fence == first.fence + 1
             with pytest.raises(RunStopped, match="taken over by process"):
@@ -159,7 +159,7 @@ def test_a_write_that_is_tried_again_after_a_take_over_does_not_land(remote: Tin
         writer.start()
         while proxy.made < 2:
             time.sleep(0.001)
-        storage.write_json(first.path("lease.json"), {**lease_of(remote()), "released": True})
+        storage.write_json(first.path("lease.json"), {**lease_of(remote()), "token": "x", "released": True})
         with open_run(remote()) as second:
             proxy.fault = None
             writer.join(60)
