@@ -27,7 +27,8 @@ DIED = (
 MEMORY = (
     "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: f727913b) "
     "was 15.21GB used / 16.00GB limit (0.950625)\nOOM kill reason: Memory usage 1B exceeded threshold of 1B "
-    "(95.0% of 1B limit)\nObject store memory usage: [- objects spillable: 0\nRay killed 1 worker(s) based on the killing policy\n"
+    "(95.0% of 1B limit)\n"
+    "Object store memory usage: [- objects spillable: 0\nRay killed 1 worker(s) based on the killing policy\n"
     "Considered workers: [\nSelected to kill: (Task: job ID=01000000, lease ID=0000, task name=_Events.__init__, "
     "required resources={}, pid=21613, actual memory used=9.75GB, worker ID=73c4)\n]\nTop 10 memory users: PID\n"
     "Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/"
