@@ -50,6 +50,10 @@ class Run:
     token: str | None = None
     alive: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The same writer in another process, such as a worker: the lease's clock stays with its holder."""
+        return Run, (self.root, self.fence, self.token)
+
     def path(self, *parts: str) -> str:
         """Where a file of the run lies."""
         return storage.join(self.root, *parts)

@@ -230,11 +230,11 @@ def test_weights_used_outside_of_their_layer_are_masked_only(make: type[nn.Modul
     assert all(torch.equal(dict(pruned.named_parameters())[name], before[name]) for name in left)
 
 
-def two_ranks(rank: int, folder: str, config: Config, root: str, fence: int) -> None:
+def two_ranks(rank: int, folder: str, config: Config, run: Run) -> None:
     """Statistics, masks and reconstruction on one of two ranks; what it holds afterwards, as a file."""
     configure_process(config.threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = pruned_once(open_session(config, World(rank, 2, CPU), Run(root, fence), unheard))
+    found = pruned_once(open_session(config, World(rank, 2, CPU), run, unheard))
     torch.save(found, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -267,7 +267,7 @@ def test_two_ranks_hold_the_same_bits_and_what_one_would(small_session: Session,
     prune = small_session.config.prune.model_copy(update={"allocation": "pooled", "statistics_samples": 100})
     config = small_session.config.model_copy(update={"data": data, "prune": prune})
     run = small_session.run
-    mp.spawn(two_ranks, (str(tmp_path), config, run.root, run.fence), nprocs=2)
+    mp.spawn(two_ranks, (str(tmp_path), config, run), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = pruned_once(replace(small_session, config=config))
     for kind, tensors in first.items():

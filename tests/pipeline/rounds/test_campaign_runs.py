@@ -166,7 +166,7 @@ def test_a_campaign_killed_again_and_again_ends_with_the_same_bits(
     killed(Training, "_update", at(7, undone=0))
     killed(attempts, "settle", lambda _: run.has("rounds/01/metrics.json"))
     for name, part in (("tree", "checkpoint"), ("tree", "steps"), ("", "plan.json"), ("", "metrics.json")):
-        killed(storage, f"remove_{name}" if name else "remove", lambda url, part=part: (
+        killed(storage, f"remove_{name}" if name else "remove", lambda url, *_, part=part: (
             url.endswith(f"rounds/01/{part}") and run.has("rounds/01/attempt-1/metrics.json")
         ))  # fmt: skip
     killed(Training, "_update", at(7, undone=1))

@@ -82,7 +82,7 @@ def noisy(session: Session) -> dict[str, Any]:
     return {"top1": position.history[-1].val_top1, "order": [epoch.order for epoch in position.history]}
 
 
-def process(rank: int, folder: str, configs: list[Config], root: str, fence: int, what: str) -> None:
+def process(rank: int, folder: str, configs: list[Config], run: Run, what: str) -> None:
     """What each of four processes does: it takes part in every world that is large enough to have its rank."""
     torch.set_num_threads(1)
     for number, config in enumerate(configs):
@@ -94,7 +94,7 @@ def process(rank: int, folder: str, configs: list[Config], root: str, fence: int
                 store = f"file://{folder}/store-{number}-{size}"
                 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
             world = World(rank, size, torch.device("cpu"))
-            found = {"exact": exact, "noisy": noisy}[what](open_session(config, world, Run(root, fence), unheard))
+            found = {"exact": exact, "noisy": noisy}[what](open_session(config, world, run, unheard))
             Path(folder, f"{number}-{size}-{rank}.json").write_text(json.dumps(found))
             if size > 1:
                 dist.destroy_process_group()
@@ -104,7 +104,7 @@ def train(session: Session, folder: Path, what: str, *changes: dict[str, Any]) -
     """For each change of the config, what rank 0 of each world size found."""
     tree = session.config.model_dump(mode="json")
     configs = [parse_config({**tree, **change}) for change in changes]
-    mp.spawn(process, (str(folder), configs, session.run.root, session.run.fence, what), nprocs=max(SIZES))
+    mp.spawn(process, (str(folder), configs, session.run, what), nprocs=max(SIZES))
     return [
         {size: json.loads((folder / f"{number}-{size}-0.json").read_text()) for size in SIZES}
         for number in range(len(configs))
