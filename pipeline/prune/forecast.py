@@ -3,9 +3,9 @@
 Each measurement says how damages add up near its own density (`pipeline.prune.budget.Held`). Between two of them the
 prediction goes over from the one to the other, in the logarithms of budget and rise, so it is continuous. It never
 falls as the budget shrinks. Its interval grows with the distance from the measurements, by the error that is made when
-one of them is predicted from its neighbours: that of all of them, or of the nearest one where that is larger. It is
-never narrower than what is not known of the measurements themselves. So near the dense network, where a rise cannot be
-told from none, it reaches below zero.
+one of them is predicted from its neighbours: the median of these errors, or that of the nearest one where it is larger.
+It is never narrower than what is not known of the measurements themselves. So near the dense network, where a rise
+cannot be told from none, it reaches below zero.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def _errors(known: Sequence[Measured], places: Sequence[float], budgets: Floats)
     spacing = float(np.diff(x).mean()) if len(x) > 1 else 1.0
     missed = _missed(known, places)
     if len(missed):
-        overall = math.sqrt(float((missed**2).mean()))
-        near = np.maximum(overall, np.interp(at, x[1:-1], missed))
+        # The median: one that is missed widely, as near a dense network whose loss fell, says nothing of those far off.
+        near = np.maximum(float(np.median(missed)), np.interp(at, x[1:-1], missed))
     else:
         near = np.full_like(at, ASSUMED)
     return np.asarray(np.hypot(measured, near * np.minimum(2.0, 2 * away / max(spacing, LEAST))))

@@ -69,13 +69,12 @@ def test_a_measurement_that_its_neighbours_miss_widens_the_interval_beside_it() 
         Measured(at, 0.0, course(scale)) for at, scale in zip((0.8, 0.4, 0.2, 0.1, 0.05), (1, 1, 4, 1, 1), strict=True)
     ]
     found = forecast(known, 1000)
-    overall = math.sqrt((math.log(4) ** 2 + 2 * math.log(2) ** 2) / 3)
     spacing, halfway = math.log(0.8 / 0.05) / 4, 1000 * math.sqrt(0.4 * 0.2)
     assert spacing == pytest.approx(math.log(2))
     rise, _, high = found.at(halfway)  # between one that was missed by log 2 and one that was missed by log 4
-    assert math.log(high / rise) / Z95 == pytest.approx(max(overall, 1.5 * math.log(2)), rel=0.02)
+    assert math.log(high / rise) / Z95 == pytest.approx(1.5 * math.log(2), rel=0.02)
     rise, _, high = found.at(1000 * math.sqrt(0.8 * 0.4))  # beside one that was missed by log 2 only
-    assert math.log(high / rise) / Z95 == pytest.approx(overall, rel=0.02)
+    assert math.log(high / rise) / Z95 == pytest.approx(math.log(2), rel=0.02)
 
 
 def test_a_loss_that_fell_is_within_the_interval_of_what_is_predicted() -> None:
