@@ -18,6 +18,8 @@ from support import program
 from tiny_run import NO_SCAN, TINY
 
 from pipeline import storage
+from pipeline.run.state import open_run
+from pipeline.settings.config import load_config
 
 pytestmark = pytest.mark.faults
 
@@ -77,24 +79,22 @@ def check_same(run: OnS3, undisturbed: dict[str, torch.Tensor]) -> None:
 def test_a_put_that_would_land_after_a_take_over(
     s3: str, moto: str, proxy: Proxy, tiny_yaml: Path, undisturbed: dict[str, torch.Tensor], line: Line
 ) -> None:
-    """Its first tries are refused; meanwhile the lease ends, and another process takes the run."""
+    """Its first tries are refused; meanwhile the lease ends, and another process, this one, takes the run."""
     first = OnS3(tiny_yaml, s3, proxy.url, "tiny", *SETTINGS, SECATEUR_STORAGE_RETRIES="1000", **WAITS)
     first.wait(first.has_a_checkpoint, poll=0.02)
     proxy.fault = Fault("refuse", times=-1, method="PUT", path="/rounds/")
     first.wait(lambda: proxy.made >= 3, poll=0.02)
     lease = f"{first.url}/lease.json"
-    storage.write_json(lease, {**storage.read_json(lease), "token": "another", "released": True})
-    second = OnS3(tiny_yaml, s3, moto, "tiny", *SETTINGS, **WAITS)
-    try:
-        second.wait(lambda: fence(second) == 2, poll=0.02)
-        time.sleep(1)  # a try that was allowed before is over
+    storage.write_json(lease, {**storage.read_json(lease), "released": True})
+    with open_run(load_config(tiny_yaml, [*SETTINGS, f"runs_dir={s3}/runs"])) as taken:
+        assert taken.fence == 2
+        time.sleep(0.5)  # a try that was allowed before is over
         since, proxy.fault = len(proxy.requests), None
         first.finish(2)
-        assert f"was taken over by process {second.process.pid} on " in only_error(first)
+        assert f"was taken over by process {os.getpid()} on " in only_error(first)
         assert written(proxy, since) == []
-        second.finish()
-    finally:
-        second.kill()
+    second = OnS3(tiny_yaml, s3, moto, "tiny", *SETTINGS, **WAITS)
+    second.finish()
     check_same(second, undisturbed)
     line("a PUT that lands after take-over", "identical", f"<={EVERY}", seconds_to_resume(second.output))
 

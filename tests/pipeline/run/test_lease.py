@@ -70,7 +70,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(remote: Tiny) -> None:
 def test_an_orphan_cannot_commit_after_a_take_over(remote: Tiny) -> None:
     with open_run(remote()) as first:
         first.commit({"a": 1}, "x.json")
-        storage.write_json(first.path("lease.json"), {**lease_of(remote()), "token": "x", "released": True})
+        storage.write_json(first.path("lease.json"), {**lease_of(remote()), "released": True})
         with open_run(remote()) as second:
             assert second.fence == first.fence + 1
             with pytest.raises(RunStopped, match="taken over by process"):
@@ -144,6 +144,7 @@ def test_a_writer_with_the_number_of_another_cannot_commit(remote: Tiny) -> None
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
 def test_a_write_that_is_tried_again_after_a_take_over_does_not_land(remote: Tiny, proxy: Proxy, method: str) -> None:
+    config = remote(**{"cluster.lease_seconds": 60})
     ended: list[BaseException] = []
 
     def write(run: Run) -> None:
@@ -152,15 +153,16 @@ def test_a_write_that_is_tried_again_after_a_take_over_does_not_land(remote: Tin
         except RunStopped as error:
             ended.append(error)
 
-    with open_run(remote()) as first:
+    with open_run(config) as first:
         first.commit({"a": 1}, "x.json")
         proxy.fault = Fault("refuse", times=-1, method=method, path="x.json")
         writer = threading.Thread(target=write, args=(first,))
         writer.start()
         while proxy.made < 2:
             time.sleep(0.001)
-        storage.write_json(first.path("lease.json"), {**lease_of(remote()), "token": "x", "released": True})
-        with open_run(remote()) as second:
+        storage.write_json(first.path("lease.json"), {**lease_of(config), "released": True})
+        with open_run(config) as second:
+            assert second.fence == first.fence + 1
             proxy.fault = None
             writer.join(60)
             assert "taken over by process" in str(ended[0])
