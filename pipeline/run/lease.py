@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.base import process
-from pipeline.base.errors import RunStopped, UserError
+from pipeline.base.errors import Lost, RunStopped, UserError
 from pipeline.base.record import Record, optional
 
 NAME = "lease.json"
@@ -69,7 +69,7 @@ class Lease(Record):
 
 @dataclass(frozen=True)
 class Held:
-    """A lease that this process holds. `alive` raises RunStopped where it has ended; it asks the clock alone."""
+    """A lease that this process holds. `alive` raises Lost where it has ended; it asks the clock alone."""
 
     fence: int
     token: str | None
@@ -91,7 +91,7 @@ def hold(
 
 
 def require(root: str, fence: int, token: str | None) -> None:
-    """Raise RunStopped where the lease of a run is another writer's, or on S3 has ended."""
+    """Raise RunStopped where the lease of a run is another writer's, and Lost where it has ended on S3."""
     url = storage.join(root, NAME)
     age_s = 0.0
     try:
@@ -110,7 +110,7 @@ def require(root: str, fence: int, token: str | None) -> None:
     if (holder.fence, holder.token) != (fence, token):
         raise RunStopped(f"run '{root}' was taken over by process {holder.pid} on {holder.host}; this one stops")
     if age_s > holder.lasts:
-        raise RunStopped(_ended(root, age_s, holder.lasts))
+        raise Lost(_ended(root, age_s, holder.lasts))
 
 
 @contextmanager
@@ -232,10 +232,10 @@ class _Heart:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise RunStopped where the last renewal is longer ago than the lease lasts. Asks the clock, not the store."""
+        """Raise Lost where the last renewal is longer ago than the lease lasts. Asks the clock, not the store."""
         silent = process.since_boot() - self._renewed
         if silent > self._lease.lasts:
-            raise RunStopped(_ended(self._root, silent, self._lease.lasts))
+            raise Lost(_ended(self._root, silent, self._lease.lasts))
 
     def stop(self) -> None:
         """End the thread, and give the lease back. If the store does not answer, the lease ends by itself in time."""

@@ -42,7 +42,7 @@ class Run:
 
     `fence` and `token` are what the lease had when this writer started. A later driver raises the number and has
     another token, and then every write of this writer is refused: orphans of a killed run cannot write. `alive` raises
-    RunStopped where this process holds the lease, and it has ended.
+    Lost where this process holds the lease, and it has ended.
     """
 
     root: str
