@@ -112,7 +112,7 @@ def test_a_driver_that_is_stopped_past_its_lease_and_let_go_on(
     try:
         second.wait(lambda: fence(second) == 2, poll=0.02)
         os.kill(first.process.pid, signal.SIGCONT)
-        first.finish(2)
+        first.finish(75)
         said = only_error(first)
         assert "its lease was not renewed for " in said
         assert f"longer than cluster.lease_seconds={LEASE_S}" in said
@@ -147,7 +147,7 @@ def test_credentials_that_expire_for_good(
     run = OnS3(tiny_yaml, s3, proxy.url, "tiny", *SETTINGS, SECATEUR_STORAGE_RETRIES="4", **WAITS)
     run.wait(run.has_a_checkpoint, poll=0.02)
     proxy.fault, since = Fault("refuse", times=-1, method="", status=400, code="ExpiredToken"), time.monotonic()
-    run.finish(2)
+    run.finish(75)
     seconds = time.monotonic() - since
     said = only_error(run)
     assert "had no good credentials in 5 tries, the last ended with ExpiredToken" in said or "ended with 400" in said
