@@ -155,7 +155,7 @@ def test_no_room_any_more(
     reached = started(run)
     nodes.remove(second)
     removed = time.monotonic()
-    run.finish(code=2)
+    run.finish(code=75)
     assert 12 <= time.monotonic() - removed < 60
     asked = workers.replace(",", ", ")
     assert "error: rounds: waited cluster.wait_seconds=12 for room." in run.output
