@@ -16,7 +16,7 @@ import math
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -41,12 +41,12 @@ def segment_s() -> float:
 class JsonLines(logging.Formatter):
     """A log record as one line of JSON, without secrets of URLs. `context` is what all lines of a process share."""
 
-    def __init__(self, context: dict[str, Any]) -> None:
+    def __init__(self, context: Mapping[str, object]) -> None:
         super().__init__()
         self.context = context
 
     def format(self, record: logging.LogRecord) -> str:
-        data: dict[str, Any] = dict(getattr(record, "data", {}))
+        data: dict[str, object] = dict(getattr(record, "data", {}))
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -178,7 +178,7 @@ class _Sent(_Kept):
 class RunLog:
     """The log of one process. Called with an event, it writes a line."""
 
-    def __init__(self, url: str, context: dict[str, Any], tell: Callable[[str], None]) -> None:
+    def __init__(self, url: str, context: Mapping[str, object], tell: Callable[[str], None]) -> None:
         self._handler: _Kept = (_Appended if storage.is_local(url) else _Sent)(url, tell)
         self._handler.setFormatter(JsonLines(context))
         # Not one of logging's register: that would keep it for good, and its parents would print its lines too.

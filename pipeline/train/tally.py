@@ -48,7 +48,7 @@ class Tally:
         """The digest of which samples were seen at which step, up to the last `collect`."""
         return f"{self.order & MASK64:016x}"
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Mapping[str, Any]:
         """What a step checkpoint holds of it, the same on every rank, which all ask at the same step."""
         rows = torch.zeros(self.world.size, 3, dtype=torch.float64, device=self.world.device)
         rows[self.world.rank] = self.here
