@@ -138,8 +138,7 @@ class Roll:
     def _talk(self) -> None:
         """Tell and read notes. Where the store does not answer this thread may wait forever; `_judge` sees that."""
         sign, last = 0, False
-        while not last:
-            last = self._over.wait(self.every)
+        while True:
             sign += 1
             try:
                 self.store.set(f"{self.rank}", json.dumps([sign, asdict(self.note)]))
@@ -149,6 +148,9 @@ class Roll:
                 self._answered = time.monotonic()
             except RuntimeError:  # torch's: the store is gone with its process, and the work ends
                 return
+            if last:
+                return
+            last = self._over.wait(self.every)
 
     def _hear(self, rank: int, told: Any) -> None:
         sign, note = told[0], Note(**told[1])

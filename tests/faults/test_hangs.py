@@ -63,6 +63,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on_afterwards(
     run = torchrun(started, tiny_yaml, "dense.epochs=4000")
     steps = tiny_yaml.parent / "runs/tiny/dense/steps"
     run.wait(lambda: newest_step(steps), poll=0.05)
+    time.sleep(SECONDS / 2)  # two looks: the ranks have heard of each other
     victim = rank_of(run, rank)
     os.kill(victim, signal.SIGSTOP)
     stopped = time.monotonic()
