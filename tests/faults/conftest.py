@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 COLUMNS = ("fault", "class", "steps repeated", "seconds lost")
 PROMISES = ("identical", "continues", "stops cleanly")
+
+
+LIMIT_S = 1800  # of a test that names none: several whole runs, each of which has a limit of its own
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LIMIT_S))
 
 
 @pytest.fixture

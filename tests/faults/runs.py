@@ -23,6 +23,7 @@ from pipeline import storage
 
 WORKERS = 2
 EVERY = 50  # steps between checkpoints
+LONG = 900.0  # seconds after which a run hangs for certain, on a busy machine too
 Line = Callable[..., None]  # the fixture `line`
 # One round of heavy steps on real digits, with an evaluation of one image at a time: wide enough to be hit in.
 SETTINGS = [
@@ -47,7 +48,7 @@ class Started:
         """What it has printed so far."""
         return self.log.read_text()
 
-    def wait(self, ready: Callable[[], Any], seconds: float = 240, poll: float = 0.001) -> Any:
+    def wait(self, ready: Callable[[], Any], seconds: float = LONG, poll: float = 0.001) -> Any:
         """Poll until `ready` gives something true, and return it; the process must live."""
         deadline = time.monotonic() + seconds
         while not (found := ready()):
@@ -56,7 +57,7 @@ class Started:
             time.sleep(poll)
         return found
 
-    def finish(self, code: int = 0, seconds: float = 300) -> float:
+    def finish(self, code: int = 0, seconds: float = LONG) -> float:
         """Wait for its end, check its exit code, and return the seconds that it took."""
         try:
             found = self.process.wait(seconds)

@@ -26,18 +26,18 @@ def config(tmp_path: Path) -> Path:
 def test_four_kills_each_after_progress_do_not_end_a_run(config: Path, tmp_path: Path, line: Line) -> None:
     """cluster.max_failures=1, and rank 1 is killed four times, each time after a new checkpoint."""
     undisturbed = RayRun(config, tmp_path / "undisturbed", *ONE_STAGE)
-    expected = undisturbed.finish(seconds=600)
+    expected = undisturbed.finish()
     run = RayRun(config, tmp_path / "killed", *ONE_STAGE, "cluster.max_failures=1")
     steps, killed, last = run.folder / "rounds/01/steps", 0, 0
     for kill in range(4):
         # A worker that Ray has started anew, after a checkpoint that is newer than the one before.
-        victim = run.wait(lambda: (pid := run.worker(1)) != killed and pid, seconds=600, poll=0.05)  # noqa: B023
-        run.wait(lambda: (newest_step(steps) or 0) > last, seconds=600)  # noqa: B023
+        victim = run.wait(lambda: (pid := run.worker(1)) != killed and pid, poll=0.05)  # noqa: B023
+        run.wait(lambda: (newest_step(steps) or 0) > last)  # noqa: B023
         last = newest_step(steps) or 0
         killed = victim
         os.kill(victim, signal.SIGKILL)
-        run.wait(lambda: run.output.count("trying again") == kill + 1, seconds=600, poll=0.05)  # noqa: B023
-    seconds = run.finish(seconds=600)
+        run.wait(lambda: run.output.count("trying again") == kill + 1, poll=0.05)  # noqa: B023
+    seconds = run.finish()
     assert same_weights(undisturbed.folder, run.folder)
     assert run.output.count("(1 of 1)") == 4, run.output
     assert "with process id" in run.output
@@ -48,12 +48,12 @@ def test_four_kills_each_after_progress_do_not_end_a_run(config: Path, tmp_path:
 
 def test_a_rank_that_hangs_under_ray_is_named_and_replaced(config: Path, tmp_path: Path, line: Line) -> None:
     undisturbed = RayRun(config, tmp_path / "undisturbed", *ONE_STAGE)
-    expected = undisturbed.finish(seconds=600)
+    expected = undisturbed.finish()
     run = RayRun(config, tmp_path / "hung", *ONE_STAGE, "cluster.hang_seconds=8")
     victim = run.worker(1)
-    run.wait(lambda: newest_step(run.folder / "rounds/01/steps"), seconds=600)
+    run.wait(lambda: newest_step(run.folder / "rounds/01/steps"))
     os.kill(victim, signal.SIGSTOP)
-    seconds = run.finish(seconds=900)
+    seconds = run.finish()
     assert f"rounds: rank 1 on {os.uname().nodename} (process {victim})" in run.output, run.output
     assert "cluster.hang_seconds=8" in run.output
     assert "trying again from the last checkpoint (1 of 3)" in run.output
