@@ -12,7 +12,7 @@ from faults.runs import Line, RayRun, newest_step, resumed_at, same_weights
 from support import ROOT, program
 from tiny_run import NO_SCAN, TINY
 
-pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 ONE_STAGE = [NO_SCAN, "prune.dense_control=false"]
 
 
