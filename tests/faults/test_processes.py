@@ -72,7 +72,7 @@ def test_a_worker_killed_in_evaluation(rank: int, undisturbed: Undisturbed, tmp_
     os.kill(victim, signal.SIGKILL)
     gate.open()
     seconds = run.finish()
-    assert run.output.count("weights kept") == 1  # what the evaluation says; the first try did not come to it
+    assert run.output.count(" weights kept (") == 1  # what the evaluation says; the first try did not come to it
     assert resumed_at(run.output) == 0
     assert same_weights(undisturbed.run, run.folder)
     line(f"SIGKILL of rank {rank} in evaluation", "identical", 0, seconds - undisturbed.rounds_seconds)
