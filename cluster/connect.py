@@ -44,6 +44,24 @@ class NoRoom(Exception):
     """A training found no room for cluster.wait_seconds; raised in Ray's controller, so it holds its message only."""
 
 
+class Waiting:
+    """How long room has been lacking, in one go; `seconds` of it are too long."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.since: float | None = None
+
+    def too_long(self, lacking: bool) -> bool:
+        """Note whether room is lacking now. Whether it has been for too long."""
+        now = time.monotonic()
+        self.since = (now if self.since is None else self.since) if lacking else None
+        return self.since is not None and now - self.since >= self.seconds
+
+    def said(self, missing: str) -> str:
+        """What a person is told then; `missing` is what was asked for and what there is."""
+        return f"waited cluster.wait_seconds={self.seconds:g} for room. {missing}. The same command goes on"
+
+
 def connect(config: Config) -> Any:
     """Join cluster.address (a job joins its own cluster), or start Ray on this machine; returns the module.
 

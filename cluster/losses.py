@@ -76,35 +76,42 @@ def of_group(failures: Mapping[int, BaseException]) -> str:
     return "; ".join(f"rank {rank} was lost: {told(error)}" for rank, error in shown)
 
 
+NOT_AGAIN = "it was not tried again, since that would end the same way"
 REMEDIES = "give each worker more room (cluster.cpus_per_worker, fewer cluster.workers), or lower data.cache_bytes"
 
 
 class Tries:
-    """How often a stage may be tried again: losses count only while no newer checkpoint has come in between."""
+    """How often something may be tried again: losses count only while nothing new, as a checkpoint, came in between."""
 
-    def __init__(self, run: Run, folder: str, most: int) -> None:
-        self.run, self.folder, self.most = run, folder, most
+    def __init__(self, most: int, what: str) -> None:
+        """`most` is cluster.max_failures; `what` comes in between, in words."""
+        self.most, self.what = most, what
         self.count = 0
-        self._seen = marks(run, folder)
 
-    def again(self) -> bool:
-        """Count a loss. Whether to try again."""
-        now = marks(self.run, self.folder)
-        self.count = 1 if now - self._seen else self.count + 1
-        self._seen = now
+    def again(self, progressed: bool) -> bool:
+        """Count a loss; `progressed` says whether anything new came since the last one. Whether to try again."""
+        self.count = 1 if progressed else self.count + 1
         return self.count <= self.most
 
     def said(self) -> str:
-        """How often it was tried again, for the last message."""
-        return tried(self.count, self.most, "checkpoint")
+        """How often it was tried again until this loss, which was one too many."""
+        if not self.most:
+            return "it was not tried again (cluster.max_failures=0)"
+        times = f"{self.count - 1} times" if self.count != 2 else "once"
+        return f"it was tried again {times} without a newer {self.what} (cluster.max_failures={self.most})"
 
 
-def tried(lost: int, most: int, what: str) -> str:
-    """How often something was tried again until its `lost`-th loss, which was one too many."""
-    if not most:
-        return "it was not tried again (cluster.max_failures=0)"
-    times = f"{lost - 1} times" if lost != 2 else "once"
-    return f"it was tried again {times} without a newer {what} (cluster.max_failures={most})"
+class Written:
+    """What a stage of a run has written for good; `folder` is the stage's."""
+
+    def __init__(self, run: Run, folder: str) -> None:
+        self.run, self.folder = run, folder
+        self._seen = marks(run, folder)
+
+    def more(self) -> bool:
+        """Whether there is something new since the last look."""
+        before, self._seen = self._seen, marks(self.run, self.folder)
+        return bool(self._seen - before)
 
 
 def marks(run: Run, folder: str) -> Set[str]:

@@ -24,18 +24,14 @@ class Patience(ControllerCallback):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.waiting_since: float | None = None
+        self.waiting = connect.Waiting(config.cluster.wait_seconds)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Raise NoRoom, naming what was asked and what the cluster has now."""
-        if type(current_state).__name__ in UP:
-            self.waiting_since = None
-            return
-        now = time.monotonic()
-        self.waiting_since = now if self.waiting_since is None else self.waiting_since
-        if now - self.waiting_since >= self.config.cluster.wait_seconds:
+        up = type(current_state).__name__ in UP
+        if self.waiting.too_long(lacking=not up):
             raise connect.NoRoom(self.message())
-        if current_state is previous_state:
+        if not up and current_state is previous_state:
             time.sleep(PAUSE_S)
 
     def message(self) -> str:
@@ -46,4 +42,4 @@ class Patience(ControllerCallback):
         missing = connect.shortage(connect.nodes(ray), self.config) or (
             f"cluster.workers={asked(wanted.workers)} found no room: {connect.amounts(free)} are free"
         )
-        return f"waited cluster.wait_seconds={wanted.wait_seconds:g} for room. {missing}. The same command goes on"
+        return self.waiting.said(missing)

@@ -36,7 +36,6 @@ from pipeline.train.world import World, choose_device, configure_process
 PAUSE_S = 1.0  # between two looks for room
 SMALLER = "lower data.eval_batch or prune.statistics_samples, or add memory"
 MORE_ROOM = "let fewer trials run side by side (raise cluster.cpus_per_trial), or lower data.eval_batch"
-NOT_AGAIN = "it was not tried again, since that would end the same way"
 
 
 def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, source: str) -> Figures:
@@ -49,7 +48,8 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
     """
     shared, most = in_store(ray, config, run, source), config.cluster.max_failures
     dense: Answers = finished(ray, as_task(ray, config, answer).remote(shared), "the network as it is", config)
-    known, lost = {name: [*given] for name, given in todo.items()}, dict.fromkeys(todo, 0)
+    known = {name: [*given] for name, given in todo.items()}
+    tries = {name: losses.Tries(most, "level") for name in todo}
 
     def collect(name: str, level: Level) -> None:
         known[name].append(level)
@@ -59,13 +59,12 @@ def scan(ray: Any, todo: Levels, config: Config, run: Run, on_level: OnLevel, so
         before = {name: len(known[name]) for name in todo}
         failed = trials(ray, {name: [*known[name]] for name in todo}, config, run, collect, shared, dense)
         for name, error in failed.items():
-            lost[name] = 1 if len(known[name]) > before[name] else lost[name] + 1
             said = f"scan: the trial of {name} was lost: {losses.told(error)}"
-            if lost[name] > most:
+            if not tries[name].again(progressed=len(known[name]) > before[name]):
                 remedy = f"To mend it, {MORE_ROOM}. " if losses.is_memory(error) else ""
                 stopped = Lost if losses.is_loss(error) else RunStopped
-                raise stopped(f"{said}; {losses.tried(lost[name], most, 'level')}. {remedy}The same command goes on")
-            warnings.warn(f"{said}; trying again from its last level ({lost[name]} of {most})", stacklevel=2)
+                raise stopped(f"{said}; {tries[name].said()}. {remedy}The same command goes on")
+            warnings.warn(f"{said}; trying again from its last level ({tries[name].count} of {most})", stacklevel=2)
         todo = {name: todo[name] for name in failed}
     return dense.figures()
 
@@ -119,9 +118,9 @@ def require_loss(error: Exception, what: str) -> None:
     if isinstance(cause, UserError | RunStopped):
         raise type(cause)(str(cause)) from error
     if memory.lacks(cause):
-        raise UserError(f"{what}: {memory.said(cause, SMALLER)}; {NOT_AGAIN}") from error
+        raise UserError(f"{what}: {memory.said(cause, SMALLER)}; {losses.NOT_AGAIN}") from error
     if not losses.is_rays(error):
-        raise RunStopped(f"{what} could not be measured: {blame.text(cause)}; {NOT_AGAIN}") from error
+        raise RunStopped(f"{what} could not be measured: {blame.text(cause)}; {losses.NOT_AGAIN}") from error
 
 
 def together(ray: Any, config: Config, run: Run, source: str) -> Together:
@@ -162,21 +161,17 @@ class Room:
     def __init__(self, ray: Any, config: Config) -> None:
         self._ray, self._config = ray, config
         self._looked = -PAUSE_S
-        self._lacking_since: float | None = None
+        self._waiting = connect.Waiting(config.cluster.wait_seconds)
 
     def look(self) -> None:
         """Raise Away, naming what is missing, where no node could hold a trial for cluster.wait_seconds."""
-        now, patience = time.monotonic(), self._config.cluster.wait_seconds
+        now = time.monotonic()
         if now - self._looked < PAUSE_S:
             return
         self._looked = now
         problem = connect.trial_shortage(connect.nodes(self._ray), self._config)
-        if problem is None:
-            self._lacking_since = None
-            return
-        self._lacking_since = now if self._lacking_since is None else self._lacking_since
-        if now - self._lacking_since >= patience:
-            raise Away(f"scan: waited cluster.wait_seconds={patience:g} for room. {problem}. The same command goes on")
+        if self._waiting.too_long(lacking=problem is not None):
+            raise Away(f"scan: {self._waiting.said(str(problem))}")
 
 
 def finished(ray: Any, started: Any, what: str, config: Config) -> Any:

@@ -17,7 +17,7 @@ import torch
 from cluster import connect, losses
 from cluster.board import Board
 from cluster.connect import NoRoom
-from cluster.losses import Tries
+from cluster.losses import Tries, Written
 from pipeline.base import blame
 from pipeline.base.errors import Agreed, Away, Leaving, Lost, RunStopped, UserError
 from pipeline.engine import Work
@@ -101,7 +101,7 @@ def may_pass(error: Exception) -> bool:
 def would_repeat(stage: str, error: Exception) -> str:
     """What a person is told of an error that every try would meet."""
     said = memory.said(error) if memory.lacks(error) else blame.text(error)
-    return f"{stage}: {said}; it was not tried again, since that would end the same way"
+    return f"{stage}: {said}; {losses.NOT_AGAIN}"
 
 
 def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) -> None:
@@ -126,7 +126,7 @@ def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) ->
 def carry_out(ray: Any, job: dict[str, Any], config: Config, run: Run, progress: Progress) -> None:
     """Trainings of Ray Train's, one after the other, until the work is done. Raises as `train` does."""
     stage, board = job["work"].stage, job["board"]
-    tries = Tries(run, stage, config.cluster.max_failures)
+    tries, written = Tries(config.cluster.max_failures, "checkpoint"), Written(run, stage)
     while True:
         failure = fit(ray, job, config, run)
         ended = ray.get(board.ended.remote())
@@ -140,7 +140,7 @@ def carry_out(ray: Any, job: dict[str, Any], config: Config, run: Run, progress:
         if isinstance(reason, NoRoom):
             raise Away(f"{stage}: {reason}") from failure
         said, remedy = describe(failure, ray.get(board.hung.remote()))
-        if not tries.again():
+        if not tries.again(progressed=written.more()):
             stopped = Lost if losses.is_loss(failure) else RunStopped
             raise stopped(f"{stage}: {said}; {tries.said()}. {remedy}The same command goes on") from failure
         progress(Warned(f"{stage}: {said}; trying again from the last checkpoint ({tries.count} of {tries.most})"))

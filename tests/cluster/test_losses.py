@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cluster import connect, losses
-from cluster.losses import Tries
+from cluster.losses import Tries, Written
 from cluster.submit import require_own_names
 from cluster.sweep import require_loss
 from cluster.train import may_pass, would_repeat
@@ -99,18 +99,18 @@ def test_losses_count_only_while_no_newer_checkpoint_came(tmp_path: Path) -> Non
         (steps / f"{step:08d}/weights.safetensors").touch()
         (steps / f"{step:08d}/manifest.json").touch()
 
-    tries = Tries(run, "dense", 1)
+    tries, written = Tries(1, "checkpoint"), Written(run, "dense")
     for step in range(4):  # four losses, with progress before each
         save(step)
-        assert tries.again()
+        assert tries.again(written.more())
     (steps / "00000000/manifest.json").unlink()  # old checkpoints go: that is no progress
-    assert not tries.again()
+    assert not tries.again(written.more())
     assert tries.said() == "it was tried again once without a newer checkpoint (cluster.max_failures=1)"
     torn = steps / "00000009"
     torn.mkdir()
     (torn / "weights.safetensors").touch()  # and a torn one is none
-    assert not tries.again()
-    assert not Tries(run, "dense", 0).again()
+    assert not tries.again(written.more())
+    assert not Tries(0, "checkpoint").again(progressed=True)
 
 
 class Slow:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from faults.ray_nodes import Nodes
 
 COLUMNS = ("fault", "class", "steps repeated", "seconds lost")
 PROMISES = ("identical", "continues", "stops cleanly")
@@ -35,6 +36,14 @@ def line(record_property: Callable[[str, object], None]) -> Callable[..., None]:
         record_property("line", [fault, promise, repeated, lost])
 
     return add
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """A Ray cluster without nodes, to which a test adds some."""
+    made = Nodes(tmp_path)
+    yield made
+    made.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
