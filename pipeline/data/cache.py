@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterable
@@ -36,7 +37,10 @@ class Entry:
 
 
 class Cache:
-    """Entries in `folder`, at most `limit` bytes in all; the least recently used entries are removed first."""
+    """Entries in `folder`, at most `limit` bytes in all, and no more than its disk has room for.
+
+    The least recently used entries are removed first.
+    """
 
     def __init__(self, folder: str, limit: int, entries: Iterable[Entry]) -> None:
         self.folder, self.limit = Path(folder), limit
@@ -45,7 +49,8 @@ class Cache:
     def open(self, url: str, start: int, stop: int | None) -> BinaryIO | None:
         """Bytes of the local copy of a shard, fetched if it is not there; None where it cannot be kept.
 
-        A shard cannot be kept if it has no version or is larger than the limit.
+        A shard cannot be kept if it has no version, is larger than the limit, or finds the disk full: this is said in a
+        warning.
 
         Raises UserError where the shard is not what the manifest says, or the folder cannot be written.
         """
@@ -55,29 +60,43 @@ class Cache:
         name = hashlib.sha256(f"{entry.url}\n{entry.version}".encode()).hexdigest()
         while True:
             target = self._entry(entry, name)
+            if target is None:
+                warnings.warn(
+                    f"data.cache_dir={self.folder}: its disk is full. What does not fit is read from its URL each "
+                    "time: free space there, or name a folder on a larger disk",
+                    stacklevel=2,
+                )
+                return None
             with contextlib.suppress(FileNotFoundError):  # another process has made room in between
                 return storage.open_range(target, start, stop)
 
-    def _entry(self, entry: Entry, name: str) -> Path:
+    def _entry(self, entry: Entry, name: str) -> Path | None:
         target = self.folder / f"{name}.tar"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with storage.room(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock(f"{name}.lock"):  # one process fetches, the others wait for it
                 if not _sound(target, entry):
                     target.unlink(missing_ok=True)
-                    self._make_room(entry.bytes)
+                    if not self._make_room(entry.bytes):
+                        return None
                     storage.copy(entry.url, str(target), entry.sha256, entry.version)
                     _remember(target)
                     self._make_room(0)  # others may have fetched at the same time
                 now = time.time_ns()  # the kernel's own clock for this is coarse
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(target, ns=(now, now))
+        except storage.DiskFull:
+            return None
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise UserError(f"data.cache_dir={self.folder} cannot be used: {error.strerror}") from error
         return target
 
-    def _make_room(self, needed: int) -> None:
-        """Remove the least recently used entries, so that one more fits. A process can still read a removed entry."""
+    def _make_room(self, needed: int) -> bool:
+        """Remove the least recently used entries, so that `needed` bytes more fit; whether the disk has them.
+
+        A process can still read a removed entry.
+        """
         with self._lock("lock"):
             files = []
             for file in os.scandir(self.folder):
@@ -85,12 +104,15 @@ class Cache:
                     files.append((file.stat().st_mtime_ns, file.stat().st_size, file.path))
             old = time.time_ns() - _ABANDONED_NS
             abandoned = [file for file in files if file[2].endswith(".tmp") and file[0] < old]
-            total = needed + sum(size for _, size, _ in files)
+            total = sum(size for _, size, _ in files)
+            limit = min(self.limit, total + shutil.disk_usage(self.folder).free)
+            total += needed
             for _, size, path in abandoned + sorted(file for file in files if file[2].endswith(".tar")):
-                if total <= self.limit:
-                    return
+                if total <= limit:
+                    break
                 Path(path).unlink(missing_ok=True)
                 total -= size
+        return shutil.disk_usage(self.folder).free >= needed
 
     def _lock(self, name: str) -> AbstractContextManager[None]:
         return storage.locked(self.folder / name, f"data.cache_dir={self.folder}", wait=True)

@@ -21,12 +21,14 @@ from typing import Any, BinaryIO, Protocol
 from pipeline.base.errors import UserError
 from pipeline.storage import local, retry
 from pipeline.storage.hiding import hide
-from pipeline.storage.local import Appending, local_path
+from pipeline.storage.local import Appending, DiskFull, local_path, room
 from pipeline.storage.locks import LockedByAnother, locked
 from pipeline.storage.retry import Check
 from pipeline.storage.stat import Stat, Versioned
 
-__all__ = ["Appending", "Check", "LockedByAnother", "Stat", "Versioned", "hide", "local_path", "locked"]
+__all__ = [
+    "Appending", "Check", "DiskFull", "LockedByAnother", "Stat", "Versioned", "hide", "local_path", "locked", "room",
+]  # fmt: skip
 
 _PIECE = 2**22  # bytes hashed or copied at a time
 _LIST_FROM = 8  # files from which one listing of their folder is quicker than a look at each
@@ -219,7 +221,7 @@ def local_copy(url: str | Path) -> Iterator[Path]:
 
 
 def copy(source: str, target: str, sha256: str | None = None, version: str | None = None) -> None:
-    """Copy a file. Raises UserError, and leaves no copy, where its SHA-256 is not `sha256`."""
+    """Copy a file. Raises UserError, and leaves no copy, where its SHA-256 is not `sha256` or the disk is full."""
     digest = hashlib.sha256()
     with open_range(source, version=version) as stream, create(target, sha256) as out:
         while piece := stream.read(_PIECE):

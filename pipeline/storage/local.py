@@ -124,12 +124,12 @@ def create(url: str | Path, sha256: str | None = None, check: Check | None = Non
 class Appending:
     """A file that is written at its end only. What `write` was given outlives the process, but not a power cut.
 
-    What was given before `sync` outlives a power cut too. Raises UserError if the disk is full.
+    What was given before `sync` outlives a power cut too. Raises DiskFull where there is no room.
     """
 
     def __init__(self, url: str | Path) -> None:
         self._path = local_path(url)
-        with _room(self._path):
+        with room(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab", buffering=0)
             _sync(self._path.parent)
@@ -137,13 +137,13 @@ class Appending:
     def write(self, data: bytes) -> None:
         """Write bytes at the end; all of them have been handed to the system when this returns."""
         left = memoryview(data)
-        with _room(self._path):
+        with room(self._path):
             while left:
                 left = left[self._file.write(left) :]
 
     def sync(self) -> None:
         """Have the disk write everything down."""
-        with _room(self._path):
+        with room(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -151,14 +151,18 @@ class Appending:
         self._file.close()
 
 
+class DiskFull(UserError):
+    """No space is left on a disk, or none for this user."""
+
+
 @contextlib.contextmanager
-def _room(path: Path) -> Iterator[None]:
-    """Raise UserError where the block finds the disk full."""
+def room(path: Path) -> Iterator[None]:
+    """Raise DiskFull where the block finds the disk full."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
+            raise DiskFull(
                 f"no space left to write '{path}': free space on that disk (or move the folder to a larger one), "
                 "then run the same command again"
             ) from error
@@ -169,15 +173,15 @@ def _room(path: Path) -> Iterator[None]:
 def atomic_path(path: str | Path, check: Check | None = None) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` on success and removed on failure.
 
-    Folders above it are made. `check` is called first, and again before the file takes its name. Raises UserError where
-    the disk is full.
+    Folders above it are made. `check` is called first, and again before the file takes its name. Raises DiskFull where
+    there is no room.
     """
     final = local_path(path)
     if check is not None:
         check()
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with _room(final):
+        with room(final):
             final.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             _sync(temporary)

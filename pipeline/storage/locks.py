@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pipeline.base.errors import UserError
+from pipeline.storage.local import room
 
 
 class LockedByAnother(Exception):
@@ -21,12 +22,14 @@ def locked(path: Path, setting: str, *, wait: bool) -> Iterator[None]:
     """Hold the lock of a file while the block lasts.
 
     Raises LockedByAnother where another process has it and `wait` is false. Raises UserError, which names `setting`,
-    where the file system has no locks (NFS without its lock service, Lustre mounted without flock) or fails.
+    where the file system has no locks (NFS without its lock service, Lustre mounted without flock) or fails. Raises
+    DiskFull where the lock's file does not fit.
     """
     # A soft lock would outlive a killed process. Any thread may end the block.
     lock = FileLock(path, blocking=wait, thread_local=False, fallback_to_soft=False)
     try:
-        lock.acquire()
+        with room(path):
+            lock.acquire()
     except Timeout as error:  # an OSError itself
         raise LockedByAnother(str(path)) from error
     except OSError as error:
