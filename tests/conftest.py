@@ -30,6 +30,8 @@ from pipeline.train.world import World
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of an example
 settings.load_profile("untimed")
+# Ray starts its workers at nice 15: whatever else runs on this machine, other tests too, would stop them nearly.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture
