@@ -13,7 +13,7 @@ export PYTHONUNBUFFERED = 1
 help:
 	@echo "make demo    prune a real network on real digits, through every stage (about 2 minutes)"
 	@echo "make test    all tests"
-	@echo "make faults  every fault that a run should survive, made; ends with a table (under an hour)"
+	@echo "make faults  every fault that a run should survive, made; ends with a table (two hours on 2 cores)"
 	@echo "make lint    ruff, the layers of imports, mypy"
 	@echo "make bench   benchmarks, each prints a table"
 	@echo "make install only the environment in $(VENV)"

@@ -15,6 +15,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -132,15 +133,16 @@ def _hash(*arrays: NDArray[np.generic]) -> str:
 
 
 def _digits(config: Data, seed: int) -> Source:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = np.round(bunch.images * 255 / 16).astype(np.uint8)
-    labels = bunch.target.astype(np.int64)
+    spec = find_spec("sklearn")  # the file is read as it is: to import the package takes two seconds
+    assert spec is not None
+    assert spec.origin is not None
+    rows = np.loadtxt(Path(spec.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
+    images = np.round(rows[:, :-1].reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
+    labels = rows[:, -1].astype(np.int64)
     test = _test_numbers(labels, config.test_fraction, seed)
     train = np.setdiff1d(np.arange(len(labels)), test)
     return Source(
-        tuple(str(name) for name in bunch.target_names),
+        tuple(str(digit) for digit in range(10)),
         10,
         _array_part(images[train], labels[train]),
         _array_part(images[test], labels[test]),

@@ -124,7 +124,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 def configure_process(threads: int) -> None:
     """Set what affects the bits of results and would else depend on the launcher (Ray sets OMP_NUM_THREADS)."""
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import torch._inductor: 3 s
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

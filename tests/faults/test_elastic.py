@@ -15,7 +15,7 @@ from faults.ray_nodes import Nodes
 from faults.runs import RayRun, copy_before_rounds, newest_step, seconds_to_resume
 from tiny_run import TINY
 
-pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 ROUND = "rounds/01"
 REPEATED = f"<={TINY['retrain']['checkpoint_steps']}"
 # Only the rounds are long, and the dense training is taken from the undisturbed run.
