@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,12 +15,20 @@ PROMISES = ("identical", "continues", "stops cleanly")
 
 
 LIMIT_S = 1800  # of a test that names none: several whole runs, each of which has a limit of its own
+STARTED = time.monotonic()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(LIMIT_S))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin no further fault test once SECATEUR_FAULT_MINUTES are over, where they are given."""
+    minutes = os.environ.get("SECATEUR_FAULT_MINUTES")
+    if minutes and Path(__file__).parent in item.path.parents and time.monotonic() - STARTED > 60 * float(minutes):
+        pytest.skip(f"the {minutes} minutes for fault tests are over")
 
 
 @pytest.fixture
