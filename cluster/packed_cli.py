@@ -6,12 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
-
-from pipeline import storage
-from pipeline.base.errors import UserError
-from pipeline.export import released
 
 packed_app = typer.Typer(help="Read and write files in the layout of the paper's authors.", no_args_is_help=True)
 
@@ -25,6 +19,11 @@ def read_released(
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="Weights, biases, codebooks, codes and gaps.")],
 ) -> None:
     """Unpack a released file; write-released makes it again, byte for byte."""
+    from safetensors.numpy import save
+
+    from pipeline import storage
+    from pipeline.export import released
+
     listed = released.load_layers(layers)
     tensors = released.read_released(file, listed)
     storage.write_bytes(out, save(tensors))
@@ -44,6 +43,13 @@ def write_released(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The released file to write.")],
 ) -> None:
     """Write a released file from quantised weights, or from codebooks and codes."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    from pipeline import storage
+    from pipeline.base.errors import UserError
+    from pipeline.export import released
+
     listed = released.load_layers(layers)
     if not storage.exists(tensors):
         raise UserError(f"'{tensors}' does not exist: give a safetensors file")

@@ -17,7 +17,7 @@ from cluster.connect import TOKEN, require_shared_paths
 from pipeline import storage
 from pipeline.base.errors import Away, UserError
 from pipeline.cli import commands
-from pipeline.cli.console import INTERRUPTED, Told
+from pipeline.cli.messages import INTERRUPTED, Told
 from pipeline.rounds import branch, preflight
 from pipeline.run.state import run_root
 from pipeline.settings.config import Config

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
-from pipeline.cli import commands
-from pipeline.cli.commands import ConfigPath, Overrides, TrustCode
-from pipeline.cli.console import main_module, one_message
-from pipeline.local import LocalEngine
-from pipeline.paper import reproduce as paper
-from pipeline.train.world import configure_process, torchrun_world
+from pipeline.cli import messages
+from pipeline.cli.arguments import Budgets, ConfigPath, FigureFile, Overrides, TrustCode
+from pipeline.paper.arguments import ALL_NETWORKS, CONFIGS, Configs, DataRoot, Networks, RunsDir, Seeds, Target
+
+PROGRAM = "python -m pipeline"
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -19,6 +16,10 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
     """Train, scan, prune and retrain, report; goes on where it was stopped."""
+    from pipeline.cli import commands
+    from pipeline.local import LocalEngine
+    from pipeline.train.world import configure_process, torchrun_world
+
     loaded = commands.load(config, overrides, trust_code=trust_code)
     configure_process(loaded.threads)
     with torchrun_world(loaded.device, loaded.cluster.hang_seconds) as world:
@@ -29,36 +30,51 @@ def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode =
             engine.follow()
 
 
-app.command("plan")(commands.plan_command)
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    budgets: Budgets = None,
+    figure: FigureFile = None,
+    trust_code: TrustCode = False,
+) -> None:
+    """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
+    from pipeline.cli import commands
+
+    commands.plan(config, overrides or [], budgets, figure, trust_code)
 
 
 @app.command()
 def reproduce(
-    target: paper.Target,
+    target: Target,
     overrides: Overrides = None,
-    data: paper.DataRoot = None,
-    seeds: paper.Seeds = "0,1,2",
-    runs_dir: paper.RunsDir = None,
-    networks: paper.Networks = paper.ALL_NETWORKS,
-    configs: paper.Configs = paper.CONFIGS,
+    data: DataRoot = None,
+    seeds: Seeds = "0,1,2",
+    runs_dir: RunsDir = None,
+    networks: Networks = ALL_NETWORKS,
+    configs: Configs = CONFIGS,
 ) -> None:
     """The paper's tables 1-3 and figures 4-7 beside ours; goes on where it was stopped."""
+    from pipeline.local import LocalEngine
+    from pipeline.paper import reproduce as paper
+    from pipeline.train.world import configure_process, torchrun_world
+
     jobs = paper.jobs(paper.Wanted(target, data, seeds, runs_dir, networks, configs), overrides or [])
     first = next(iter(jobs[0].runs.values()))
     configure_process(first.threads)
     with torchrun_world(first.device, first.cluster.hang_seconds) as world:
         engine = LocalEngine(world)
         if world.first:
-            paper.carry_out(jobs, engine, main_module(["python -m pipeline", *sys.argv[1:]]))
+            paper.carry_out(jobs, engine, messages.typed(PROGRAM))
         else:
             engine.follow()
 
 
 def command_line() -> None:
     """Run the command line."""
-    with one_message(resume=main_module(["python -m pipeline", *sys.argv[1:]])):
+    with messages.one_message(resume=messages.typed(PROGRAM)):
         app()
 
 
 if __name__ == "__main__":
-    commands.leave(command_line)
+    messages.leave(command_line)

@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 
+MIRROR_THREAD = "mlflow-mirror"  # may still wait for MLflow when its process ends
 _START = 19  # the place of field 22, the start, behind the command's name, which is field 2
 
 

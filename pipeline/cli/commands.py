@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
-
-import typer
 
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
-from pipeline.cli.console import INTERRUPTED, Display, show_plan, show_result, show_tables
+from pipeline.cli.console import Display, show_plan, show_result, show_tables
 from pipeline.engine import Engine
 from pipeline.results import budgets, figures, final, plots
 from pipeline.rounds import idle, outlook, preflight
@@ -24,20 +17,9 @@ from pipeline.run.result import Result
 from pipeline.run.state import Run, config_of, run_root
 from pipeline.settings import trust
 from pipeline.settings.config import Config, dump_config, load_config, parse_config
-from pipeline.tracking import mirror, tracking
+from pipeline.tracking import tracking
 from pipeline.tracking.tracking import Synced
 from pipeline.train.world import configure_process
-
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/, or its URL.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
-Budgets = Annotated[
-    str | None, typer.Option(metavar="2,4,8", help="Show what several compressions would keep, solved from the scan.")
-]
-FigureFile = Annotated[str | None, typer.Option(metavar="FILE", help="Draw their curve, as .svg or .png.")]
-TrustCode = Annotated[
-    bool,
-    typer.Option("--trust-code", help="Run the code of a network that a URL's or a run's config names by import path."),
-]
 
 
 def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True, trust_code: bool = False) -> Config:
@@ -81,26 +63,6 @@ def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
     return config.model_copy(update={"runs_dir": absolute(config.runs_dir), **parts})
 
 
-def leave(command_line: Callable[[], None]) -> NoReturn:
-    """Run a command line and end the process with its exit code.
-
-    A thread that still waits for MLflow would abort the interpreter's own end (it is within C++ then), so the process
-    leaves without it.
-    """
-    code: Any = 0
-    try:
-        command_line()
-    except SystemExit as error:
-        code = error.code or 0
-    if code == INTERRUPTED:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one more would only change the exit code
-    if any(thread.name == mirror.THREAD for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
-    raise SystemExit(code)
-
-
 def run(config: Config, engine: Engine) -> Result:
     """Carry a run to its end, show its progress and its result."""
     configure_process(config.threads)
@@ -113,15 +75,11 @@ def run(config: Config, engine: Engine) -> Result:
     return result
 
 
-def plan_command(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    budgets: Budgets = None,
-    figure: FigureFile = None,
-    trust_code: TrustCode = False,
+def plan(
+    path: str, overrides: list[str], compressions: str | None, figure: str | None, trust_code: bool = False
 ) -> None:
-    """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
-    show(load(config, overrides, needs_data=False, trust_code=trust_code), budgets, figure)
+    """Print what a run of a config would do."""
+    show(load(path, overrides, needs_data=False, trust_code=trust_code), compressions, figure)
 
 
 def show(config: Config, compressions: str | None = None, figure: str | None = None) -> None:

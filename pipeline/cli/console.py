@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import assert_never
 
 from rich.console import Console
@@ -14,8 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from pipeline import storage
-from pipeline.base.errors import Away, Lost, RunStopped, UserError
-from pipeline.cli import sigterm
+from pipeline.cli.messages import make_console
 from pipeline.export.bench import Bench
 from pipeline.results import report
 from pipeline.results.tables import TextTable
@@ -39,20 +36,9 @@ from pipeline.run.events import (
 )
 from pipeline.run.records import Scan
 from pipeline.run.result import Result
-from pipeline.train import memory
 
 LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
 STEPS_EVERY_S = 30.0  # and one of a training's steps, between the lines of its epochs
-MISTAKE = 2  # exit code: the user can mend it, and trying again without that would end the same way
-PASSING = 75  # exit code (EX_TEMPFAIL of sysexits.h): something was away or lost, and the same command may work later
-INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
-LOG_WIDTH = 180  # columns of a table in a log
-
-
-def make_console(stderr: bool = False) -> Console:
-    """A console that writes whole lines: in a log, which has no width, tables are as wide as they need."""
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=LOG_WIDTH)
 
 
 class Display:
@@ -141,42 +127,6 @@ class Display:
         self.console.print(f"[{self.last_line - self.started:7.1f} s] {storage.hide(text)}", markup=False)
 
 
-class Told(SystemExit):
-    """An end of which the user has been told in other words."""
-
-
-@contextmanager
-def one_message(resume: str | None = None) -> Iterator[None]:
-    """One message, and the exit code: MISTAKE for what the user can mend, or a run that had to stop; PASSING for what
-    may work later; INTERRUPTED for Ctrl-C and SIGTERM.
-    """
-    err = make_console(stderr=True)
-
-    def say(text: str) -> None:
-        err.print(storage.hide(text), markup=False)
-
-    with sigterm.as_ctrl_c():
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
-                yield
-        except (UserError, RunStopped) as error:
-            say(f"error: {error}")
-            raise SystemExit(PASSING if isinstance(error, Away | Lost) else MISTAKE) from error
-        except (MemoryError, RuntimeError) as error:
-            if not memory.lacks(error):
-                raise
-            say(f"error: {memory.said(error)}")
-            raise SystemExit(MISTAKE) from error
-        except (KeyboardInterrupt, SystemExit) as error:
-            if isinstance(error, Told) or (isinstance(error, SystemExit) and error.code != INTERRUPTED):
-                raise  # Typer makes INTERRUPTED of Ctrl-C
-            say("stopped; what is finished is kept.")
-            if resume:
-                say(f"To go on: {resume}")
-            raise SystemExit(INTERRUPTED) from error
-
-
 def show_plan(plan: RunPlan, resolved: str, console: Console | None = None) -> None:
     """Print a plan: the resolved config (YAML text), every tensor, every round."""
     console = console or make_console()
@@ -237,11 +187,6 @@ def show_result(result: Result, report_path: str, console: Console | None = None
         table.add_row(label, value)
     table.add_row("report", report_path)
     console.print(table)
-
-
-def main_module(argv: list[str]) -> str:
-    """The command as it was typed, for a message that says how to go on."""
-    return " ".join([argv[0].rsplit("/", 1)[-1], *argv[1:]])
 
 
 def show_scan(scan: Scan, console: Console | None = None) -> None:

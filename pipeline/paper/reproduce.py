@@ -10,10 +10,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_safetensors
 
@@ -25,6 +24,7 @@ from pipeline.cli import commands
 from pipeline.cli.console import Display, show_tables
 from pipeline.engine import Engine
 from pipeline.paper import curves, figure5, figures, printed, seeds, tables
+from pipeline.paper.arguments import ALL_NETWORKS, CONFIGS
 from pipeline.paper.curves import Figure5, Measured
 from pipeline.paper.seeds import SeedRun
 from pipeline.prune import round_plan
@@ -37,16 +37,6 @@ from pipeline.run.events import Progress
 from pipeline.run.result import Result
 from pipeline.settings.config import Config
 from pipeline.train.world import configure_process
-
-ALL_NETWORKS = ",".join(printed.NETWORKS)
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "paper"
-
-Target = Annotated[str, typer.Argument(metavar="TARGET", help="lenet-300-100, lenet-5, figure5 or all.")]
-DataRoot = Annotated[str | None, typer.Option("--data", help="Folder of MNIST's idx files; sets data.root.")]
-Seeds = Annotated[str, typer.Option(help="Seeds of the networks' runs; figure5 takes the first.")]
-RunsDir = Annotated[str | None, typer.Option(help="Folder that holds runs; sets runs_dir.")]
-Networks = Annotated[str, typer.Option(help="The networks of figure5.")]
-Configs = Annotated[Path, typer.Option(help="Folder with NETWORK.yaml and figure5-NETWORK.yaml.")]
 
 
 @dataclass(frozen=True)

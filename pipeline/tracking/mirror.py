@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline import storage
 from pipeline.base.environment import number
 from pipeline.base.errors import UserError
+from pipeline.base.process import MIRROR_THREAD
 from pipeline.run.contents import mirrored_files
 from pipeline.settings import trust
 from pipeline.settings.config import Config
@@ -19,8 +20,6 @@ from pipeline.tracking.tracking import Synced
 _LONGEST_WAIT = 60.0  # seconds between tries while the server is away
 _POLL, _POLL_REMOTE = 2.0, 15.0  # seconds between looks at a run on disk, and at one on S3, where each is paid for
 LAG_EVERY_S = 10.0  # between reports while MLflow lacks something
-
-THREAD = "mlflow-mirror"
 
 
 def patience_s() -> float:
@@ -56,7 +55,7 @@ class Mirror:
         self._on_lag = on_lag
         self._behind: float | None = None  # when a change was seen that MLflow still lacks
         self._lag: float | None = None  # what `on_lag` was told last
-        self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
+        self._thread = threading.Thread(target=self._work, name=MIRROR_THREAD, daemon=True)
         self._thread.start()
 
     @property

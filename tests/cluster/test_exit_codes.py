@@ -16,7 +16,7 @@ from cluster import losses
 from cluster import train as training
 from cluster.cli import main
 from pipeline.base.errors import Agreed, Away, Lost, RunStopped, UserError
-from pipeline.cli.console import MISTAKE, PASSING, one_message
+from pipeline.cli.messages import MISTAKE, PASSING, one_message
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any
 
 from support import ROOT, environment
 
-from pipeline.cli.console import one_message
+from pipeline.cli.messages import one_message
 
 MEMORY = 10 * 2**30  # bytes of address space; torch itself maps some
 SECONDS = 60  # of processor time for a case; a usual one takes under two

@@ -23,7 +23,7 @@ from referencing import Registry, Resource
 from support import ROOT
 
 from cluster import connect
-from pipeline.cli.console import MISTAKE, PASSING
+from pipeline.cli.messages import MISTAKE, PASSING
 from pipeline.settings.config import load_config
 
 KUBERNETES = "1.37"

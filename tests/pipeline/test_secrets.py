@@ -15,7 +15,7 @@ from tracking_server import TrackingServer
 
 from cluster.cli import command_line as cluster_main
 from pipeline.__main__ import command_line as pipeline_main
-from pipeline.cli.console import one_message
+from pipeline.cli.messages import one_message
 from pipeline.storage import s3 as boto
 
 SMALLER = ["dense.epochs=1", "prune.rounds=1", "retrain.epochs=1", "prune.allocation=uniform"]

@@ -1,0 +1,22 @@
+"""Arguments and options of the commands, with their help. Loads nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/, or its URL.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
+Budgets = Annotated[
+    str | None, typer.Option(metavar="2,4,8", help="Show what several compressions would keep, solved from the scan.")
+]
+FigureFile = Annotated[str | None, typer.Option(metavar="FILE", help="Draw their curve, as .svg or .png.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Run the code of a network that a URL's or a run's config names by import path."),
+]
+RunPath = Annotated[
+    str, typer.Argument(metavar="RUN", help="Folder of a run, as in runs/demo or s3://bucket/runs/demo.")
+]
+Address = Annotated[str | None, typer.Option(help="Ray dashboard, as in http://127.0.0.1:8265.")]
