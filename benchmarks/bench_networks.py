@@ -101,7 +101,7 @@ def carry_out(name: str, folder: Path) -> list[str]:
     said: list[str] = []
     plan = command(said, "pipeline", "plan", str(path))
     ran = command(said, "pipeline", "run", str(path))
-    bench = command(said, "cluster", "bench", str(run), "--repeats", "5", "--trust-code")
+    bench = command(said, "cluster", "bench", str(run), "--repeats", "5", "--batches", "1", "--trust-code")
     report = command(said, "cluster", "report", str(run))
     levels = kept = ""
     if (run / "result.json").exists():

@@ -13,7 +13,7 @@ from pipeline.base.errors import UserError
 from pipeline.cli import commands
 from pipeline.cli.console import Display, show_bench, show_scan
 from pipeline.data import push, shards
-from pipeline.export.bench import bench_run
+from pipeline.export.bench import bench_run, parse_batches
 from pipeline.paper import reproduce as paper
 from pipeline.results import final
 from pipeline.results import report as reports
@@ -57,13 +57,14 @@ def report(run_dir: str) -> str:
     return reports.write(run_dir)
 
 
-def bench(run_dir: str, repeats: int, trust_code: bool) -> None:
+def bench(run_dir: str, repeats: int, batches: str, trust_code: bool) -> None:
     """Latency of a finished run's networks on this machine."""
+    sizes = parse_batches(batches)
     config = config_of(run_dir)
     trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
     configure_process(config.threads)
     with state.open_run(config) as here:
-        found = bench_run(here.root, repeats, trust_code=trust_code, check=here.check_fence)
+        found = bench_run(here.root, repeats, batches=sizes, trust_code=trust_code, check=here.check_fence)
         final.update(here, latency_ms=found.summary)
     show_bench(found)
 

@@ -89,12 +89,15 @@ def report(run_dir: RunPath) -> None:
 def bench(
     run_dir: RunPath,
     repeats: Annotated[int, typer.Option(help="Timed passes of each network.", min=5)] = 100,
+    batches: Annotated[
+        str, typer.Option(metavar="1,64", help="Samples in a pass; the first is the report's.")
+    ] = "1,64",
     trust_code: TrustCode = False,
 ) -> None:
     """Measure dense, pruned, compact and CSR networks of a finished run on this machine, and export ONNX."""
     from cluster import actions
 
-    actions.bench(run_dir, repeats, trust_code)
+    actions.bench(run_dir, repeats, batches, trust_code)
 
 
 @app.command()

@@ -33,6 +33,7 @@ from pipeline.train import checkpoint, session
 from pipeline.train.world import choose_device
 
 BATCHES = (1, 64)
+MOST = 2**20  # samples in a batch
 SAMPLES = 64  # random and real inputs each, on which the compact network and the ONNX files are checked
 T = TypeVar("T")
 TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that passes for rounding of float32
@@ -58,13 +59,15 @@ class Bench(Record):
 
 
 def bench_run(
-    run_dir: str | Path, repeats: int = 100, *, trust_code: bool = False, check: storage.Check = lambda: None
-) -> Bench:
+    run_dir: str | Path, repeats: int = 100, *, batches: Sequence[int] = BATCHES, trust_code: bool = False,
+    check: storage.Check = lambda: None,
+) -> Bench:  # fmt: skip
     """Write final/{compact.safetensors, model.onnx, compact.onnx, fc.csr.safetensors, latency.json}; returns the last.
 
-    Measured on config.device with config.threads. A form or file that the network cannot take, or for which a package
-    is missing, is left out, and `missing` says why. `check` is called before each file is written. Raises UserError for
-    a run that is not finished, and where its config names a network by import path (unless `trust_code`).
+    Measured on config.device with config.threads, at each of `batches`; the summary is of the first. A form or file
+    that the network cannot take, or for which a package is missing, is left out, and `missing` says why. `check` is
+    called before each file is written. Raises UserError for a run that is not finished, and where its config names a
+    network by import path (unless `trust_code`).
     """
     config = config_of(run_dir)
     trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
@@ -85,15 +88,15 @@ def bench_run(
     forms = {"dense": dense, "pruned": pruned}
     if found is not None and "compact.safetensors" in differences:
         forms["compact"] = found.model
-    sparse = _attempt("CSR", lambda: checked_csr(pruned, inputs, shape, device), missing)
+    sparse = _attempt("CSR", lambda: checked_csr(pruned, inputs, shape, batches, device), missing)
     forms |= {} if sparse is None else {"CSR": sparse}
-    rows = latency.measure(forms, shape, BATCHES, config.threads, latency.Passes(repeats), device)
+    rows = latency.measure(forms, shape, batches, config.threads, latency.Passes(repeats), device)
     where = device_name(device, config.threads)
     verdict = latency.verdict(rows, where)
-    single = {row.name: row.median_ms for row in rows if row.batch == BATCHES[0]}
+    single = {row.name: row.median_ms for row in rows if row.batch == batches[0]}
     summary = LatencySummary(
         device=where,
-        batch=BATCHES[0],
+        batch=batches[0],
         dense=single["dense"],
         pruned=single["pruned"],
         compact=single.get("compact"),
@@ -105,7 +108,17 @@ def bench_run(
     return made
 
 
-def checked_csr(pruned: nn.Module, inputs: Tensor, shape: Sequence[int], device: torch.device) -> nn.Module:
+def parse_batches(text: str) -> tuple[int, ...]:
+    """The batch sizes in "1,64". Raises UserError for anything else."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and 1 <= int(part) <= MOST for part in parts):
+        raise UserError(f"--batches {text}: takes whole numbers from 1 to {MOST:,}, as in --batches 1,64")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def checked_csr(
+    pruned: nn.Module, inputs: Tensor, shape: Sequence[int], batches: Sequence[int], device: torch.device
+) -> nn.Module:
     """The network with CSR matrices, once it has run as it will be measured, with the pruned network's outputs.
 
     Raises UserError where they differ by more than rounding, and whatever a network raises that cannot take them.
@@ -116,7 +129,7 @@ def checked_csr(pruned: nn.Module, inputs: Tensor, shape: Sequence[int], device:
         difference = float((made(inputs) - wanted).abs().max())
     if not difference <= _rounding(wanted):
         raise UserError(f"its outputs differ from the pruned network's by {difference:.3g}, more than rounding")
-    latency.measure({"CSR": made}, shape, BATCHES, passes=latency.Passes(repeats=1, warmup=0), device=device)
+    latency.measure({"CSR": made}, shape, batches, passes=latency.Passes(repeats=1, warmup=0), device=device)
     return made
 
 

@@ -46,7 +46,7 @@ class Latency(Record):
 class Passes:
     """How often a network is timed at one batch size: `repeats` after `warmup` others, which are not timed.
 
-    Timing ends after about `seconds`, but never before 5 repeats.
+    Timing ends after about `seconds`, but never before 5 repeats. So do the others, but never before the first.
     """
 
     repeats: int = 100
@@ -158,7 +158,10 @@ def _key(tensor: Tensor) -> int:
 def _interleaved(models: Mapping[str, nn.Module], inputs: Tensor, passes: Passes) -> dict[str, list[float]]:
     """Milliseconds of every repeat, by network."""
     names = list(models)
-    for _ in range(passes.warmup):
+    started = time.perf_counter()
+    for number in range(passes.warmup):
+        if number and time.perf_counter() - started > passes.seconds:
+            break
         for model in models.values():
             model(inputs)
     clock = _cuda_ms if inputs.is_cuda else _cpu_ms

@@ -54,8 +54,9 @@ def test_repeats_are_interleaved_after_a_warm_up_and_threads_are_put_back() -> N
 
 def test_a_measurement_ends_in_time_but_has_five_repeats() -> None:
     log: list[tuple[str, int]] = []
-    latency.measure({"a": Counting(log, "a")}, (3,), (1,), threads=2, passes=Passes(repeats=1000, warmup=0, seconds=0))
-    assert len(log) == 5 + 1
+    passes = Passes(repeats=1000, warmup=10, seconds=0)
+    latency.measure({"a": Counting(log, "a")}, (3,), (1,), threads=2, passes=passes)
+    assert len(log) == 1 + 5 + 1  # a warm-up, the repeats, one for the memory
 
 
 def test_bytes_are_those_of_tensors() -> None:
@@ -116,6 +117,14 @@ def test_bench_of_a_run_writes_files_that_agree(tiny: Callable[..., Config]) -> 
     assert (root / "final/compact.onnx").stat().st_size < (root / "final/model.onnx").stat().st_size
     result = json.loads((root / "result.json").read_text())
     Result.from_json({**result, "latency_ms": report.summary.model_dump()}, "result.json")
+    again = bench.bench_run(root, repeats=5, batches=bench.parse_batches("3"))
+    assert {row.batch for row in again.rows} == {again.summary.batch} == {3}
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,", "1.5", "-1", "x", "9999999999"])
+def test_batches_that_are_none_are_one_message(text: str) -> None:
+    with pytest.raises(UserError, match=r"--batches .*: takes whole numbers from 1 to"):
+        bench.parse_batches(text)
 
 
 def test_a_run_of_an_encoder_is_measured_in_every_form(tiny: Callable[..., Config]) -> None:
@@ -136,9 +145,9 @@ def test_a_run_of_an_encoder_is_measured_in_every_form(tiny: Callable[..., Confi
 def test_a_form_that_a_network_cannot_take_is_said(tmp_path: Path) -> None:
     inputs, shape, cpu = torch.randn(4, 1, 8, 8), (1, 8, 8), torch.device("cpu")
     rows = networks.Rows().eval()
-    assert torch.allclose(bench.checked_csr(rows, inputs, shape, cpu)(inputs), rows(inputs), atol=1e-5)
+    assert torch.allclose(bench.checked_csr(rows, inputs, shape, (1, 64), cpu)(inputs), rows(inputs), atol=1e-5)
     with pytest.raises(RuntimeError):
-        bench.checked_csr(networks.ThereAndBack().eval(), inputs, shape, cpu)
+        bench.checked_csr(networks.ThereAndBack().eval(), inputs, shape, (1, 64), cpu)
 
     class Branching(nn.Module):
         def __init__(self) -> None:
