@@ -136,7 +136,7 @@ def command(said: list[str], program: str, *args: str) -> str:
     seconds = time.monotonic() - started
     text = done.stdout + done.stderr
     said += [line[:160] for line in done.stderr.splitlines() if re.match(r"(error|Traceback)", line)]
-    said += [line.strip("│ ")[:160] for line in text.splitlines() if "not measured" in line or "not made" in line]
+    said += [line.strip("│ ")[:160] for line in text.splitlines() if "none: " in line]
     return f"{seconds:.0f}" if done.returncode == 0 else f"exit {done.returncode}"
 
 
