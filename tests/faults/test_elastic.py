@@ -154,7 +154,7 @@ def test_no_room_any_more(
     assert "error: rounds: waited cluster.wait_seconds=12 for room." in run.output
     assert f"cluster.workers={asked} with 1 CPU each needs 2 CPU, but the cluster has 1 CPU:" in run.output
     refused = nodes.run(undisturbed.config, runs, *settings)
-    refused.finish(code=2)
+    refused.finish(code=75)
     assert f"error: cluster.workers={asked} with 1 CPU each needs 2 CPU" in refused.output
     nodes.add()
     again = nodes.run(undisturbed.config, runs, *settings)
