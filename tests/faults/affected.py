@@ -1,8 +1,8 @@
-"""Names the fault tests that cover what changed since all of them were seen to pass: `.ci/run` runs these.
+"""Names the fault tests that cover what changed since a commit: `.ci/run` runs these.
 
     python tests/faults/affected.py [COMMIT]
 
-COMMIT is that of `seen.md` by default. A change to a shared part of the tests themselves names the files that use it.
+By default COMMIT is the one that `seen.md` names, beside what was seen of the suite there. A change to a shared part of the tests themselves names the files that use it.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ def _own(name: str) -> list[str]:
     ]
 
 
-def seen() -> str:
-    """The commit at which the whole suite was last seen to pass."""
+def base() -> str:
+    """The commit that `seen.md` names."""
     found = re.search(r"`([0-9a-f]{40})`", (HERE / "seen.md").read_text(encoding="utf-8"))
     assert found is not None, "seen.md names no commit"
     return found[1]
 
 
 def main() -> None:
-    commit = sys.argv[1] if len(sys.argv) > 1 else seen()
+    commit = sys.argv[1] if len(sys.argv) > 1 else base()
     diff = subprocess.run(
         ["git", "diff", "--name-only", commit, "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )

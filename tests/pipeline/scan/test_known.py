@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,20 +71,19 @@ def many(folder: Path, tensors: int, levels: int) -> tuple[Config, Run, list[Pru
     return session.config, session.run, prunable
 
 
-def test_bytes_and_time_grow_with_the_levels_of_a_thousand_tensors(tmp_path: Path) -> None:
+def test_bytes_grow_with_the_levels_of_a_thousand_tensors(tmp_path: Path) -> None:
     spent = {}
     for levels in (25, 50):
         config, here, prunable = many(tmp_path / str(levels), 1000, levels)
         events: list[Event] = []
-        bytes_before, seconds_before = written_bytes(), time.process_time()
+        before = written_bytes()
         found = scans.measure(prunable, config, Numbers(), here, events.append)
-        spent[levels] = (written_bytes() - bytes_before, time.process_time() - seconds_before)
+        spent[levels] = written_bytes() - before
         done = [(event.done, event.total) for event in events if isinstance(event, LevelMeasured)]
         assert done == [(number, 1000 * levels) for number in range(1, 1000 * levels + 1)]
         assert sum(len(tensor.levels) for tensor in found.tensors) == 1000 * levels
-    assert spent[25][0] < 1000 * 25 * A_LEVEL
-    assert spent[50][0] < 2.1 * spent[25][0]
-    assert spent[50][1] < 3 * spent[25][1]
+    assert spent[25] < 1000 * 25 * A_LEVEL
+    assert spent[50] < 2.1 * spent[25]
 
 
 def test_a_stopped_scan_goes_on_with_all_that_was_measured(tmp_path: Path) -> None:
