@@ -2,7 +2,8 @@
 
     python tests/faults/affected.py [COMMIT]
 
-By default COMMIT is the one that `seen.md` names, beside what was seen of the suite there. A change to a shared part of the tests themselves names the files that use it.
+By default COMMIT is the one that `seen.md` names, beside what was seen of the suite there. A change to a shared part of
+the tests themselves names the files that use it.
 """
 
 from __future__ import annotations
