@@ -9,7 +9,7 @@ import typer
 
 from cluster.packed_cli import packed_app
 from pipeline.cli import messages
-from pipeline.cli.arguments import Address, Budgets, ConfigPath, FigureFile, Overrides, RunPath, TrustCode
+from pipeline.cli.arguments import Address, ConfigPath, Overrides, RunPath, TrustCode, plan
 from pipeline.paper.arguments import ALL_NETWORKS, CONFIGS, Configs, DataRoot, Networks, RunsDir, Seeds, Target
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -28,18 +28,7 @@ def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode =
     actions.run(config, overrides or [], trust_code)
 
 
-@app.command()
-def plan(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    budgets: Budgets = None,
-    figure: FigureFile = None,
-    trust_code: TrustCode = False,
-) -> None:
-    """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
-    from pipeline.cli import commands
-
-    commands.plan(config, overrides or [], budgets, figure, trust_code)
+app.command()(plan)
 
 
 @app.command()

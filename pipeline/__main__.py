@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from pipeline.cli import messages
-from pipeline.cli.arguments import Budgets, ConfigPath, FigureFile, Overrides, TrustCode
+from pipeline.cli.arguments import ConfigPath, Overrides, TrustCode, plan
 from pipeline.paper.arguments import ALL_NETWORKS, CONFIGS, Configs, DataRoot, Networks, RunsDir, Seeds, Target
 
 PROGRAM = "python -m pipeline"
@@ -30,18 +30,7 @@ def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode =
             engine.follow()
 
 
-@app.command()
-def plan(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    budgets: Budgets = None,
-    figure: FigureFile = None,
-    trust_code: TrustCode = False,
-) -> None:
-    """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
-    from pipeline.cli import commands
-
-    commands.plan(config, overrides or [], budgets, figure, trust_code)
+app.command()(plan)
 
 
 @app.command()

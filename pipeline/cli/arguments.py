@@ -1,4 +1,7 @@
-"""Arguments and options of the commands, with their help. Loads nothing heavy."""
+"""Arguments and options of the commands, with their help, and the command that both programs have.
+
+Loads nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -20,3 +23,16 @@ RunPath = Annotated[
     str, typer.Argument(metavar="RUN", help="Folder of a run, as in runs/demo or s3://bucket/runs/demo.")
 ]
 Address = Annotated[str | None, typer.Option(help="Ray dashboard, as in http://127.0.0.1:8265.")]
+
+
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    budgets: Budgets = None,
+    figure: FigureFile = None,
+    trust_code: TrustCode = False,
+) -> None:
+    """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
+    from pipeline.cli import commands
+
+    commands.plan(config, overrides or [], budgets, figure, trust_code)
