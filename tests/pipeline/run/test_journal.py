@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import few_samples
@@ -25,7 +26,7 @@ ROWS = [Row(top1=number / 100, loss=0.1) for number in range(100)]
 
 def on_s3(bucket: str, fence: int = 1) -> Run:
     run = Run(f"{bucket}/runs/r", fence)
-    storage.write_json(run.path("lease.json"), Lease(fence).to_json())
+    storage.write_json(run.path("lease.json"), Lease(fence, seconds=600).to_json())  # longer than any test
     return run
 
 
@@ -132,12 +133,16 @@ def test_on_s3_lines_that_come_meanwhile_go_in_one_file(s3: str) -> None:
 
 
 def test_on_s3_a_line_does_not_wait_for_the_next(s3: str) -> None:
-    run = on_s3(s3)
+    run, seen = on_s3(s3), 0
     with Journal(run, "rows") as lines:
         for count in (1, 2, 3):
             lines.add(ROWS[count - 1])
-            while [*journal.read(run, Row, "rows")] != ROWS[:count]:
+            deadline = time.monotonic() + 60
+            while (seen := len([*journal.read(run, Row, "rows")])) < count and time.monotonic() < deadline:
                 pass
+    # An error of the thread was raised where the block ended.
+    assert seen == 3
+    assert [*journal.read(run, Row, "rows")] == ROWS[:3]
     assert len(storage.list_files(run.path("rows"))) == 3
 
 
