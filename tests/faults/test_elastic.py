@@ -20,7 +20,7 @@ ROUND = "rounds/01"
 REPEATED = f"<={TINY['retrain']['checkpoint_steps']}"
 # Only the rounds are long, and the dense training is taken from the undisturbed run.
 SETTINGS = [
-    "prune.allocation=uniform", "prune.dense_control=false", "dense.epochs=3", "retrain.epochs=60",
+    "prune.allocation=uniform", "prune.dense_control=false", "prune.rounds=1", "dense.epochs=3", "retrain.epochs=60",
     "cluster.workers=[1,2]", "cluster.resize_seconds=3",
 ]  # fmt: skip
 

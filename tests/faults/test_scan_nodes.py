@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.faults]
 LEVELS_EACH = 20
 # One image at a time: both parts of the scan take seconds, the rest of the run does not.
 SETTINGS = [
+    "data.val_fraction=0.3", "data.eval_batch=1",
     "prune.allocation=budget", "prune.dense_control=false", "prune.rounds=1", "dense.epochs=2", "retrain.epochs=1",
     "cluster.workers=1",
 ]  # fmt: skip
