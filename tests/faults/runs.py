@@ -26,9 +26,11 @@ EVERY = 50  # steps between checkpoints
 LONG = 900.0  # seconds after which a run hangs for certain, on a busy machine too
 Line = Callable[..., None]  # the fixture `line`
 # One round of heavy steps on real digits: workers whose driver was killed go on for two seconds, and do not finish it.
+# Each rank has a batch to evaluate.
 SETTINGS = [
     "data.resize=56", "data.size=56", "model.kwargs.inputs=3136", "dense.epochs=10", f"dense.checkpoint_steps={EVERY}",
-    "prune.rounds=1", "retrain.epochs=25", f"retrain.checkpoint_steps={EVERY}", f"cluster.workers={WORKERS}",
+    "data.eval_batch=50", "prune.rounds=1", "retrain.epochs=25", f"retrain.checkpoint_steps={EVERY}",
+    f"cluster.workers={WORKERS}",
 ]  # fmt: skip
 
 
