@@ -112,6 +112,16 @@ def test_what_fingerprints_are_made_of_leaves_out_a_later_setting_at_its_default
     assert hashed(parse_config({"name": "a", "prune": {"pattern": "weights"}})) == hashed(parse_config({"name": "a"}))
 
 
+@pytest.mark.parametrize(
+    "setting", ["dense.lr", "dense.l1", "dense.weight_decay", "dense.clip_norm", "retrain.lr_scale"]
+)
+def test_what_float32_cannot_hold_is_refused(setting: str) -> None:
+    section, leaf = setting.split(".")
+    assert parse_config({"name": "a", section: {leaf: 1e30}})
+    with pytest.raises(UserError, match=rf"{section}\.{leaf}=1e\+300"):
+        parse_config({"name": "a", section: {leaf: 1e300}})
+
+
 def test_how_often_a_training_is_saved_by_time_changes_no_fingerprint() -> None:
     plain = parse_config({"name": "a"})
     other = {"dense": {"checkpoint_minutes": 1}, "retrain": {"checkpoint_minutes": 0}}
