@@ -60,6 +60,8 @@ def _merged(tree: DictConfig, override: str) -> Any:
     key, sign, value = override.partition("=")
     if not sign or not key:
         raise UserError(f"override '{override}' is not of the form key=value, as in cluster.workers=2")
+    if not all(key.split(".")):
+        raise UserError(f"override '{override[:200]}' has an empty name beside a dot: write it as in cluster.workers=2")
     try:
         if key.count(".") > MOST_DEPTH:
             raise ValueError(f"more than {MOST_DEPTH} levels of settings")
