@@ -147,12 +147,20 @@ def check_shared(ray: Any, root: str) -> None:
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(marker)
         for node in nodes
     ]
-    blind = [node["NodeManagerHostname"] for node, sees in zip(nodes, ray.get(seen), strict=True) if not sees]
+    blind = [node["NodeManagerHostname"] for node, each in zip(nodes, seen, strict=True) if not _sees(ray, each)]
     if blind:
         raise UserError(
             f"runs_dir: the run's folder '{root}' is not visible on {', '.join(blind)}: put runs_dir on storage that "
             "all nodes share"
         )
+
+
+def _sees(ray: Any, answer: Any) -> bool:
+    """What a node answered; one that has gone in between is not blind, since nothing runs there."""
+    try:
+        return bool(ray.get(answer))
+    except ray.exceptions.RayError:
+        return True
 
 
 def _init(ray: Any, address: str, config: Config) -> None:

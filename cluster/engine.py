@@ -49,7 +49,8 @@ class RayEngine:
             from ray.util.metrics import Gauge
 
             self.gauges = Gauges(storage.hide(run.root), Gauge)
-        connect.check_shared(self.ray, run.root)
+        with self._in_a_sentence("joining Ray"):
+            connect.check_shared(self.ray, run.root)
 
     def hear(self, event: Event) -> None:
         """Set the run's gauges, once Ray is up."""

@@ -35,6 +35,8 @@ SCAN: dict[str, Any] = {
     "levels": [round(1 - n / 21, 4) for n in range(1, LEVELS_EACH + 1)],
     "together": [0.8, 0.5, 0.2],
 }
+# What processes that measure are called.
+WORDS = {LEVELS: "ScanTrial", TOGETHER: "answer_pruned"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def test_the_node_killed_that_measured(
     first = nodes.add()
     run = nodes.run(undisturbed.config, before(part, undisturbed, tmp_path / "runs"), *SETTINGS)
     run.wait(lambda: measured(run.folder, part))
+    for pid in processes_in("net", nodes.process.pid, f"ray::{WORDS[part]}"):
+        os.kill(pid, signal.SIGSTOP)  # or the scan might be over when the other one has joined
     nodes.add()
     nodes.remove(first)
     reached = measured(run.folder, part)
@@ -129,8 +133,7 @@ def test_a_worker_killed(part: str, undisturbed: Undisturbed, nodes: Nodes, tmp_
     nodes.add()
     run = nodes.run(undisturbed.config, before(part, undisturbed, tmp_path / "runs"), *SETTINGS)
     run.wait(lambda: measured(run.folder, part))
-    words = "ScanTrial" if part == LEVELS else "answer_pruned"
-    [victim, *_] = run.wait(lambda: processes_in("net", nodes.process.pid, f"ray::{words}"))
+    [victim, *_] = run.wait(lambda: processes_in("net", nodes.process.pid, f"ray::{WORDS[part]}"))
     os.kill(victim, signal.SIGKILL)
     run.finish()
     assert scanned(run.folder) == scanned(undisturbed.run)
