@@ -159,7 +159,7 @@ def _sees(ray: Any, answer: Any) -> bool:
     """What a node answered; one that has gone in between is not blind, since nothing runs there."""
     try:
         return bool(ray.get(answer))
-    except ray.exceptions.RayError:
+    except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
         return True
 
 
