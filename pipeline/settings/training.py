@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from pipeline.settings.base import Count, Fraction, Positive, Section
 
-_LARGE = 1e30  # what networks compute with, float32, ends at 3.4e38
+# Numbers that float32, which networks compute with, still holds: it ends at 3.4e38.
+_Strength = Annotated[float, Field(ge=0.0, le=1e30)]
+_Above0 = Annotated[float, Field(gt=0.0, le=1e30)]
 
 
 class Train(Section):
@@ -18,20 +20,18 @@ class Train(Section):
     steps: Positive | None = Field(None, description="Ends a training early, after so many updates.")
     batch_size: Positive = Field(128, description="Samples in an update, over all workers; a multiple of data.lanes.")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (with momentum) or adamw.")
-    lr: Annotated[float, Field(gt=0.0, le=_LARGE)] = Field(
-        0.1, description="Learning rate at the start (after warm-up)."
-    )
+    lr: _Above0 = Field(0.1, description="Learning rate at the start (after warm-up).")
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="SGD's momentum; AdamW's beta1.")
     nesterov: bool = Field(False, description="Nesterov's form of the momentum (sgd).")
-    weight_decay: Annotated[float, Field(ge=0.0, le=_LARGE)] = Field(
+    weight_decay: _Strength = Field(
         0.0, description="L2 regularisation of all parameters, biases included, as Caffe does (adamw: decoupled)."
     )
-    l1: Annotated[float, Field(ge=0.0, le=_LARGE)] = Field(
+    l1: _Strength = Field(
         0.0,
         description="L1 regularisation of the prunable weights only. The paper's L1 then L2 is dense.l1 with "
         "retrain.weight_decay.",
     )
-    clip_norm: Annotated[float, Field(gt=0.0, le=_LARGE)] | None = Field(
+    clip_norm: _Above0 | None = Field(
         None,
         description="Scale an update's gradient down to this Euclidean norm if it is larger: for high learning "
         "rates in networks without batch norm. The gradients of pruned weights do not count.",
@@ -61,10 +61,10 @@ class Train(Section):
 class Retrain(Train):
     """How survivors are retrained in each round; the dense control is trained alike."""
 
-    lr: Annotated[float, Field(gt=0.0, le=_LARGE)] | None = Field(  # type: ignore[assignment]  # see recipe.resolve
+    lr: _Above0 | None = Field(  # type: ignore[assignment]  # see recipe.resolve
         None, description="Learning rate at the start (after warm-up); by default lr_scale * dense.lr, or else 0.01."
     )
-    lr_scale: Annotated[float, Field(gt=0.0, le=_LARGE)] | None = Field(
+    lr_scale: _Above0 | None = Field(
         None,
         description="Learning rate as a factor of dense.lr, instead of lr; the paper's are 0.1 for the LeNets and 0.01 "
         "for AlexNet.",
