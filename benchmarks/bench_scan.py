@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pipeline.data import images, sources
+from pipeline.data import decoder, images, sources
 from pipeline.data.loader import Batch
 from pipeline.network import cost
 from pipeline.network.survey import Prunable, survey
@@ -120,8 +120,13 @@ def read(config: Config, count: int) -> list[Batch]:
     """So many images of Imagenette's val part, of all classes, decoded."""
     part = sources.open_source(config.data, config.seed).test
     numbers = np.linspace(0, len(part.labels) - 1, count).round().astype(np.int64)
-    pixels = np.stack([images.fit(images.decode(part.read(int(n)), 3, None), 224) for n in numbers])
-    whole = [torch.from_numpy(pixels), torch.from_numpy(part.labels[numbers]), torch.ones(count), torch.arange(count)]
+    pixels = np.stack([images.fit(decoder.decode(part.read(int(n)), 3), 224) for n in numbers])
+    whole = [
+        torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        torch.from_numpy(part.labels[numbers]),
+        torch.ones(count),
+        torch.arange(count),
+    ]
     return [Batch(*parts) for parts in zip(*(t.split(config.data.eval_batch) for t in whole), strict=True)]
 
 

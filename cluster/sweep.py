@@ -314,7 +314,7 @@ def make_collector(tune: Any, on_level: OnLevel, room: Room) -> Any:
 
 
 def _arrays(batch: Batch) -> tuple[Any, ...]:
-    return tuple(part.numpy() for part in (batch.images, batch.labels, batch.weights, batch.indices))
+    return tuple(part.contiguous().numpy() for part in (batch.images, batch.labels, batch.weights, batch.indices))
 
 
 def _readonly_tensor(array: Any) -> torch.Tensor:

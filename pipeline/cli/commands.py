@@ -14,7 +14,7 @@ from pipeline.results import budgets, figures, final, plots
 from pipeline.rounds import idle, outlook, preflight
 from pipeline.run import lease
 from pipeline.run.result import Result
-from pipeline.run.state import Run, config_of, run_root
+from pipeline.run.state import Run, as_begun, config_of, run_root
 from pipeline.settings import trust
 from pipeline.settings.config import Config, dump_config, load_config, parse_config
 from pipeline.tracking import tracking
@@ -60,7 +60,7 @@ def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
     if start.source is not None and "/" in start.run:  # else it is a name under runs_dir
         start = start.model_copy(update={"source": absolute(start.source)})
     parts = {"data": data, "model": model, "start": start}
-    return config.model_copy(update={"runs_dir": absolute(config.runs_dir), **parts})
+    return as_begun(config.model_copy(update={"runs_dir": absolute(config.runs_dir), **parts}))
 
 
 def run(config: Config, engine: Engine) -> Result:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.data import images, placement
+from pipeline.data import decoder, placement
 from pipeline.data.manifest import IMAGES, Shard, parse_label
 from pipeline.data.parts import check_tar_end
 from pipeline.data.tar import SampleFiles
@@ -135,8 +135,8 @@ def sorted_warnings(root: str, shards: tuple[Shard, ...]) -> Iterator[str]:
 
 def _undecodable(data: bytes) -> str | None:
     try:
-        images.decode(data, 3, None)
-    except images.BadImage as error:
+        decoder.decode(data, 3)
+    except decoder.BadImage as error:
         return str(error)
     return None
 

@@ -20,7 +20,7 @@ from webdataset import TarWriter
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.seeding import generator
-from pipeline.data import images, placement
+from pipeline.data import decoder, placement
 from pipeline.data import sources as sources_module
 from pipeline.data.describe import BadSample, scan_shard, sorted_warnings, told
 from pipeline.data.manifest import IMAGES, MOST_CLASSES, NAME, VERSION, Manifest, Shard, load_manifest
@@ -287,8 +287,8 @@ def _verify_shard(root: str, shard: Shard, manifest: Manifest) -> list[str]:
         if number in known_bad:
             continue
         try:
-            images.decode(next(sample[suffix] for suffix in IMAGES if suffix in sample), 3, None)
-        except images.BadImage:
+            decoder.decode(next(sample[suffix] for suffix in IMAGES if suffix in sample), 3)
+        except decoder.BadImage:
             bad.append(sample["__key__"])
     if bad:
         more = ", ..." if len(bad) > 5 else ""

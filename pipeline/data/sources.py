@@ -27,7 +27,7 @@ from pipeline.base.errors import UserError
 from pipeline.base.names import lookup
 from pipeline.base.seeding import generator
 from pipeline.data import imagenet, placement
-from pipeline.data.images import shrink
+from pipeline.data.decoder import shrink
 from pipeline.data.parts import IMAGE_ENDINGS, SPLITS, Entry, Part, Sizes, Source, read_class_index, tar_files
 from pipeline.settings.base import is_default
 from pipeline.settings.data import Data

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.seeding import uniform
-from pipeline.data import images, stream
+from pipeline.data import decoder, images, stream
 from pipeline.data.cache import Cache, Entry
-from pipeline.data.images import Pixels
+from pipeline.data.decoder import Pixels
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.stream import Piece, Raw
 from pipeline.settings.data import Data
@@ -37,7 +37,8 @@ _CHUNK = 64  # images a thread decodes at a time when a split is brought to memo
 class Batch:
     """n samples: images uint8 (n, C, size, size), labels int64 (n,), weights float32 (n,), indices int64 (n,).
 
-    A bad image keeps its slot: zeros, with weight 0. `indices` are sample numbers within the split.
+    The images lie in memory channels last. A bad image keeps its slot: zeros, with weight 0. `indices` are sample
+    numbers within the split.
     """
 
     images: torch.Tensor
@@ -48,7 +49,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Memory:
-    """A whole split, decoded: one array (N, C, size, size), or a list of canvases where training crops at random."""
+    """A whole split, decoded: one array (N, size, size, C), or a list of canvases where training crops at random."""
 
     images: Pixels | list[Pixels]
     good: NDArray[np.bool_]
@@ -97,6 +98,7 @@ class Split:
         self._crc32 = _gather([shard.crc32 for shard in self.shards], kept) if checked else None
         self._stored = sum(shard.bytes for shard in self.shards) // sum(shard.samples for shard in self.shards)
         self.window = max(1, config.shuffle_bytes // self._stored)
+        self._cropped = name == "train" and "resized-crop" in config.augment
         self._lock = threading.Lock()
         self._memory: _Memory | None = None
         self._streams = False
@@ -166,9 +168,10 @@ class Split:
 
     def canvas(self, raw: Raw) -> Pixels | None:
         """The decoded image, or None for a bad one, which is noted in `bad`."""
+        config = self.config
         try:
-            return images.decode(raw.data, self.config.channels, self.config.resize)
-        except images.BadImage as error:
+            return decoder.decode(raw.data, config.channels, config.resize, config.decoder, self._cropped)
+        except decoder.BadImage as error:
             self.bad[f"{raw.url}/{raw.key}"] = str(error)
             return None
 
@@ -186,14 +189,14 @@ class Split:
         whole = self.name == "train" and images.needs_canvas(config)
         if not whole and total * config.channels * config.size**2 > config.cache_bytes:
             return None
-        fixed = (total, config.channels, config.size, config.size)
+        fixed = (total, config.size, config.size, config.channels)
         store: Pixels | list[Pixels] = [] if whole else np.zeros(fixed, np.uint8)
         good = np.zeros(total, np.bool_)
         done = used = 0
 
         def work(raws: list[Raw]) -> list[Pixels | None]:
             found = [self.canvas(raw) for raw in raws]
-            return found if whole else [None if c is None else images.fit(c, config.size) for c in found]
+            return found if whole else [None if c is None else images.middle(c, config) for c in found]
 
         decoded = self._in_background(work, stream.chunks(self.read(np.arange(total)), _CHUNK))
         with contextlib.closing(decoded):
@@ -228,7 +231,7 @@ class Split:
             assert self._memory is not None
             pixels = np.asarray(self._memory.images)[numbers]
         else:
-            pixels = np.zeros((len(numbers), config.channels, config.size, config.size), np.uint8)
+            pixels = np.zeros((len(numbers), config.size, config.size, config.channels), np.uint8)
             for i, number in enumerate(numbers.tolist()):
                 canvas = self.canvas(raws[i]) if raws is not None else self._memory.images[number]  # type: ignore[union-attr]
                 if canvas is None:
@@ -236,11 +239,11 @@ class Split:
                 elif draws is not None:
                     pixels[i] = images.window(canvas, config, draws[i])
                 else:
-                    pixels[i] = images.fit(canvas, config.size)
+                    pixels[i] = images.middle(canvas, config)
         if draws is not None:
-            pixels = np.ascontiguousarray(images.finish(pixels, config, draws))
+            pixels = images.finish(pixels, config, draws)
         return Batch(
-            torch.from_numpy(pixels),
+            torch.from_numpy(pixels).permute(0, 3, 1, 2),
             torch.from_numpy(self.labels[numbers]),
             torch.from_numpy(good.astype(np.float32)),
             torch.from_numpy(numbers.copy()),

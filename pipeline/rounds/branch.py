@@ -25,7 +25,7 @@ from pipeline.run.records import Ancestor, DenseMetrics, RoundMetrics, RunFacts,
 from pipeline.run.result import Result
 from pipeline.run.state import Run
 from pipeline.scan import known
-from pipeline.settings.config import Config, differences, load_config
+from pipeline.settings.config import Config, differences, load_begun
 from pipeline.settings.pruning import Start
 from pipeline.settings.training import Retrain
 from pipeline.train import checkpoint, session
@@ -77,7 +77,7 @@ def find(config: Config, prunable: Sequence[Prunable]) -> Source:
     if not (run.has("config.yaml") and run.has("run.json")):
         raise UserError(f"{given}: '{root}' is not a run; give a name under runs_dir, a path or a URL, and the round")
     storage.require_closed(root)
-    theirs = load_config(run.path("config.yaml"))
+    theirs = load_begun(run.path("config.yaml"))
     changed = differences(theirs, config, ignore=OWN)
     if changed:
         raise UserError(

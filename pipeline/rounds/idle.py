@@ -51,6 +51,11 @@ ROWS = (
     Row("data.test_fraction", lambda c: c.data.source in ("digits", "folder"), "data.source=digits or folder"),
     Row("data.class_index", lambda c: c.data.source in ("folder", "imagenet"), "data.source=folder or imagenet"),
     Row("data.follow_links", lambda c: c.data.source == "folder", "data.source=folder"),
+    Row(
+        "data.decoder",
+        lambda c: c.data.source not in ("digits", "idx") or "resized-crop" in c.data.augment,
+        "JPEGs, which data.source=digits or idx has none of, or data.augment with resized-crop",
+    ),
     Row("data.shard_samples", lambda c: _built(c.data), "a data.source that shards are built from"),
     Row("data.shrink", lambda c: _built(c.data), "a data.source that shards are built from"),
     Row("data.quality", lambda c: _built(c.data) and c.data.shrink is not None, "data.shrink"),

@@ -24,7 +24,7 @@ from pipeline.run.records import (
     StartFacts,
 )
 from pipeline.run.result import Result
-from pipeline.settings.config import Config, load_config
+from pipeline.settings.config import Config, load_begun
 from pipeline.storage import Stat
 
 R = TypeVar("R", bound=Record)
@@ -113,7 +113,7 @@ def read(run_dir: str | Path) -> Contents:
         path=str(run_dir),
         run=run,
         config_text=config_text,
-        config=load_config(config),
+        config=load_begun(config),
         data=parsed(DataFacts, "data.json"),
         dense=parsed(DenseMetrics, "dense", "metrics.json"),
         scan=parsed(Scan, "scan", "scan.json"),

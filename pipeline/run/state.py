@@ -18,7 +18,7 @@ from pipeline.base.errors import UserError
 from pipeline.base.record import Record, plain
 from pipeline.run import lease
 from pipeline.run.records import RunFacts, StageMarker
-from pipeline.settings.config import UNHASHED, Config, differences, dump_config, load_config
+from pipeline.settings.config import UNHASHED, Config, differences, dump_config, load_begun
 
 # Settings that change how a run is carried out, but not its results. They may differ when it resumes.
 OPERATIONAL = (
@@ -133,6 +133,15 @@ def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Ite
         yield run
 
 
+def as_begun(config: Config) -> Config:
+    """The config with what its run began with, where it was not given anew: how images become pixels."""
+    file = storage.join(run_root(config), "config.yaml")
+    if "decoder" in config.data.model_fields_set or not storage.exists(file):
+        return config
+    data = config.data.model_copy(update={"decoder": load_begun(file).data.decoder})
+    return config.model_copy(update={"data": data})
+
+
 def _make_folder(root: str, runs_dir: str) -> None:
     try:
         storage.local_path(root).mkdir(parents=True, exist_ok=True)
@@ -143,7 +152,7 @@ def _make_folder(root: str, runs_dir: str) -> None:
 def _check_config(root: str, config: Config) -> None:
     if not storage.exists(storage.join(root, "config.yaml")):
         return
-    before = load_config(storage.join(root, "config.yaml"))
+    before = load_begun(storage.join(root, "config.yaml"))
     changed = differences(before, config, ignore=OPERATIONAL)
     if changed:
         raise UserError(
@@ -163,4 +172,4 @@ def config_of(run_dir: str | Path) -> Config:
     storage.require_closed(run_dir)
     place = str(storage.local_path(run_dir).resolve()) if storage.is_local(run_dir) else str(run_dir).rstrip("/")
     runs_dir, _, name = place.rpartition("/")
-    return load_config(file).model_copy(update={"runs_dir": runs_dir, "name": name})
+    return load_begun(file).model_copy(update={"runs_dir": runs_dir, "name": name})

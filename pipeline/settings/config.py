@@ -28,7 +28,12 @@ _INSTEAD = (
 
 
 # Settings that were added when runs existed already: see `hashed`.
-ADDED = ("prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links", "cluster.hang_seconds")
+ADDED = (
+    "prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links", "cluster.hang_seconds",
+    "data.decoder",
+)  # fmt: skip
+# What such a setting stands at in a run that is older than it, where that is not its default.
+EARLIER = {"data.decoder": "pillow"}
 # Settings that change no result, and no fingerprint.
 UNHASHED = ("dense.checkpoint_minutes", "retrain.checkpoint_minutes")
 
@@ -114,6 +119,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse_config(read_tree(path, overrides or []), origin=f"config '{path}'")
 
 
+def load_begun(path: str | Path) -> Config:
+    """Read the config.yaml of a run's folder. A setting that is newer than the run is as the run had it.
+
+    Raises UserError as `load_config` does.
+    """
+    tree = read_tree(path, [])
+    for setting, value in EARLIER.items():
+        *parents, leaf = setting.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node.setdefault(leaf, value)
+    return parse_config(tree, origin=f"config '{path}'")
+
+
 def parse_config(values: Any, origin: str = "config") -> Config:
     """Validate a tree of plain values. Raises UserError that lists every setting that is wrong."""
     try:
@@ -148,7 +168,7 @@ def differences(ours: Config, theirs: Config, ignore: tuple[str, ...] = ()) -> l
 
 
 def hashed(config: Config) -> dict[str, Any]:
-    """The settings that fingerprints are computed from. One in ADDED is left out while it is at its default.
+    """The settings that fingerprints are computed from. One in ADDED is left out where it is as in older runs.
 
     So a run that is older than such a setting keeps its fingerprints. Those in UNHASHED are always left out.
     """
@@ -159,7 +179,8 @@ def hashed(config: Config) -> dict[str, Any]:
         node = tree
         for parent in parents:
             section, node = getattr(section, parent), node[parent]
-        if setting in UNHASHED or is_default(section, leaf):
+        as_before = node[leaf] == EARLIER[setting] if setting in EARLIER else is_default(section, leaf)
+        if setting in UNHASHED or as_before:
             del node[leaf]
     return tree
 

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from pipeline.settings.base import Bytes, Count, Fraction, Positive, Section, Text
 
+Decoder = Literal["turbo", "pillow"]
+
 
 class Data(Section):
     """Where images come from and how they become batches."""
@@ -29,6 +31,12 @@ class Data(Section):
     label: Text = Field("cls", description="Where a foreign shard keeps the label: cls, or the name of a json field.")
     channels: Literal[1, 3] = Field(1, description="1 reads every image as greyscale, 3 as RGB.")
     resize: Positive | None = Field(None, description="Short side, in pixels, that images are scaled to when decoded.")
+    decoder: Decoder = Field(
+        "turbo",
+        description="How JPEGs become pixels. turbo: simplejpeg and torch; larger images are decoded at a half, a "
+        "quarter or an eighth where `resize` allows, and resized-crop cuts from that, without resizing twice. pillow: "
+        "Pillow alone. Other images are decoded by Pillow either way.",
+    )
     size: Annotated[int, Field(ge=1, le=8192)] = Field(
         28, description="Height and width, in pixels, of the network's input (centre crop)."
     )

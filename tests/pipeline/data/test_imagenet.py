@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from pipeline.base.errors import UserError
-from pipeline.data import images, loader, shards, sources
+from pipeline.data import decoder, loader, shards, sources
 from pipeline.settings.data import Data
 
 # In the devkit's own order: its ids are not the numbers of the sorted wnids.
@@ -204,21 +204,21 @@ def test_shards_of_it_are_good_and_val_is_drawn_from_train(unpacked: Path, tmp_p
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_larger_images_shrink_to_the_short_side(mode: str) -> None:
     data = picture(1, "JPEG", mode, (30, 20))
-    small = images.shrink(data, 10, 90)
+    small = decoder.shrink(data, 10, 90)
     with Image.open(io.BytesIO(small)) as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (15, 10))
-    assert small == images.shrink(data, 10, 90)
-    assert len(images.shrink(data, 10, 30)) < len(small)
+    assert small == decoder.shrink(data, 10, 90)
+    assert len(decoder.shrink(data, 10, 30)) < len(small)
     stream = io.BytesIO()
     Image.open(io.BytesIO(picture(1, size=(3, 2)))).resize((30, 20)).convert(mode).save(stream, "JPEG")
     smooth = stream.getvalue()
-    difference = images.decode(images.shrink(smooth, 10, 95), 3, None).astype(int) - images.decode(smooth, 3, 10)
+    difference = decoder.decode(decoder.shrink(smooth, 10, 95), 3).astype(int) - decoder.decode(smooth, 3, 10)
     assert np.abs(difference).mean() < 4  # of 255: what JPEG, its colours at half resolution, does
 
 
 @pytest.mark.parametrize("data", [picture(1), picture(1, "PNG", "L"), b"not an image", picture(1, size=(30, 20))[:200]])
 def test_small_and_unreadable_images_stay_byte_for_byte(data: bytes) -> None:
-    assert images.shrink(data, 10, 90) == data
+    assert decoder.shrink(data, 10, 90) == data
 
 
 def test_shrinking_a_build_resumes_and_ends_the_same(unpacked: Path, tmp_path: Path) -> None:

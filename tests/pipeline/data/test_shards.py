@@ -11,7 +11,7 @@ import pytest
 import webdataset as wds
 
 from pipeline.base.errors import UserError
-from pipeline.data import images, loader, shards, sources
+from pipeline.data import decoder, loader, shards, sources
 from pipeline.settings.data import Data
 
 SMALL = Data(shard_samples=300)  # digits: 1,293 train, 144 val, 360 test
@@ -53,7 +53,7 @@ def test_plain_webdataset_reads_what_build_wrote(built):
         dataset = wds.WebDataset(str(root / shard.name), shardshuffle=False)
         for sample, label in zip(dataset, shard.labels, strict=True):
             assert int(sample["cls"]) == label
-            assert images.decode(sample["png"], 1, None).shape == (1, 8, 8)
+            assert decoder.decode(sample["png"], 1).shape == (8, 8, 1)
             seen += 1
     assert seen == 1293
 
@@ -369,4 +369,4 @@ def test_real_imagenette_labels_by_class_index(real_data, tmp_path):
     assert (len(source.train.labels), len(source.test.labels)) == (2500, 800)
     assert sorted(set(source.train.labels.tolist()))[:3] == [0, 217, 482]
     assert source.classes[0] == "tench"
-    assert images.decode(source.test.read(799), 3, None).shape == (3, 224, 224)
+    assert decoder.decode(source.test.read(799), 3).shape == (224, 224, 3)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.base.errors import UserError
-from pipeline.data import images, shards, sources
+from pipeline.data import decoder, shards, sources
 from pipeline.data.parts import Part, Source
 from pipeline.settings.data import Data
 
@@ -23,9 +23,9 @@ def test_digits_are_the_real_ones_split_by_class():
     assert (len(source.train.labels), len(source.test.labels)) == (1437, 360)
     share = np.bincount(source.test.labels) / np.bincount(np.concatenate([source.train.labels, source.test.labels]))
     assert np.all(np.abs(share - 0.2) < 0.01)
-    canvas = images.decode(source.train.read(0), 1, None)
-    assert canvas.shape == (1, 8, 8)
-    assert max(images.decode(source.train.read(i), 1, None).max() for i in range(20)) == 255
+    canvas = decoder.decode(source.train.read(0), 1)
+    assert canvas.shape == (8, 8, 1)
+    assert max(decoder.decode(source.train.read(i), 1).max() for i in range(20)) == 255
     assert not np.array_equal(source.test.labels, sources.open_source(Data(), seed=1).test.labels)
 
 
@@ -71,7 +71,7 @@ def test_idx(tmp_path, packed):
     source = sources.open_source(Data(source="idx", root=str(tmp_path)), 0)
     assert source.num_classes == 3
     assert source.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert np.array_equal(images.decode(source.train.read(4), 1, None)[0], pixels[4])
+    assert np.array_equal(decoder.decode(source.train.read(4), 1)[:, :, 0], pixels[4])
     wider = sources.open_source(Data(source="idx", root=str(tmp_path), classes=10), 0)
     assert wider.num_classes == 10
     with pytest.raises(UserError, match=r"data\.classes=2"):

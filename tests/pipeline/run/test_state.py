@@ -16,7 +16,7 @@ import pytest
 from few_samples import run_in
 
 from pipeline.base.errors import RunStopped, UserError
-from pipeline.run.state import fingerprint, open_run
+from pipeline.run.state import as_begun, config_of, fingerprint, open_run, run_root
 from pipeline.settings.config import Config
 
 
@@ -126,6 +126,26 @@ def test_changed_settings_stop_with_the_keys_that_differ(tiny: Callable[..., Con
     with pytest.raises(UserError, match=r"seed: 0 -> 5.*use another name"), open_run(tiny(seed=5)):
         pass
     with open_run(tiny(**{"cluster.workers": 2})):
+        pass
+
+
+def test_a_run_keeps_the_decoder_that_it_began_with(tiny: Callable[..., Config]) -> None:
+    config, other = tiny(), tiny(**{"data.decoder": "pillow"})
+    assert as_begun(config) is config  # there is no such run yet
+    with open_run(config):
+        pass
+    file = Path(run_root(config), "config.yaml")
+    assert as_begun(config) == config
+    with pytest.raises(UserError, match=r"data\.decoder: 'turbo' -> 'pillow'"), open_run(as_begun(other)):
+        pass
+    older = [text for text in file.read_text().splitlines() if "decoder:" not in text]
+    file.write_text("\n".join(older))
+    assert config_of(file.parent).data.decoder == "pillow"
+    assert as_begun(config).data.decoder == "pillow"
+    with open_run(as_begun(config)):
+        pass
+    given = tiny(**{"data.decoder": "turbo"})
+    with pytest.raises(UserError, match=r"data\.decoder: 'pillow' -> 'turbo'"), open_run(as_begun(given)):
         pass
 
 
