@@ -62,7 +62,7 @@ def bench(run_dir: str, repeats: int, batches: str, trust_code: bool) -> None:
     sizes = parse_batches(batches)
     config = config_of(run_dir)
     trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
-    configure_process(config.threads)
+    configure_process(config.threads, config.reproducible)
     with state.open_run(config) as here:
         found = bench_run(here.root, repeats, batches=sizes, trust_code=trust_code, check=here.check_fence)
         final.update(here, latency_ms=found.summary)

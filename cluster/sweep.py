@@ -208,7 +208,7 @@ class Shared:
 
 def shared_inputs(config: Config, run: Run, source: str) -> Shared:
     """What every trial needs; read where this is called."""
-    configure_process(config.threads)
+    configure_process(config.threads, config.reproducible)
     opened = open_session(config, World(0, 1, torch.device("cpu")), run, unheard)
     given = scan_inputs(opened, source)
     return Shared(
@@ -225,7 +225,7 @@ def shared_inputs(config: Config, run: Run, source: str) -> Shared:
 def trial_inputs(shared: Shared) -> ScanInputs:
     """The shared inputs in a process of Ray's, on its device."""
     config = parse_config(shared.config)
-    configure_process(config.threads)
+    configure_process(config.threads, config.reproducible)
     device = choose_device(config.device)
     model = build_network(config.model, shared.classes, config.seed)
     feed = Feed.of(config)

@@ -45,7 +45,7 @@ def worker(job: dict[str, Any]) -> None:
     import ray.train
 
     config = parse_config(job["config"])
-    configure_process(config.threads)
+    configure_process(config.threads, config.reproducible)
     context = ray.train.get_context()
     board, rank, stage = job["board"], context.get_world_rank(), job["work"].stage
 

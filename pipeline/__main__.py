@@ -21,7 +21,7 @@ def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode =
     from pipeline.train.world import configure_process, torchrun_world
 
     loaded = commands.load(config, overrides, trust_code=trust_code)
-    configure_process(loaded.threads)
+    configure_process(loaded.threads, loaded.reproducible)
     with torchrun_world(loaded.device, loaded.cluster.hang_seconds) as world:
         engine = LocalEngine(world)
         if world.first:
@@ -50,7 +50,7 @@ def reproduce(
 
     jobs = paper.jobs(paper.Wanted(target, data, seeds, runs_dir, networks, configs), overrides or [])
     first = next(iter(jobs[0].runs.values()))
-    configure_process(first.threads)
+    configure_process(first.threads, first.reproducible)
     with torchrun_world(first.device, first.cluster.hang_seconds) as world:
         engine = LocalEngine(world)
         if world.first:

@@ -65,7 +65,7 @@ def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
 
 def run(config: Config, engine: Engine) -> Result:
     """Carry a run to its end, show its progress and its result."""
-    configure_process(config.threads)
+    configure_process(config.threads, config.reproducible)
     with Display() as display:
         try:
             result = stages.run(config, engine, display)

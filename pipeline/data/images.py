@@ -5,6 +5,7 @@ A "canvas" is a decoded image, uint8 (H, W, C), before it is brought to the netw
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -107,6 +108,13 @@ def normalize(
     assert images.dtype == torch.uint8, images.dtype
     layout = torch.channels_last if channels_last else torch.contiguous_format
     scaled = images.to(dtype=torch.float32, memory_format=layout).div_(255)
-    shape = (1, -1, 1, 1)
-    centre = torch.tensor(mean, device=images.device).view(shape)
-    return scaled.sub_(centre).div_(torch.tensor(std, device=images.device).view(shape))
+    make = _a_channel if images.device.type == "cpu" else _kept_a_channel
+    return scaled.sub_(make(mean, images.device)).div_(make(std, images.device))
+
+
+def _a_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """One number for each channel, (1, C, 1, 1)."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
+_kept_a_channel = functools.lru_cache(maxsize=16)(_a_channel)  # each copy to a GPU would wait for it

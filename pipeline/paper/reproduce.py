@@ -165,7 +165,7 @@ def _network(job: Job, engine: Engine, command: str) -> None:
     with Display() as display:
         for seed, config in job.runs.items():
             display.line(f"{network.title}, seed {seed}")
-            configure_process(config.threads)
+            configure_process(config.threads, config.reproducible)
             runs.append(_seed_run(seed, config.name, stages.run(config, engine, display), read(state.run_root(config))))
     found = seeds.aggregate(job.name, network, runs)
     config = next(iter(job.runs.values()))
@@ -231,7 +231,7 @@ def _figure5(job: Job, engine: Engine, command: str) -> None:
     with Display() as display:
         for (network, regulariser), config in job.runs.items():
             display.line(f"figure 5: {printed.NETWORKS[network].title}, {regulariser.upper()}")
-            configure_process(config.threads)
+            configure_process(config.threads, config.reproducible)
             measured.setdefault(network, {})[regulariser] = figure5_run(config, engine, display)
             of_network[network] = config.seed
     parts = []

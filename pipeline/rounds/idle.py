@@ -42,6 +42,7 @@ def _training(name: str) -> tuple[Row, ...]:
 
 
 ROWS = (
+    Row("reproducible", lambda c: c.device != "cpu", "a GPU: device=auto or cuda"),
     Row("data.root", lambda c: sources.of(c.data).needs_root, "a data.source that reads files"),
     Row(
         "data.val_fraction",

@@ -30,7 +30,7 @@ _INSTEAD = (
 # Settings that were added when runs existed already: see `hashed`.
 ADDED = (
     "prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links", "cluster.hang_seconds",
-    "data.decoder",
+    "data.decoder", "reproducible", "dense.accumulate", "retrain.accumulate",
 )  # fmt: skip
 # What such a setting stands at in a run that is older than it, where that is not its default.
 EARLIER = {"data.decoder": "pillow"}
@@ -52,6 +52,11 @@ class Config(Section):
         1, description="torch's threads in each process; the last bits of sums depend on it."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where the process has one.")
+    reproducible: bool = Field(
+        True,
+        description="The same bits each time on one kind of machine. false: on a GPU also algorithms that add in any "
+        "order, cuDNN's choice by trial, and TF32, which are faster.",
+    )
     data: Data = Field(default_factory=lambda: Data.model_validate({}))
     model: Model = Field(default_factory=lambda: Model.model_validate({}))
     task: Text = Field("classification", description="What is learnt: classification of images.")

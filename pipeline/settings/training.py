@@ -19,6 +19,11 @@ class Train(Section):
     epochs: Count = Field(10, description="Passes over train; 0 trains nothing.")
     steps: Positive | None = Field(None, description="Ends a training early, after so many updates.")
     batch_size: Positive = Field(128, description="Samples in an update, over all workers; a multiple of data.lanes.")
+    accumulate: Annotated[int, Field(ge=1, le=2**16)] = Field(
+        1,
+        description="Parts that a worker's share of an update is computed in, one after the other, where memory is "
+        "short. The samples are the same; batch norm sees each part by itself.",
+    )
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd (with momentum) or adamw.")
     lr: _Above0 = Field(0.1, description="Learning rate at the start (after warm-up).")
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="SGD's momentum; AdamW's beta1.")

@@ -9,6 +9,7 @@ from torch import nn
 from pipeline.data.loader import EvalLoader
 from pipeline.task.answers import Answers
 from pipeline.task.feed import Feed
+from pipeline.train.feeder import on_device
 from pipeline.train.world import World
 
 
@@ -21,17 +22,16 @@ def evaluate(model: nn.Module, loader: EvalLoader, feed: Feed, world: World, cla
     size = len(loader.split)
     seen = np.unique(loader.split.labels)
     present = torch.from_numpy(seen).to(world.device) if len(seen) < classes else None
-    rows = torch.zeros(5, size, dtype=torch.float64)
-    count = torch.zeros(size, dtype=torch.int64)
+    rows = torch.zeros(5, size, dtype=torch.float64, device=world.device)
+    count = np.zeros(size, np.int64)
     training = model.training
     model.eval()
-    for number, batch in enumerate(loader.batches(world.rank, world.size)):
+    for number, batch in enumerate(on_device(loader.batches(world.rank, world.size), world.device)):
         world.at(f"batch {number} of an evaluation")
-        output = feed.forward(model, batch.images.to(world.device, non_blocking=True))
-        rows[:, batch.indices] = feed.task.judge(output, batch, present).cpu()
-        count[batch.indices] += 1
+        output = feed.forward(model, batch.images)
+        rows[:, batch.indices.to(world.device, non_blocking=True)] = feed.task.judge(output, batch, present)
+        count[batch.indices.numpy()] += 1
     model.train(training)
-    rows = world.sum(rows.to(world.device)).cpu()
-    count = world.sum(count.to(world.device)).cpu()
-    assert bool((count == 1).all()), "evaluation must read each sample exactly once"
-    return Answers.of(rows, present is not None)
+    counted = world.sum(torch.from_numpy(count).to(world.device)).cpu()
+    assert bool((counted == 1).all()), "evaluation must read each sample exactly once"
+    return Answers.of(world.sum(rows).cpu(), present is not None)

@@ -61,7 +61,8 @@ def on_workers(session: Session, phase: str) -> None:
         begun = b"yes" if run.has(phase, "metrics.json") or storage.list_folders(run.path(phase, "steps")) else b""
     if session.world.broadcast(begun):
         return
-    sizes = [settings.batch_size for settings in trainings(config.dense, config.retrain).values()]
+    both = trainings(config.dense, config.retrain).values()
+    sizes = [settings.batch_size // settings.accumulate for settings in both]
     problem = None
     try:
         batch = real(session, max([SAMPLES, *(size // session.world.size for size in sizes)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import math
@@ -22,6 +23,8 @@ from pipeline.run.records import Epoch
 from pipeline.settings.training import Retrain, Train
 from pipeline.train import allreduce, checkpoint, memory, phases, recipe
 from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.feeder import on_device
+from pipeline.train.finite import Finite
 from pipeline.train.looks import Looks
 from pipeline.train.pace import Pace
 from pipeline.train.session import Session, require_same_data
@@ -83,10 +86,12 @@ class Training:
         name = "retrain" if isinstance(settings, Retrain) else "dense"
         self.remedy = (
             f"lower {name}.batch_size={settings.batch_size}, of which each worker takes its share, or raise "
-            "cluster.workers; lower data.cache_bytes where it is the machine's memory"
+            f"{name}.accumulate={settings.accumulate} or cluster.workers; lower data.cache_bytes where it is the "
+            "machine's memory"
         )
         self.position = Position()
         self.tally = Tally(session.world)
+        self.finite = Finite(session.world.device)
         self.told = time.monotonic()
         self.pace = Pace()
 
@@ -105,7 +110,7 @@ class Training:
         clock = time.monotonic()
         while self.position.step < self.total:
             epoch, first = divmod(self.position.step, self.loader.steps_per_epoch)
-            for batch in self.pace.timed(self.loader.epoch(epoch, first)):
+            for batch in self.pace.timed(on_device(self.loader.epoch(epoch, first), self.world.device)):
                 if self.gradual and self.gradual.due(self.position.step, self.total):
                     self._prune(self.gradual.masks(self.position.step, self.total, self.masks))
                     wrapped = None  # its all-reduce has the old masks
@@ -125,6 +130,7 @@ class Training:
                 late, leaving = looking and looks.late(self.position.step), looking and self._leaving()
                 save = due or late or leaving
                 if last or save:
+                    self._require_finite()
                     self.position.seconds += time.monotonic() - clock
                     clock = time.monotonic()
                 if last:
@@ -170,39 +176,61 @@ class Training:
         return wrapped
 
     def _update(self, wrapped: nn.Module, batch: Batch) -> None:
-        """One optimizer update. Raises Agreed, on every rank and before the update, if the gradient is not finite."""
-        step, device = self.position.step, self.world.device
+        """One optimizer update of a batch on this rank's device; none where the gradient is not finite.
+
+        For that Agreed is raised on every rank: at once on the CPU, a step later on a GPU, which need not wait for it.
+        """
+        step = self.position.step
         self.world.at(f"step {step} of {self.phase}")
         # Dropout draws from the step alone, so a resumed training draws what the undisturbed one drew.
         torch.manual_seed(seeding.derive(self.config.seed, "dropout", self.order, step, self.world.rank))
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        labels, valid = batch.labels.to(device), batch.weights.to(device)
-        images = batch.images.to(device, non_blocking=True)
-        output = self.feed.forward(wrapped, images, self.settings.precision)
-        total = (self.feed.task.losses(self.settings, output, labels, self._taught(images)) * valid).sum()
-        # DDP averages gradients over ranks, which may hold unequal shares of the batch; a bad image counts as a
-        # sample with loss 0, so the divisor is the same on every rank without another all-reduce.
         self.optimizer.zero_grad(set_to_none=True)
-        self.world.at(f"the exchange of gradients in step {step} of {self.phase}", waits=True)
-        (total * (self.world.size / self.settings.batch_size)).backward()
+        total = self._gradients(wrapped, batch, f"the exchange of gradients in step {step} of {self.phase}")
         if self.settings.l1:
             recipe.add_l1(self.weights, self.settings.l1)
         if self.settings.clip_norm is not None:  # else pruned weights would count, unless the hook zeroed them
             self.applier.zero([self.parameters[name].grad for name in self.masks])
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        if not torch.isfinite(norm):
-            raise Agreed(
-                f"{self.phase}: the gradient of step {step} is not finite (lr {rate:.3g}); no update was made. Lower "
-                "the learning rate, or look for bad inputs"
-            )
+        self.optimizer.found_inf = self.finite.note(step, rate, norm)  # type: ignore[attr-defined]  # no update then
+        self._require_finite(self.finite.lag)
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.clip_norm, norm)
-        self.world.at(f"the end of step {step} of {self.phase}")  # CUDA has ended the exchange to know the norm
+        self.world.at(f"the end of step {step} of {self.phase}")
         self.optimizer.step()
         self.applier.apply()
-        self.tally.add(step, batch.indices.numpy(), total.detach(), valid)
+        self.tally.add(step, batch.indices.numpy(), total, batch.weights)
+
+    def _gradients(self, wrapped: nn.Module, batch: Batch, exchange: str) -> Tensor:
+        """Compute the gradients of a batch, part by part, over all ranks. Returns the sum of this rank's losses."""
+        given = (batch.images, batch.labels, batch.weights)
+        parts = [*zip(*(each.chunk(self.settings.accumulate) for each in given), strict=True)]
+        sums = []
+        for number, (images, labels, weights) in enumerate(parts, 1):
+            last = number == len(parts)
+            alone = isinstance(wrapped, DistributedDataParallel) and not last
+            with wrapped.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+                output = self.feed.forward(wrapped, images, self.settings.precision)
+                taught = self._taught(images)
+                total = (self.feed.task.losses(self.settings, output, labels, taught) * weights).sum()
+                if last:
+                    self.world.at(exchange, waits=True)
+                # DDP averages gradients over ranks, which may hold unequal shares of the batch; a bad image counts as a
+                # sample with loss 0, so the divisor is the same on every rank without another all-reduce.
+                (total * (self.world.size / self.settings.batch_size)).backward()
+            sums.append(total.detach())
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+    def _require_finite(self, lag: int = 0) -> None:
+        """Raise Agreed where a gradient was not finite, but for the last `lag` steps; so nothing of it is saved."""
+        bad = self.finite.first_bad(lag)
+        if bad is not None:
+            raise Agreed(
+                f"{self.phase}: the gradient of step {bad.step} is not finite (lr {bad.rate:.3g}); no update was made. "
+                "Lower the learning rate, or look for bad inputs"
+            )
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor | None:

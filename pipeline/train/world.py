@@ -121,13 +121,14 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def configure_process(threads: int) -> None:
+def configure_process(threads: int, reproducible: bool = True) -> None:
     """Set what affects the bits of results and would else depend on the launcher (Ray sets OMP_NUM_THREADS)."""
     torch.set_num_threads(threads)
-    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import torch._inductor: 3 s
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    # use_deterministic_algorithms would import torch._inductor: 3 s
+    torch.set_deterministic_debug_mode("warn" if reproducible else "default")
+    torch.backends.cudnn.benchmark = not reproducible
+    torch.backends.cuda.matmul.allow_tf32 = not reproducible
+    torch.backends.cudnn.allow_tf32 = not reproducible
 
 
 def current_world(device: torch.device) -> World:

@@ -32,6 +32,7 @@ IDLE: dict[str, Any] = {
 }  # fmt: skip
 # Those that count beside the defaults, with what makes them idle.
 BESIDE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "reproducible": (False, {"device": "cpu"}),
     "data.val_fraction": (0.3, {"data.source": "shards", "data.root": "/x"}),
     "data.shard_samples": (10, {"data.source": "shards", "data.root": "/x"}),
     "data.shrink": (100, {"data.source": "shards", "data.root": "/x"}),

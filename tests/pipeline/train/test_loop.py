@@ -43,6 +43,16 @@ def test_two_updates_are_sgd_with_momentum_and_decay(small_session: Session) -> 
         torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 64, 1000])
+def test_an_update_in_parts_is_the_same(parts: int, small_session: Session) -> None:
+    whole, split = training(small_session), training(small_session, accumulate=parts)
+    batch = next(iter(whole.loader.epoch(0)))
+    for made in (whole, split):
+        made._update(made.model, batch)
+    torch.testing.assert_close(split.parameters[NAME], whole.parameters[NAME], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(split.tally.here, whole.tally.here)
+
+
 def test_a_pruned_weight_stays_zero(small_session: Session) -> None:
     mask = torch.arange(200).view(10, 20) % 2 == 0
     made = training(small_session, {NAME: mask})
