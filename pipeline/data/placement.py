@@ -30,12 +30,30 @@ class Lane:
         return self.line[self.order]
 
 
-def epoch_line(counts: Sequence[int], seed: int, epoch: int) -> NDArray[np.int64]:
-    """Every sample number once, shape (sum(counts),): shards in drawn order, each in stored order."""
-    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    shards = generator(seed, "shards", epoch).permutation(len(counts))
-    pieces = [np.arange(starts[shard], starts[shard + 1], dtype=np.int64) for shard in shards]
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+class EpochLine:
+    """Every sample number of an epoch once: shards in drawn order, each in stored order. Parts of it are made as asked.
+
+    `counts` are the samples of each shard; the memory needed is a few numbers a shard.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, epoch: int) -> None:
+        ends = np.cumsum(counts, dtype=np.int64)
+        shards = generator(seed, "shards", epoch).permutation(len(ends))
+        lengths = np.diff(ends, prepend=0)[shards]
+        self._ends = np.cumsum(lengths)  # for each shard in drawn order: the place in the line after its last sample
+        # What is added to a place within the shard to give the number of the sample there.
+        self._moved = (ends[shards] - lengths) - (self._ends - lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def part(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The sample numbers at places start..stop, shape (stop - start,)."""
+        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
+        first, last = np.searchsorted(self._ends, start, "right"), np.searchsorted(self._ends, stop, "left")
+        within = slice(first, last + 1)
+        lengths = np.diff(np.clip(self._ends[within], start, stop), prepend=start)
+        return np.repeat(self._moved[within], lengths) + np.arange(start, stop)
 
 
 def lanes(line_length: int, lanes: int) -> list[slice]:
@@ -80,10 +98,13 @@ def epoch_lanes(
     counts: Sequence[int], seed: int, epoch: int, *, total: int, window: int, only: Iterable[int] | None = None
 ) -> list[Lane]:
     """The lanes of an epoch that are in `only` (all of `total` by default), in order."""
-    line = epoch_line(counts, seed, epoch)
+    line = EpochLine(counts, seed, epoch)
     cuts = lanes(len(line), total)
     return [
-        Lane(line[cuts[lane]], bounded_shift(len(line[cuts[lane]]), window, derive(seed, "shift", epoch, lane)))
+        Lane(
+            line.part(cuts[lane].start, cuts[lane].stop),
+            bounded_shift(len(line) // total, window, derive(seed, "shift", epoch, lane)),
+        )
         for lane in (range(total) if only is None else only)
     ]
 

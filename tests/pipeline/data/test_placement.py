@@ -5,11 +5,17 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pipeline.base.seeding import generator
 from pipeline.data import placement
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+
+
+def whole_line(counts: list[int], seed: int, epoch: int) -> NDArray[np.int64]:
+    line = placement.EpochLine(counts, seed, epoch)
+    return line.part(0, len(line))
 
 
 def test_lanes_are_equal_and_leave_the_tail_out():
@@ -51,10 +57,22 @@ def test_stratified_is_exact_and_proportional(labels, data):
 
 @given(COUNTS, st.integers(0, 3), st.integers(0, 3))
 def test_line_holds_each_sample_once_and_shards_stay_whole(counts, seed, epoch):
-    line = placement.epoch_line(counts, seed, epoch)
+    line = whole_line(counts, seed, epoch)
     assert sorted(line.tolist()) == list(range(sum(counts)))
     jumps = int((np.diff(line) != 1).sum())
     assert jumps < max(1, sum(count > 0 for count in counts))
+
+
+@given(COUNTS, st.integers(0, 3), st.data())
+def test_a_part_of_the_line_is_cut_from_shards_laid_end_to_end(counts, epoch, data):
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    order = generator(7, "shards", epoch).permutation(len(counts))
+    laid = np.concatenate([np.arange(0), *(np.arange(starts[shard], starts[shard + 1]) for shard in order)])
+    start = data.draw(st.integers(0, len(laid)))
+    stop = data.draw(st.integers(start, len(laid)))
+    line = placement.EpochLine(counts, 7, epoch)
+    assert len(line) == len(laid)
+    assert line.part(start, stop).tolist() == laid[start:stop].tolist()
 
 
 @given(st.integers(0, 200), st.integers(1, 60), st.integers(0, 2**40))
@@ -100,7 +118,7 @@ def test_any_world_size_makes_the_same_batches(counts, lanes, micro, window, epo
 
 def test_each_lane_is_a_permutation_of_its_slice_of_the_line():
     counts = [7, 5, 9, 4]
-    line = placement.epoch_line(counts, 2, 1)
+    line = whole_line(counts, 2, 1)
     for cut, lane in zip(placement.lanes(25, 4), placement.epoch_lanes(counts, 2, 1, total=4, window=3), strict=True):
         assert lane.line.tolist() == line[cut].tolist()
         assert sorted(lane.samples.tolist()) == sorted(line[cut].tolist())
@@ -108,10 +126,10 @@ def test_each_lane_is_a_permutation_of_its_slice_of_the_line():
 
 def test_epochs_differ_in_order_and_in_the_tail_left_out():
     counts = [10, 10, 10, 3]
-    lines = [placement.epoch_line(counts, 0, epoch) for epoch in range(12)]
+    lines = [whole_line(counts, 0, epoch) for epoch in range(12)]
     assert len({tuple(line.tolist()) for line in lines}) > 6
     assert len({tuple(sorted(line[32:].tolist())) for line in lines}) > 2
-    assert np.array_equal(lines[5], placement.epoch_line(counts, 0, 5))
+    assert np.array_equal(lines[5], whole_line(counts, 0, 5))
     assert not np.array_equal(
         placement.epoch_lanes(counts, 0, 0, total=1, window=30)[0].order,
         placement.epoch_lanes(counts, 1, 0, total=1, window=30)[0].order,
