@@ -131,10 +131,9 @@ def _counting(display: Display) -> shards.Progress:
 
 def _describe(manifest: shards.Manifest) -> None:
     parts = ", ".join(
-        f"{split}: {sum(shard.used for shard in parts):,} samples in {len(parts)} shards"
-        for split, parts in manifest.splits.items()
+        f"{split}: {parts.used.sum():,} samples in {len(parts)} shards" for split, parts in manifest.splits.items()
     )
-    held = f"; val: {len(manifest.holdout):,} samples held out of train" if manifest.holdout is not None else ""
+    held = f"; val: {manifest.sizes['val']:,} samples held out of train" if manifest.holdout else ""
     print(f"{parts}{held}; {manifest.num_classes} classes")
 
 

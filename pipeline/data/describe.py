@@ -14,7 +14,8 @@ import numpy as np
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.data import decoder, placement
-from pipeline.data.manifest import IMAGES, Shard, parse_label
+from pipeline.data.columns import Described, Rows, Shard
+from pipeline.data.manifest import IMAGES, parse_label
 from pipeline.data.parts import check_tar_end
 from pipeline.data.tar import SampleFiles
 
@@ -59,7 +60,9 @@ class Hashing:
         return self.digest.hexdigest()
 
 
-def scan_shard(root: str, name: str, label: str, num_classes: int | None, bad: list[BadSample] | None = None) -> Shard:
+def scan_shard(
+    root: str, name: str, label: str, num_classes: int | None, bad: list[BadSample] | None = None
+) -> Described:
     """Describe one tar by a single pass over it.
 
     Raises UserError naming shard and key: empty, torn, not a tar, a sample without image or label, two
@@ -100,8 +103,9 @@ def scan_shard(root: str, name: str, label: str, num_classes: int | None, bad: l
             bad.append(error)
             skipped.append(number)
             found.append((0, 0))
-    labels, crcs = zip(*found, strict=True)
-    return Shard(name, len(samples), hashing.bytes, sha256, tuple(offsets), labels, crcs, tuple(skipped))
+    labels, crcs = np.array(found, np.int64).T
+    shard = Shard(name, len(samples), hashing.bytes, sha256, len(skipped))
+    return shard, Rows(np.array(offsets, np.int64), labels, crcs, np.array(skipped, np.int64))
 
 
 def told(bad: Sequence[BadSample], samples: int) -> list[str]:
@@ -119,12 +123,12 @@ def told(bad: Sequence[BadSample], samples: int) -> list[str]:
     return notes
 
 
-def sorted_warnings(root: str, shards: tuple[Shard, ...]) -> Iterator[str]:
+def sorted_warnings(root: str, described: Sequence[Described]) -> Iterator[str]:
     """A warning for each shard whose neighbours share a label far more often than mixed ones would."""
-    labels = [np.delete(shard.labels, shard.skipped) for shard in shards]
+    labels = [np.delete(rows.labels, rows.skipped) for _, rows in described]
     _, counts = np.unique(np.concatenate(labels), return_counts=True)
     mixed = float(np.sum((counts / counts.sum()) ** 2))
-    for shard, mine in zip(shards, labels, strict=True):
+    for (shard, _), mine in zip(described, labels, strict=True):
         same = placement.same_label_neighbours(mine)
         if len(mine) >= _SORTED_LEAST and same > (1 + mixed) / 2:
             yield (

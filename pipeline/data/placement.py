@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from pipeline.base.seeding import derive, generator, uniform
 
+Counts = Sequence[int] | NDArray[np.int64]  # samples of each shard
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -36,7 +38,7 @@ class EpochLine:
     `counts` are the samples of each shard; the memory needed is a few numbers a shard.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int, epoch: int) -> None:
+    def __init__(self, counts: Counts, seed: int, epoch: int) -> None:
         ends = np.cumsum(counts, dtype=np.int64)
         shards = generator(seed, "shards", epoch).permutation(len(ends))
         lengths = np.diff(ends, prepend=0)[shards]
@@ -95,7 +97,7 @@ def steps_per_epoch(n: int, lanes: int, batch_size: int) -> int:
 
 
 def epoch_lanes(
-    counts: Sequence[int], seed: int, epoch: int, *, total: int, window: int, only: Iterable[int] | None = None
+    counts: Counts, seed: int, epoch: int, *, total: int, window: int, only: Iterable[int] | None = None
 ) -> list[Lane]:
     """The lanes of an epoch that are in `only` (all of `total` by default), in order."""
     line = EpochLine(counts, seed, epoch)
@@ -110,7 +112,7 @@ def epoch_lanes(
 
 
 def batch_indices(
-    counts: Sequence[int], seed: int, epoch: int, step: int, *, lanes: int, batch_size: int, window: int
+    counts: Counts, seed: int, epoch: int, step: int, *, lanes: int, batch_size: int, window: int
 ) -> NDArray[np.int64]:
     """The whole batch of one step over all ranks, shape (batch_size,), lane after lane."""
     micro = batch_size // lanes

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.data.manifest import NAME, Shard, load_manifest
-from pipeline.data.parts import SPLITS
+from pipeline.data import manifest as manifests
+from pipeline.data.columns import Shard
+from pipeline.data.manifest import NAME, load_manifest
 from pipeline.data.shards import Progress
 from pipeline.data.stream import ordered_map
 
@@ -26,7 +27,7 @@ def push(source: str, target: str, progress: Progress | None = None) -> tuple[in
             f"'{storage.join(target, NAME)}' belongs to other shards: choose another prefix, or delete those there"
         )
     storage.remove_leftovers(target)
-    shards = [shard for split in SPLITS for shard in manifest.splits.get(split, ())]
+    shards = manifest.shards
     sent = 0
 
     def send(shard: Shard) -> bool:
@@ -40,5 +41,5 @@ def push(source: str, target: str, progress: Progress | None = None) -> tuple[in
         sent += was_sent
         if progress:
             progress(f"shard {shards[done - 1].name}", done, len(shards))
-    manifest.save(target)
+    manifests.copy(source, target)
     return sent, len(shards) - sent

@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -22,8 +23,9 @@ from pipeline.base.errors import UserError
 from pipeline.base.seeding import generator
 from pipeline.data import decoder, placement
 from pipeline.data import sources as sources_module
+from pipeline.data.columns import Described, Rows, Shard
 from pipeline.data.describe import BadSample, scan_shard, sorted_warnings, told
-from pipeline.data.manifest import IMAGES, MOST_CLASSES, NAME, VERSION, Manifest, Shard, load_manifest
+from pipeline.data.manifest import IMAGES, MOST_CLASSES, NAME, Manifest, load_manifest, save
 from pipeline.data.parts import SPLITS, Part, Source
 from pipeline.data.stream import read_members
 from pipeline.settings.data import Data
@@ -33,6 +35,7 @@ __all__ = ["Manifest", "Shard", "build", "index", "load_manifest", "verify"]
 Progress = Callable[[str, int, int], None]
 
 _PARTIAL = "manifest.partial.json"
+_BYTES_VERSION = 1  # of what `build` writes into a tar; another one makes other shards
 
 
 def build(config: Data, seed: int, root: str, progress: Progress | None = None) -> Manifest:
@@ -53,27 +56,24 @@ def build(config: Data, seed: int, root: str, progress: Progress | None = None) 
     done = _load_partial(root, made_from)
     parts = _split(config, seed, source)
     total = sum(-(-len(numbers) // config.shard_samples) for _, numbers in parts.values())
-    splits: dict[str, list[Shard]] = {split: [] for split in parts}
+    splits: dict[str, list[Described]] = {split: [] for split in parts}
     written = 0
     for split, (part, numbers) in parts.items():
         order = generator(seed, "order", split).permutation(numbers)
         for start in range(0, len(order), config.shard_samples):
             name = f"{split}-{start // config.shard_samples:05d}.tar"
             chosen = order[start : start + config.shard_samples]
-            shard = _finished(root, name, done.get(name), part.labels[chosen])
-            if shard is None:
-                shard = _write_shard(root, name, part, chosen)
-                done[name] = shard.sha256
+            described = _finished(root, name, done.get(name), part.labels[chosen])
+            if described is None:
+                described = _write_shard(root, name, part, chosen)
+                done[name] = described[0].sha256
                 storage.write_json(storage.join(root, _PARTIAL), {"made_from": made_from, "shards": done})
-            splits[split].append(shard)
+            splits[split].append(described)
             written += 1
             if progress:
                 progress(f"shard {name}", written, total)
-    manifest = Manifest(
-        VERSION, source.classes, source.num_classes, "cls", {k: tuple(v) for k, v in splits.items()}, None, made_from,
-        own_val=source.val is not None,
-    )  # fmt: skip
-    manifest.save(root)
+    own_val = source.val is not None
+    manifest = save(root, source.classes, source.num_classes, "cls", splits, made_from, own_val=own_val)
     storage.remove(storage.join(root, _PARTIAL))
     return manifest
 
@@ -88,7 +88,7 @@ def _made_from(config: Data, seed: int, source: Source) -> str:
         "val_fraction": config.val_fraction,
         "shard_samples": config.shard_samples,
         "seed": seed,
-        "version": VERSION,
+        "version": _BYTES_VERSION,
     }
     if source.val is not None:
         facts["val"] = hashlib.sha256(source.val.labels.tobytes()).hexdigest()
@@ -135,14 +135,14 @@ def draw_val(labels: NDArray[np.int64], val_fraction: float, seed: int) -> NDArr
     return placement.stratified(labels, total, generator(seed, "val"))
 
 
-def _finished(root: str, name: str, sha256: str | None, labels: NDArray[np.int64]) -> Shard | None:
+def _finished(root: str, name: str, sha256: str | None, labels: NDArray[np.int64]) -> Described | None:
     """The shard, if an earlier build wrote it and it is still whole."""
     url = storage.join(root, name)
     if sha256 is None or not storage.exists(url) or storage.sha256(url) != sha256:
         return None
-    shard = scan_shard(root, name, "cls", None)
-    assert shard.labels == tuple(labels.tolist()), name
-    return shard
+    described = scan_shard(root, name, "cls", None)
+    assert np.array_equal(described[1].labels, labels), name
+    return described
 
 
 class _HashingWriter:
@@ -159,7 +159,7 @@ class _HashingWriter:
         return self._stream.write(data)
 
 
-def _write_shard(root: str, name: str, part: Part, numbers: NDArray[np.int64]) -> Shard:
+def _write_shard(root: str, name: str, part: Part, numbers: NDArray[np.int64]) -> Described:
     offsets, crcs = [], []
     with storage.create(storage.join(root, name)) as stream:
         hashing = _HashingWriter(stream)
@@ -172,8 +172,8 @@ def _write_shard(root: str, name: str, part: Part, numbers: NDArray[np.int64]) -
                 crcs.append(zlib.crc32(data))
                 cls = str(part.labels[number]).encode()
                 writer.write({"__key__": _key(number, part.names[number]), image: data, "cls": cls})
-    labels = tuple(part.labels[numbers].tolist())
-    return Shard(name, len(numbers), hashing.bytes, hashing.digest.hexdigest(), tuple(offsets), labels, tuple(crcs))
+    rows = Rows(np.array(offsets, np.int64), part.labels[numbers], np.array(crcs, np.int64))
+    return Shard(name, len(numbers), hashing.bytes, hashing.digest.hexdigest()), rows
 
 
 def _key(number: int, name: str) -> str:
@@ -210,44 +210,49 @@ def index(
             wanted = "train*.tar" if split == "train" else "test*.tar or val*.tar"
             raise UserError(f"'{root}' has no {wanted}: name shards after the part they belong to")
     total = sum(map(len, found.values()))
-    splits: dict[str, tuple[Shard, ...]] = {}
+    splits: dict[str, list[Described]] = {}
     bad: list[BadSample] = []
     done = 0
     for split in [s for s in SPLITS if found[s]]:
-        shards = []
+        described = splits[split] = []
         for name in found[split]:
-            shards.append(scan_shard(root, name, label, num_classes, bad if skip_bad else None))
+            described.append(scan_shard(root, name, label, num_classes, bad if skip_bad else None))
             done += 1
             if progress:
                 progress(f"shard {name}", done, total)
-        splits[split] = tuple(shards)
-        if not any(shard.used for shard in shards):
+        if not any(shard.used for shard, _ in described):
             raise UserError(f"'{root}': none of the samples of {split} can be used; the first: {bad[0].what}")
-    classes = num_classes or 1 + max(max(s.labels) for shards in splits.values() for s in shards)
+    every = [each for described in splits.values() for each in described]
+    classes = num_classes or 1 + max(int(rows.labels.max()) for _, rows in every)
     if classes > MOST_CLASSES:
         raise UserError(
             f"'{root}' has the label {classes - 1}, and labels count classes from 0 (at most {MOST_CLASSES - 1}): "
             "write class numbers into the shards in place of ids such as WordNet's"
         )
-    holdout = None if "val" in splits else _holdout(splits["train"], val_fraction, seed)
-    every = [shard for shards in splits.values() for shard in shards]
-    facts = [label, classes, holdout, [[shard.name, shard.sha256] for shard in every]]
-    facts += [[shard.skipped for shard in every]] if bad else []
+    holdout = "val" not in splits
+    held = None
+    if holdout:
+        splits["train"] = _hold_out(splits["train"], val_fraction, seed)
+        held = [(number, sample) for number, (_, rows) in enumerate(splits["train"]) for sample in rows.held.tolist()]
+    facts: list[Any] = [label, classes, held, [[shard.name, shard.sha256] for shard, _ in every]]
+    facts += [[rows.skipped.tolist() for _, rows in every]] if bad else []
     made_from = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    manifest = Manifest(VERSION, tuple(map(str, range(classes))), classes, label, splits, holdout, made_from)
-    manifest.save(root)
-    notes = told(bad, sum(shard.samples for shard in every))
-    return manifest, [*notes, *(w for shards in splits.values() for w in sorted_warnings(root, shards))]
+    manifest = save(root, tuple(map(str, range(classes))), classes, label, splits, made_from, holdout)
+    notes = told(bad, sum(shard.samples for shard, _ in every))
+    return manifest, [*notes, *(w for described in splits.values() for w in sorted_warnings(root, described))]
 
 
-def _holdout(train: tuple[Shard, ...], val_fraction: float, seed: int) -> tuple[tuple[int, int], ...]:
-    place = [
-        (number, sample)
-        for number, shard in enumerate(train)
-        for sample in sorted(set(range(shard.samples)) - set(shard.skipped))
+def _hold_out(train: list[Described], val_fraction: float, seed: int) -> list[Described]:
+    """The shards of train, of which so many samples are val."""
+    used = [np.setdiff1d(np.arange(shard.samples), rows.skipped) for shard, rows in train]
+    labels = np.concatenate([rows.labels[numbers] for (_, rows), numbers in zip(train, used, strict=True)])
+    drawn = np.zeros(len(labels), np.bool_)
+    drawn[draw_val(labels, val_fraction, seed)] = True
+    parts = np.split(drawn, np.cumsum([len(numbers) for numbers in used])[:-1])
+    return [
+        (shard._replace(held=int(part.sum())), replace(rows, held=numbers[part]))
+        for (shard, rows), numbers, part in zip(train, used, parts, strict=True)
     ]
-    labels = np.array([train[number].labels[sample] for number, sample in place], np.int64)
-    return tuple(place[number] for number in draw_val(labels, val_fraction, seed).tolist())
 
 
 def verify(root: str, progress: Progress | None = None) -> list[str]:
@@ -256,16 +261,16 @@ def verify(root: str, progress: Progress | None = None) -> list[str]:
     Raises UserError where the manifest itself is missing or damaged.
     """
     manifest = load_manifest(root)
-    shards = [shard for split in SPLITS for shard in manifest.splits.get(split, ())]
+    described = [each for split in SPLITS if split in manifest.splits for each in manifest.splits[split].described()]
     problems: list[str] = []
-    for done, shard in enumerate(shards, 1):
-        problems += _verify_shard(root, shard, manifest)
+    for done, (shard, rows) in enumerate(described, 1):
+        problems += _verify_shard(root, shard, rows, manifest)
         if progress:
-            progress(f"shard {shard.name}", done, len(shards))
+            progress(f"shard {shard.name}", done, len(described))
     return problems
 
 
-def _verify_shard(root: str, shard: Shard, manifest: Manifest) -> list[str]:
+def _verify_shard(root: str, shard: Shard, rows: Rows, manifest: Manifest) -> list[str]:
     url = storage.join(root, shard.name)
     known = storage.stat(url)
     if known is None:
@@ -275,14 +280,14 @@ def _verify_shard(root: str, shard: Shard, manifest: Manifest) -> list[str]:
         problems.append(f"shard '{url}' has {known.bytes} bytes, the manifest says {shard.bytes}")
     try:
         skipped = list[BadSample]() if shard.skipped else None
-        found = scan_shard(root, shard.name, manifest.label, manifest.num_classes, skipped)
+        found, _ = scan_shard(root, shard.name, manifest.label, manifest.num_classes, skipped)
     except UserError as error:
         return [*problems, str(error)]
     if not problems and found.sha256 != shard.sha256:
         problems.append(f"shard '{url}' has another SHA-256 than the manifest says")
     if found.samples != shard.samples:
         problems.append(f"shard '{url}' holds {found.samples} samples, the manifest says {shard.samples}")
-    bad, known_bad = [], set(shard.skipped)
+    bad, known_bad = [], set(rows.skipped.tolist())
     for number, sample in enumerate(read_members([(url, 0, None)])):
         if number in known_bad:
             continue

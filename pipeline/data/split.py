@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,18 +19,20 @@ from pipeline.base.errors import UserError
 from pipeline.base.seeding import uniform
 from pipeline.data import decoder, images, stream
 from pipeline.data.cache import Cache, Entry
+from pipeline.data.columns import Numbers, Shard
 from pipeline.data.decoder import Pixels
-from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.manifest import Manifest
 from pipeline.data.stream import Piece, Raw
 from pipeline.settings.data import Data
 
 Progress = Callable[[str, int, int], None]
-Numbers = NDArray[np.int64]
 T = TypeVar("T")
 R = TypeVar("R")
 
 _GAP = 2**20  # bytes; a longer stretch of unwanted samples is jumped over, a shorter one read and dropped
 _SMALL = 8 * 2**10  # bytes; one thread decodes smaller images: several would only wait for each other
+_FEW = 2**20  # samples of a split whose labels are all held in memory
+_OPEN = 512  # shards of which it is remembered what the manifest says
 _CHUNK = 64  # images a thread decodes at a time when a split is brought to memory
 
 
@@ -55,6 +58,16 @@ class _Memory:
     good: NDArray[np.bool_]
 
 
+class _Kept(NamedTuple):
+    """The samples of a shard that belong to a split: number in the shard, first byte, byte after the last, ..."""
+
+    place: Numbers
+    start: Numbers
+    stop: Numbers
+    labels: Numbers
+    crc32: Numbers | None
+
+
 def open_split(config: Data, root: str, manifest: Manifest, split: str) -> Split:
     """The split `train`, `val` or `test` of the shards in `root`.
 
@@ -70,8 +83,9 @@ def open_split(config: Data, root: str, manifest: Manifest, split: str) -> Split
 class Split:
     """The samples of a split, numbered 0..n-1 in manifest order; a held-out val looks as a stored one does.
 
-    `labels` int64 (n,); `counts` samples in each shard; `window` how many places a lane's order may
-    move a sample; `bad` the images found unreadable so far by this process, `shard/key` to reason.
+    `counts` samples in each shard, int64; `window` how many places a lane's order may move a sample; `bad` the images
+    found unreadable so far by this process, `shard/key` to reason. What the manifest says of a shard's samples is read
+    when the shard is used.
     """
 
     def __init__(self, config: Data, root: str, manifest: Manifest, name: str) -> None:
@@ -80,23 +94,17 @@ class Split:
         self.label = manifest.label
         self.num_classes = config.classes or manifest.num_classes
         self.bad: dict[str, str] = {}
-        held_out = manifest.holdout is not None and name != "test"
-        self.shards = manifest.splits["train" if held_out else name]
+        self._held_out = manifest.holdout and name == "val"
+        self.shards = manifest.splits["train" if self._held_out else name]
         self.root = root
-        self.urls = [storage.join(root, shard.name) for shard in self.shards]
         self.versions: dict[str, str] = {}  # versions of remote shards, by name, when the split was opened
         self.cache: Cache | None = None
-        kept = _kept(manifest, name)
-        self.counts = [len(samples) for samples in kept]
-        self.labels: Numbers = _gather([shard.labels for shard in self.shards], kept)
-        # Where sample i is: shard, number in the shard, first byte and the byte after its last.
-        self._shard = np.repeat(np.arange(len(kept)), self.counts)
-        self._place: Numbers = np.concatenate(kept)
-        self._start = _gather([shard.offsets for shard in self.shards], kept)
-        self._stop = _gather([(*shard.offsets[1:], shard.bytes) for shard in self.shards], kept)
-        checked = all(shard.crc32 or not shard.samples for shard in self.shards)
-        self._crc32 = _gather([shard.crc32 for shard in self.shards], kept) if checked else None
-        self._stored = sum(shard.bytes for shard in self.shards) // sum(shard.samples for shard in self.shards)
+        self.counts: Numbers = self.shards.held if self._held_out else self.shards.used - self.shards.held
+        self._first: Numbers = np.cumsum(self.counts) - self.counts  # number of the first sample of each shard
+        self._total = int(self.counts.sum())
+        table = self.shards.table
+        self._stored = int(table["bytes"].sum()) // int(table["samples"].sum(dtype=np.int64))
+        self._kept = functools.lru_cache(maxsize=_OPEN)(self._read_kept)
         self.window = max(1, config.shuffle_bytes // self._stored)
         self._cropped = name == "train" and "resized-crop" in config.augment
         self._lock = threading.Lock()
@@ -104,14 +112,44 @@ class Split:
         self._streams = False
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._total
+
+    @functools.cached_property
+    def labels(self) -> Numbers:
+        """The label of each sample, (n,); reads the rows of all shards."""
+        return np.concatenate([self._kept(number).labels for number in np.flatnonzero(self.counts).tolist()])
+
+    def labels_of(self, numbers: Numbers) -> Numbers:
+        """The labels of some samples; reads the rows of their shards."""
+        if len(self) <= _FEW:
+            return self.labels[numbers]
+        shards = self._shards_of(numbers)
+        labels = np.empty(len(numbers), np.int64)
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
+            labels[mine] = self._kept(shard).labels[numbers[mine] - self._first[shard]]
+        return labels
+
+    def _shards_of(self, numbers: Numbers) -> Numbers:
+        """The shard that holds each sample."""
+        return np.searchsorted(self._first, numbers, side="right") - 1
+
+    def _read_kept(self, number: int) -> _Kept:
+        """What the manifest says of the samples of a shard that belong to this split."""
+        rows, shard = self.shards.rows(number), self.shards[number]
+        left_out = np.concatenate([rows.skipped, rows.held])
+        place = rows.held if self._held_out else np.setdiff1d(np.arange(shard.samples), left_out)
+        stop = np.append(rows.offsets[1:], shard.bytes)
+        crc32 = None if rows.crc32 is None else rows.crc32[place]
+        return _Kept(place, rows.offsets[place], stop[place], rows.labels[place], crc32)
 
     def check(self) -> None:
         """UserError where a shard is missing or has another size, or a label is outside of the classes."""
-        used = [number for number, count in enumerate(self.counts) if count]
-        found = storage.stats_of(self.root, [self.shards[number].name for number in used])
-        for number in used:
-            shard, url = self.shards[number], self.urls[number]
+        used = np.flatnonzero(self.counts).tolist()
+        shards = [self.shards[number] for number in used]
+        found = storage.stats_of(self.root, [shard.name for shard in shards])
+        for shard in shards:
+            url = storage.join(self.root, shard.name)
             known = found.get(shard.name)
             problem = None
             if known is None:
@@ -126,45 +164,52 @@ class Split:
         if not storage.is_local(self.root):
             self.versions = {name: known.version for name, known in found.items()}
             if self.config.cache_dir is not None:
-                self.cache = Cache(self.config.cache_dir, self.config.cache_disk_bytes, map(self._entry, used))
-        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
-        if len(wrong):
-            number = int(wrong[0])
-            raise UserError(
-                f"shard '{self.urls[self._shard[number]]}': sample {self._place[number]} has the label "
-                f"{self.labels[number]}, but there are {self.num_classes} classes (0..{self.num_classes - 1}): "
-                "set data.classes, or index the shards again"
-            )
+                self.cache = Cache(self.config.cache_dir, self.config.cache_disk_bytes, map(self._entry, shards))
+        self._require_labels()
+
+    def _require_labels(self) -> None:
+        """Raise UserError where a label is outside of the classes."""
+        for number in np.flatnonzero((self.shards.table["highest"] >= self.num_classes) & (self.counts > 0)).tolist():
+            kept = self._kept(number)
+            for place in np.flatnonzero(kept.labels >= self.num_classes).tolist():
+                raise UserError(
+                    f"shard '{storage.join(self.root, self.shards[number].name)}': sample {kept.place[place]} has the "
+                    f"label {kept.labels[place]}, but there are {self.num_classes} classes (0..{self.num_classes - 1}"
+                    "): set data.classes, or index the shards again"
+                )
 
     def read(self, numbers: Numbers, places: Numbers | None = None) -> Iterator[Raw]:
         """The stored images of samples in turn, or as output places[i] for input i; ranged reads, nothing decoded."""
         return stream.read_pieces(self._pieces(numbers), self.label, places, self.cache)
 
-    def _pieces(self, numbers: Numbers) -> list[Piece]:
-        """Ranges of shards that hold `numbers` in turn: a new one at another shard, a step back or a long gap."""
-        if not len(numbers):
-            return []
-        shard, place = self._shard[numbers], self._place[numbers]
-        start, stop = self._start[numbers], self._stop[numbers]
-        breaks = (np.diff(shard) != 0) | (np.diff(place) <= 0) | (start[1:] - stop[:-1] > _GAP)
-        edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(numbers)]
-        return [
-            self._piece(int(shard[a]), int(start[a]), int(stop[b - 1]), place[a:b], numbers[a:b])
-            for a, b in itertools.pairwise(edges)
-        ]
+    def _pieces(self, numbers: Numbers) -> Iterator[Piece]:
+        """Ranges of shards that hold `numbers` in turn: a new one at another shard, a step back or a long gap.
 
-    def _piece(self, number: int, start: int, stop: int, wanted: Numbers, samples: Numbers) -> Piece:
-        shard = self.shards[number]
+        The rows of a shard are read when its first piece is asked for.
+        """
+        shards = self._shards_of(numbers)
+        edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(numbers)]
+        for first, last in itertools.pairwise(edges):
+            if first < last:
+                number = int(shards[first])
+                yield from self._pieces_of(number, numbers[first:last] - self._first[number])
+
+    def _pieces_of(self, number: int, wanted: Numbers) -> Iterator[Piece]:
+        """Those of one shard; `wanted` are numbers among its samples of this split."""
+        shard, kept = self.shards[number], self._kept(number)
+        place, start, stop = kept.place[wanted], kept.start[wanted], kept.stop[wanted]
+        breaks = (np.diff(place) <= 0) | (start[1:] - stop[:-1] > _GAP)
         version = self.versions.get(shard.name)
-        whole = version is not None and (start, stop) == (0, shard.bytes)
-        return Piece(
-            self.urls[number], start, stop, wanted, self.labels[samples],
-            None if self._crc32 is None else self._crc32[samples], version, shard.sha256 if whole else None,
-        )  # fmt: skip
+        for a, b in itertools.pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(wanted)]):
+            whole = version is not None and (start[a], stop[b - 1]) == (0, shard.bytes)
+            crc32 = None if kept.crc32 is None else kept.crc32[wanted[a:b]]
+            yield Piece(
+                storage.join(self.root, shard.name), int(start[a]), int(stop[b - 1]), place[a:b],
+                kept.labels[wanted[a:b]], crc32, version, shard.sha256 if whole else None,
+            )  # fmt: skip
 
-    def _entry(self, number: int) -> Entry:
-        shard = self.shards[number]
-        return Entry(self.urls[number], self.versions[shard.name], shard.bytes, shard.sha256)
+    def _entry(self, shard: Shard) -> Entry:
+        return Entry(storage.join(self.root, shard.name), self.versions[shard.name], shard.bytes, shard.sha256)
 
     def canvas(self, raw: Raw) -> Pixels | None:
         """The decoded image, or None for a bad one, which is noted in `bad`."""
@@ -244,7 +289,7 @@ class Split:
             pixels = images.finish(pixels, config, draws)
         return Batch(
             torch.from_numpy(pixels).permute(0, 3, 1, 2),
-            torch.from_numpy(self.labels[numbers]),
+            torch.from_numpy(self.labels_of(numbers)),
             torch.from_numpy(good.astype(np.float32)),
             torch.from_numpy(numbers.copy()),
         )
@@ -268,27 +313,6 @@ class Split:
             return stream.prefetch((function(item) for item in items), ahead=3)
         threads = self.config.decode_threads
         return stream.ordered_map(function, stream.prefetch(items, ahead=2), threads, ahead=threads + 1)
-
-
-def _kept(manifest: Manifest, name: str) -> list[Numbers]:
-    """For each shard, which of its samples belong to the split, rising."""
-    if manifest.holdout is None or name == "test":
-        return [_used(shard) for shard in manifest.splits[name]]
-    held_out = np.array(manifest.holdout, np.int64).reshape(-1, 2)
-    kept = []
-    for number, shard in enumerate(manifest.splits["train"]):
-        held = np.sort(held_out[held_out[:, 0] == number, 1])
-        kept.append(held if name == "val" else np.setdiff1d(_used(shard), held))
-    return kept
-
-
-def _used(shard: Shard) -> Numbers:
-    """The numbers of a shard's samples that are not skipped, rising."""
-    return np.setdiff1d(np.arange(shard.samples, dtype=np.int64), np.array(shard.skipped, np.int64))
-
-
-def _gather(values: list[tuple[int, ...]], kept: list[Numbers]) -> Numbers:
-    return np.concatenate([np.asarray(v, np.int64)[k] for v, k in zip(values, kept, strict=True)])
 
 
 def _with_images(order: Iterator[Numbers], raws: Iterator[Raw]) -> Iterator[tuple[Numbers, list[Raw]]]:

@@ -62,21 +62,22 @@ def read_members(ranges: list[tuple[str, int, int | None]]) -> Iterator[Members]
 
 
 def read_pieces(
-    pieces: list[Piece], label: str, places: NDArray[np.int64] | None = None, cache: Cache | None = None
+    pieces: Iterable[Piece], label: str, places: NDArray[np.int64] | None = None, cache: Cache | None = None
 ) -> Iterator[Raw]:
     """The wanted samples of pieces in turn, or put in the order of `places` (input i is output places[i]).
 
     Holds at most as many samples as the longest move in `places`. Raises UserError where a shard is not what the
     manifest says.
     """
-    ranges = [
-        {"url": p.url, "start": p.start, "stop": p.stop, "version": p.version, "sha256": p.sha256} for p in pieces
-    ]
-    opened, picked = functools.partial(_open_ranges, cache), functools.partial(_pick, pieces, label)
+    to_open, to_pick = itertools.tee(pieces)
+    ranges = (
+        {"url": p.url, "start": p.start, "stop": p.stop, "version": p.version, "sha256": p.sha256} for p in to_open
+    )
+    opened, picked = functools.partial(_open_ranges, cache), functools.partial(_pick, to_pick, label)
     stages = [opened, _expand, group_by_keys, picked]
     if places is not None:
         stages.append(functools.partial(reorder, places))
-    return iter(DataPipeline(lambda: iter(ranges), *stages))
+    return iter(DataPipeline(lambda: ranges, *stages))
 
 
 def _open_ranges(cache: Cache | None, ranges: Iterable[Item]) -> Iterator[Item]:
@@ -108,7 +109,7 @@ def _expand(ranges: Iterable[Item]) -> Iterator[Item]:
         yield {}
 
 
-def _pick(pieces: list[Piece], label: str, samples: Iterable[Members]) -> Iterator[Raw]:
+def _pick(pieces: Iterable[Piece], label: str, samples: Iterable[Members]) -> Iterator[Raw]:
     """The wanted samples of each piece, checked against what the manifest says."""
     stream = iter(samples)
     for piece in pieces:

@@ -169,9 +169,9 @@ def pushed(tiny: Tiny, s3: str, tmp_path: Path) -> str:
 
 def test_push_sends_what_is_missing_and_nothing_else(pushed: str, tmp_path: Path, tiny: Tiny) -> None:
     source = str(tmp_path / "shards")
-    assert shards.load_manifest(pushed) == shards.load_manifest(source)
+    assert shards.load_manifest(pushed).identity == shards.load_manifest(source).identity
     assert push.push(source, pushed) == (0, 8)
-    names = storage.list_files(pushed)
+    names = [name for name in storage.list_files(pushed) if name.endswith(".tar")]
     storage.remove(f"{pushed}/{names[2]}")
     storage.write_bytes(f"{pushed}/{names[3]}", b"another")
     storage.remove(f"{pushed}/manifest.json")

@@ -29,8 +29,9 @@ def made(tmp_path: Path) -> tuple[str, Manifest]:
         few_samples.write_shard(tmp_path / f"train-{number}.tar", samples)
     few_samples.write_shard(tmp_path / "test-0.tar", TEST)
     manifest, _ = shards.index(str(tmp_path), val_fraction=0.4, num_classes=3)
-    assert len(manifest.holdout or ()) == 2  # 0.4 of 5
-    return str(tmp_path), replace(manifest, holdout=((1, 0), (0, 1)))
+    assert manifest.holdout
+    assert manifest.sizes["val"] == 2  # 0.4 of 5
+    return str(tmp_path), few_samples.holding_out(manifest, (1, 0), (0, 1))
 
 
 def split_of(made: tuple[str, Manifest], name: str, **data: Any) -> Split:
@@ -42,24 +43,25 @@ def test_what_is_held_out_is_val_and_the_rest_train(made: tuple[str, Manifest]) 
     train, val, test = (split_of(made, name) for name in ("train", "val", "test"))
     assert [len(split) for split in (train, val, test)] == [3, 2, 2]
     assert train.labels.tolist() == [0, 2, 1]  # images 0, 2, 4
-    assert val.labels.tolist() == [1, 0]  # images 1 and 3, in the order of the shards and not of `holdout`
+    assert val.labels.tolist() == [1, 0]  # images 1 and 3, in the order of the shards
     assert test.labels.tolist() == [2, 0]
-    assert (train.counts, val.counts, test.counts) == ([2, 1], [1, 1], [2])
+    assert [split.counts.tolist() for split in (train, val, test)] == [[2, 1], [1, 1], [2]]
 
 
 def test_a_val_of_its_own_leaves_train_whole(made: tuple[str, Manifest]) -> None:
     root, manifest = made
-    parts = {**manifest.splits, "val": manifest.splits["test"]}
-    stored = (root, replace(manifest, splits=parts, holdout=None))
+    whole = few_samples.holding_out(manifest)
+    stored = (root, replace(whole, splits={**whole.splits, "val": manifest.splits["test"]}, holdout=False))
     assert split_of(stored, "train").labels.tolist() == [0, 1, 2, 0, 1]
     assert split_of(stored, "val").labels.tolist() == [2, 0]
 
 
 def test_an_empty_holdout_of_a_shard(made: tuple[str, Manifest]) -> None:
     root, manifest = made
-    val = split_of((root, replace(manifest, holdout=((1, 1),))), "val")
-    assert (val.labels.tolist(), val.counts) == ([1], [0, 1])
-    assert split_of((root, replace(manifest, holdout=((1, 0), (1, 1)))), "train").counts == [3, 0]
+    val = split_of((root, few_samples.holding_out(manifest, (1, 1))), "val")
+    assert (val.labels.tolist(), val.counts.tolist()) == ([1], [0, 1])
+    train = split_of((root, few_samples.holding_out(manifest, (1, 0), (1, 1))), "train")
+    assert train.counts.tolist() == [3, 0]
 
 
 def brightness(raws: Iterator[Raw], split: Split) -> list[int | None]:
@@ -76,7 +78,7 @@ def test_samples_are_read_by_their_number_in_the_split(made: tuple[str, Manifest
 
 
 def test_pieces_break_at_another_shard_and_at_a_step_back(made: tuple[str, Manifest]) -> None:
-    train = split_of((made[0], replace(made[1], holdout=())), "train")
+    train = split_of((made[0], few_samples.holding_out(made[1])), "train")
 
     def pieces(*numbers: int) -> list[tuple[str, list[int]]]:
         found = train._pieces(np.array(numbers, np.int64))
@@ -118,7 +120,7 @@ def test_a_flip_is_the_same_from_memory_and_from_shards(tmp_path: Path, cache_by
     few_samples.write_shard(tmp_path / "test-0.tar", samples[:1])
     manifest, _ = shards.index(str(tmp_path), val_fraction=0.1, num_classes=1)
     config = few_samples.config_on(tmp_path, 2, **{"data.augment": ["flip"], "data.cache_bytes": cache_bytes}).data
-    split = loader.open_split(config, str(tmp_path), replace(manifest, holdout=()), "train")
+    split = loader.open_split(config, str(tmp_path), few_samples.holding_out(manifest), "train")
     numbers = np.arange(16)
     raws = None if split.load() else [*split.read(numbers)]
     plain = split.batch(numbers, raws, None).images
@@ -164,4 +166,4 @@ def test_only_the_shards_of_a_split_need_be_there(made: tuple[str, Manifest]) ->
     Path(made[0], "train-1.tar").unlink()
     with pytest.raises(UserError, match=r"train-1\.tar' is missing"):
         split_of(made, "train")
-    assert len(split_of((made[0], replace(made[1], holdout=((0, 0),))), "val")) == 1
+    assert len(split_of((made[0], few_samples.holding_out(made[1], (0, 0))), "val")) == 1
