@@ -10,6 +10,7 @@ from cluster import connect
 from cluster.engine import RayEngine
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
+from pipeline.base.spread import processes
 from pipeline.cli import commands
 from pipeline.cli.console import Display, show_bench, show_scan
 from pipeline.data import push, shards
@@ -82,15 +83,18 @@ def ui(runs_dir: Path, port: int) -> None:
     os.execv(command[0], command)  # Ctrl-C and SIGTERM then reach the server itself
 
 
-def build_shards(config: str, overrides: list[str], out: str) -> None:
+def build_shards(config: str, overrides: list[str], out: str, workers: int | None) -> None:
     """Shards of a config's data."""
     loaded = commands.load(config, overrides, trust_code=True)  # no network is built here
     with Display() as display:
-        made = shards.build(loaded.data, loaded.seed, out, _counting(display))
+        spread = processes(workers or loaded.data.build_workers)
+        made = shards.build(loaded.data, loaded.seed, out, _counting(display), spread)
     _describe(made)
 
 
-def index_shards(root: str, label: str, classes: int | None, val_fraction: float, seed: int, skip_bad: bool) -> None:
+def index_shards(
+    root: str, label: str, classes: int | None, val_fraction: float, seed: int, skip_bad: bool, workers: int | None
+) -> None:
     """A manifest of shards that another program wrote."""
     with Display() as display:
         made, notes = shards.index(
@@ -101,16 +105,17 @@ def index_shards(root: str, label: str, classes: int | None, val_fraction: float
             num_classes=classes,
             progress=_counting(display),
             skip_bad=skip_bad,
+            spread=processes(workers),
         )
     for note in notes:
         print(f"warning: {note}")
     _describe(made)
 
 
-def verify_shards(root: str) -> None:
+def verify_shards(root: str, workers: int | None) -> None:
     """Shards against their manifest."""
     with Display() as display:
-        problems = shards.verify(root, _counting(display))
+        problems = shards.verify(root, _counting(display), processes(workers))
     for problem in problems:
         print(problem)
     if problems:

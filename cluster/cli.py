@@ -9,7 +9,7 @@ import typer
 
 from cluster.packed_cli import packed_app
 from pipeline.cli import messages
-from pipeline.cli.arguments import Address, ConfigPath, Overrides, RunPath, TrustCode, plan
+from pipeline.cli.arguments import Address, ConfigPath, Overrides, RunPath, TrustCode, Workers, plan
 from pipeline.paper.arguments import ALL_NETWORKS, CONFIGS, Configs, DataRoot, Networks, RunsDir, Seeds, Target
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -134,12 +134,15 @@ def ui(
 
 @shards_app.command("build")
 def shards_build(
-    config: ConfigPath, out: Annotated[str, typer.Argument(help="Folder for the shards.")], overrides: Overrides = None
+    config: ConfigPath,
+    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    overrides: Overrides = None,
+    workers: Workers = None,
 ) -> None:
     """Write WebDataset shards and manifest.json from the config's data source."""
     from cluster import actions
 
-    actions.build_shards(config, overrides or [], out)
+    actions.build_shards(config, overrides or [], out, workers)
 
 
 @shards_app.command("index")
@@ -153,19 +156,22 @@ def shards_index(
         bool,
         typer.Option("--skip-bad", help="Leave out samples without label or image, or whose image cannot be decoded."),
     ] = False,
+    workers: Workers = None,
 ) -> None:
     """Make a manifest.json for shards that another program wrote."""
     from cluster import actions
 
-    actions.index_shards(root, label, classes, val_fraction, seed, skip_bad)
+    actions.index_shards(root, label, classes, val_fraction, seed, skip_bad, workers)
 
 
 @shards_app.command("verify")
-def shards_verify(root: Annotated[str, typer.Argument(help="Folder with manifest.json.")]) -> None:
+def shards_verify(
+    root: Annotated[str, typer.Argument(help="Folder with manifest.json.")], workers: Workers = None
+) -> None:
     """Check shards against their manifest, down to every image."""
     from cluster import actions
 
-    actions.verify_shards(root)
+    actions.verify_shards(root, workers)
 
 
 @shards_app.command("push")

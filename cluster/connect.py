@@ -136,23 +136,28 @@ def check_shared(ray: Any, root: str) -> None:
     """
     if not storage.is_local(root):
         return
+    unseen = blind(ray, os.path.join(storage.local_path(root), "lease.json"))
+    if unseen:
+        raise UserError(
+            f"runs_dir: the run's folder '{root}' is not visible on {', '.join(unseen)}: put runs_dir on storage that "
+            "all nodes share"
+        )
+
+
+def blind(ray: Any, place: str) -> list[str]:
+    """The nodes, of several, that do not see a path; none for a URL, which is not tried."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2:
-        return
-    marker = os.path.join(storage.local_path(root), "lease.json")
-    look = ray.remote(num_cpus=0)(os.path.isfile)
+    if len(nodes) < 2 or not storage.is_local(place):
+        return []
+    look = ray.remote(num_cpus=0)(os.path.exists)
+    path = str(storage.local_path(place))
     seen = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(marker)
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(path)
         for node in nodes
     ]
-    blind = [node["NodeManagerHostname"] for node, each in zip(nodes, seen, strict=True) if not _sees(ray, each)]
-    if blind:
-        raise UserError(
-            f"runs_dir: the run's folder '{root}' is not visible on {', '.join(blind)}: put runs_dir on storage that "
-            "all nodes share"
-        )
+    return [node["NodeManagerHostname"] for node, each in zip(nodes, seen, strict=True) if not _sees(ray, each)]
 
 
 def _sees(ray: Any, answer: Any) -> bool:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from cluster import connect, losses, sweep
+from cluster import connect, losses, sweep, tasks
 from cluster import train as training
 from cluster.metrics import Gauges
 from pipeline import storage
 from pipeline.base.errors import Lost, RunStopped
+from pipeline.base.spread import Spread, processes
 from pipeline.engine import Levels, OnLevel, Together, Work
 from pipeline.run.events import Event, Progress
 from pipeline.run.records import Figures
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class RayEngine:
@@ -42,6 +46,21 @@ class RayEngine:
         self._connect(config, run)
         with self._in_a_sentence("scan"):
             return sweep.together(self.ray, config, run, source)
+
+    def spread(self, config: Config, run: Run) -> Spread:
+        """Ray tasks on a cluster whose nodes all see the source's files, else processes of the driver's machine.
+
+        Ray is not started for it where it would be one of this machine alone.
+        """
+        if not connect.started_here(config):
+            self._connect(config, run)
+            if tasks.reaches_all(self.ray, config):
+                return self._spread_in_a_sentence
+        return processes(config.data.build_workers)
+
+    def _spread_in_a_sentence(self, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
+        with self._in_a_sentence("shards"):
+            yield from tasks.on_cluster(self.ray)(function, items, count)
 
     def _connect(self, config: Config, run: Run) -> None:
         self.ray = connect.connect(config)

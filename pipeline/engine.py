@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pipeline.base.spread import Spread
 from pipeline.prune.budget import Keep
 from pipeline.run.events import Event, Progress
 from pipeline.run.records import Difference, Figures, Level
@@ -51,6 +52,9 @@ class Engine(Protocol):
     def together(self, config: Config, run: Run, source: str) -> Together:
         """A function that measures the network in `source` with all its tensors pruned, at one allocation after the
         other."""
+
+    def spread(self, config: Config, run: Run) -> Spread:
+        """What builds the run's shards side by side."""
 
     def hear(self, event: Event) -> None:
         """Is told every event of the run, from any thread; for what watches the cluster."""

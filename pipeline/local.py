@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.base.record import Record, plain
+from pipeline.base.spread import Spread, processes
 from pipeline.engine import Levels, OnLevel, Together, Work
 from pipeline.run import log
 from pipeline.run.events import Event, Progress, Warned, unheard
@@ -61,6 +62,10 @@ class LocalEngine:
         given = self._inputs(config, run, source)
         dense = given.answers()
         return lambda keeps: together.measure(given, dense, keeps)
+
+    def spread(self, config: Config, run: Run) -> Spread:
+        """Processes of this machine."""
+        return processes(config.data.build_workers)
 
     def hear(self, event: Event) -> None:
         """Nothing here asks."""

@@ -137,7 +137,8 @@ def _shards(driver: Driver) -> None:
             run.check_fence()  # the shards themselves come out the same, whoever writes them
             driver.progress(ShardsCounted(text, done, total))
 
-        manifest = shards.build(config.data, config.seed, run.path("shards"), written)
+        spread = driver.engine.spread(config, run)
+        manifest = shards.build(config.data, config.seed, run.path("shards"), written, spread)
     sizes = manifest.sizes
     facts = DataFacts(
         train=sizes["train"],

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.base.errors import UserError
 from pipeline.data.loader import Batch
 from pipeline.data.parts import Part, Source
-from pipeline.data.sources import Kind
+from pipeline.data.sources import Grey, Kind
 from pipeline.engine import Levels, OnLevel, Together, Work
 from pipeline.local import LocalEngine
 from pipeline.prune.allocation import Allocation, Request
@@ -97,14 +95,12 @@ def bars(config: Data, seed: int) -> Source:
     def part(count: int) -> Part:
         labels = np.arange(count, dtype=np.int64) % 8
 
-        def read(number: int) -> bytes:
+        def item(number: int) -> Grey:
             pixels = np.full((8, 8), number % 50, np.uint8)
             pixels[:, labels[number]] = 255
-            stream = io.BytesIO()
-            Image.fromarray(pixels).save(stream, "PNG")
-            return stream.getvalue()
+            return Grey(pixels)
 
-        return Part(labels, ("",) * count, read)
+        return Part(labels, ("",) * count, item)
 
     return Source(tuple("01234567"), 8, part(400), part(80), "bars")
 

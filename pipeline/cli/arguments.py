@@ -22,6 +22,7 @@ TrustCode = Annotated[
 RunPath = Annotated[
     str, typer.Argument(metavar="RUN", help="Folder of a run, as in runs/demo or s3://bucket/runs/demo.")
 ]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each core.")]
 Address = Annotated[str | None, typer.Option(help="Ray dashboard, as in http://127.0.0.1:8265.")]
 
 

@@ -7,7 +7,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -24,18 +24,26 @@ _UNREADABLE = "__unreadable__"  # the entry of a sample with why its image canno
 NO_LABEL, NO_IMAGE, TWO_IMAGES, UNREADABLE = "without a label", "without an image", "with two images", "unreadable"
 
 
-class BadSample(UserError):
-    """A sample that cannot be used: `what` is wrong with it, and its `kind`, one of those above.
+class Bad(NamedTuple):
+    """`what` is wrong with a sample that cannot be used, and its `kind`, one of those above.
 
     `dotted` is a file of it whose key has a dot, if there is one.
     """
+
+    what: str
+    kind: str
+    dotted: str | None
+
+
+class BadSample(UserError):
+    """A sample that cannot be used; `bad` says why."""
 
     def __init__(self, what: str, remedy: str, kind: str, dotted: str | None = None) -> None:
         if dotted is not None:
             what += f" (a key ends at the first dot, which cuts '{dotted}' short)"
             remedy = "rename such files"
         super().__init__(f"{what}: {remedy}, or leave such samples out with `secateur shards index --skip-bad`")
-        self.what, self.kind, self.dotted = what, kind, dotted
+        self.bad = Bad(what, kind, dotted)
 
 
 class Hashing:
@@ -60,9 +68,7 @@ class Hashing:
         return self.digest.hexdigest()
 
 
-def scan_shard(
-    root: str, name: str, label: str, num_classes: int | None, bad: list[BadSample] | None = None
-) -> Described:
+def scan_shard(root: str, name: str, label: str, num_classes: int | None, bad: list[Bad] | None = None) -> Described:
     """Describe one tar by a single pass over it.
 
     Raises UserError naming shard and key: empty, torn, not a tar, a sample without image or label, two
@@ -100,7 +106,7 @@ def scan_shard(
         except BadSample as error:
             if bad is None:
                 raise
-            bad.append(error)
+            bad.append(error.bad)
             skipped.append(number)
             found.append((0, 0))
     labels, crcs = np.array(found, np.int64).T
@@ -108,7 +114,7 @@ def scan_shard(
     return shard, Rows(np.array(offsets, np.int64), labels, crcs, np.array(skipped, np.int64))
 
 
-def told(bad: Sequence[BadSample], samples: int) -> list[str]:
+def told(bad: Sequence[Bad], samples: int) -> list[str]:
     """What is to be said of samples that were skipped, of `samples`: how many, why, and the first."""
     if not bad:
         return []

@@ -67,7 +67,7 @@ def open_imagenet(config: Data, seed: int) -> Source:
 
 
 def _part(labels: list[int], entries: list[Entry]) -> Part:
-    return Part(np.array(labels, np.int64), tuple(entry.name for entry in entries), lambda i: entries[i].read())
+    return Part(np.array(labels, np.int64), tuple(entry.name for entry in entries), lambda i: entries[i])
 
 
 def _class_numbers(config: Data, kit: Devkit | None, train: dict[str, list[Entry]], root: Path) -> _Classes:

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,24 @@ IMAGE_ENDINGS = (".jpeg", ".jpg", ".png")
 _PACKED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
 
 
+class Item(Protocol):
+    """Where the bytes of an image come from. It is pickled, for another process to read it."""
+
+    def read(self) -> bytes:
+        """The file's bytes."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """The samples of one part: `read(i)` gives the bytes of an image; `names[i]` is the file it came from, or ''."""
+    """The samples of one part: `item(i)` is where image i comes from; `names[i]` is the file, or ''."""
 
     labels: NDArray[np.int64]
     names: tuple[str, ...]
-    read: Callable[[int], bytes]
+    item: Callable[[int], Item]
+
+    def read(self, number: int) -> bytes:
+        """The bytes of an image."""
+        return self.item(number).read()
 
 
 @dataclass(frozen=True)

@@ -5,29 +5,31 @@ A data set is a folder of ordinary tars (`key.jpg|png` + `key.cls`) and a manife
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import re
-import zlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset import TarWriter
 
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.seeding import generator
-from pipeline.data import decoder, placement
+from pipeline.base.spread import Spread, here
+from pipeline.data import decoder, placement, writer
 from pipeline.data import sources as sources_module
-from pipeline.data.columns import Described, Rows, Shard
-from pipeline.data.describe import BadSample, scan_shard, sorted_warnings, told
+from pipeline.data.columns import Described, Shard
+from pipeline.data.describe import Bad, scan_shard, sorted_warnings, told
 from pipeline.data.manifest import IMAGES, MOST_CLASSES, NAME, Manifest, load_manifest, save
 from pipeline.data.parts import SPLITS, Part, Source
 from pipeline.data.stream import read_members
+from pipeline.data.writer import Order, Sample
 from pipeline.settings.data import Data
 
 __all__ = ["Manifest", "Shard", "build", "index", "load_manifest", "verify"]
@@ -35,15 +37,16 @@ __all__ = ["Manifest", "Shard", "build", "index", "load_manifest", "verify"]
 Progress = Callable[[str, int, int], None]
 
 _PARTIAL = "manifest.partial.json"
+_SAVE_S = 5.0  # seconds between two notes of what a build has finished
 _BYTES_VERSION = 1  # of what `build` writes into a tar; another one makes other shards
 
 
-def build(config: Data, seed: int, root: str, progress: Progress | None = None) -> Manifest:
+def build(config: Data, seed: int, root: str, progress: Progress | None = None, spread: Spread = here) -> Manifest:
     """Write the shards of a source into `root` and return their manifest.
 
     val is the source's own, or drawn from train by seed, each class in proportion; every split is shuffled over all its
-    shards. Finished shards are kept when a killed build is run again, and the bytes come out the same.
-    Raises UserError where the source is wrong or `root` holds shards of something else.
+    shards. Finished shards are kept when a killed build is run again, and the bytes come out the same, wherever
+    `spread` has them written. Raises UserError where the source is wrong or `root` holds shards of something else.
     """
     source = sources_module.open_source(config, seed)
     made_from = _made_from(config, seed, source)
@@ -54,28 +57,62 @@ def build(config: Data, seed: int, root: str, progress: Progress | None = None) 
         return manifest
     storage.remove_leftovers(root)
     done = _load_partial(root, made_from)
-    parts = _split(config, seed, source)
-    total = sum(-(-len(numbers) // config.shard_samples) for _, numbers in parts.values())
-    splits: dict[str, list[Described]] = {split: [] for split in parts}
-    written = 0
-    for split, (part, numbers) in parts.items():
-        order = generator(seed, "order", split).permutation(numbers)
-        for start in range(0, len(order), config.shard_samples):
-            name = f"{split}-{start // config.shard_samples:05d}.tar"
-            chosen = order[start : start + config.shard_samples]
-            described = _finished(root, name, done.get(name), part.labels[chosen])
-            if described is None:
-                described = _write_shard(root, name, part, chosen)
-                done[name] = described[0].sha256
-                storage.write_json(storage.join(root, _PARTIAL), {"made_from": made_from, "shards": done})
-            splits[split].append(described)
-            written += 1
+    planned = [*_planned(root, config.shard_samples, seed, _split(config, seed, source))]
+    partial, saved = {"made_from": made_from, "shards": done}, time.monotonic()
+    splits: dict[str, list[Described]] = {split: [] for split in dict.fromkeys(plan.split for plan in planned)}
+    try:
+        made = spread(writer.made, (plan.with_items(done.get(plan.name)) for plan in planned), len(planned))
+        for written, (plan, described) in enumerate(zip(planned, made, strict=True), 1):
+            splits[plan.split].append(described)
+            if done.get(plan.name) != described[0].sha256:
+                done[plan.name] = described[0].sha256
+                if time.monotonic() - saved > _SAVE_S:
+                    storage.write_json(storage.join(root, _PARTIAL), partial)
+                    saved = time.monotonic()
             if progress:
-                progress(f"shard {name}", written, total)
+                progress(f"shard {plan.name}", written, len(planned))
+    except BaseException:
+        with contextlib.suppress(Exception):  # the error that ends the build is the one to be told
+            storage.write_json(storage.join(root, _PARTIAL), partial)
+        raise
     own_val = source.val is not None
     manifest = save(root, source.classes, source.num_classes, "cls", splits, made_from, own_val=own_val)
     storage.remove(storage.join(root, _PARTIAL))
     return manifest
+
+
+class _Plan(NamedTuple):
+    """Which samples of a part a shard holds, in their order."""
+
+    root: str
+    split: str
+    name: str
+    part: Part
+    numbers: NDArray[np.int64]
+
+    def with_items(self, sha256: str | None) -> Order:
+        """What another process needs in order to write it."""
+        part = self.part
+        return Order(
+            self.root,
+            self.name,
+            sha256,
+            [
+                Sample(number, part.names[number], int(part.labels[number]), part.item(number))
+                for number in self.numbers.tolist()
+            ],
+        )
+
+
+def _planned(
+    root: str, shard_samples: int, seed: int, parts: dict[str, tuple[Part, NDArray[np.int64]]]
+) -> Iterator[_Plan]:
+    """The shards of each split, whose samples are shuffled over all of them."""
+    for split, (part, numbers) in parts.items():
+        order = generator(seed, "order", split).permutation(numbers)
+        for start in range(0, len(order), shard_samples):
+            name = f"{split}-{start // shard_samples:05d}.tar"
+            yield _Plan(root, split, name, part, order[start : start + shard_samples])
 
 
 def _made_from(config: Data, seed: int, source: Source) -> str:
@@ -135,53 +172,6 @@ def draw_val(labels: NDArray[np.int64], val_fraction: float, seed: int) -> NDArr
     return placement.stratified(labels, total, generator(seed, "val"))
 
 
-def _finished(root: str, name: str, sha256: str | None, labels: NDArray[np.int64]) -> Described | None:
-    """The shard, if an earlier build wrote it and it is still whole."""
-    url = storage.join(root, name)
-    if sha256 is None or not storage.exists(url) or storage.sha256(url) != sha256:
-        return None
-    described = scan_shard(root, name, "cls", None)
-    assert np.array_equal(described[1].labels, labels), name
-    return described
-
-
-class _HashingWriter:
-    """A stream that passes writes on, hashes them and counts their bytes."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self._stream.write(data)
-
-
-def _write_shard(root: str, name: str, part: Part, numbers: NDArray[np.int64]) -> Described:
-    offsets, crcs = [], []
-    with storage.create(storage.join(root, name)) as stream:
-        hashing = _HashingWriter(stream)
-        # Fixed owner, mode and time: the bytes depend on the samples alone.
-        with TarWriter(hashing, user="", group="", mtime=0, encoder=False, compress=False) as writer:
-            for number in numbers.tolist():
-                data = part.read(number)
-                image = sources_module.extension(data, part.names[number])
-                offsets.append(int(writer.tarstream.offset))
-                crcs.append(zlib.crc32(data))
-                cls = str(part.labels[number]).encode()
-                writer.write({"__key__": _key(number, part.names[number]), image: data, "cls": cls})
-    rows = Rows(np.array(offsets, np.int64), part.labels[numbers], np.array(crcs, np.int64))
-    return Shard(name, len(numbers), hashing.bytes, hashing.digest.hexdigest()), rows
-
-
-def _key(number: int, name: str) -> str:
-    """A key without dots (WebDataset ends a key at the first) that still tells which file the image was."""
-    stem = re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(name).stem)[:60]
-    return f"{number:08d}-{stem}" if stem else f"{number:08d}"
-
-
 def index(
     root: str,
     label: str = "cls",
@@ -190,6 +180,7 @@ def index(
     num_classes: int | None = None,
     progress: Progress | None = None,
     skip_bad: bool = False,
+    spread: Spread = here,
 ) -> tuple[Manifest, list[str]]:
     """Describe shards made elsewhere: write manifest.json and return it, with warnings.
 
@@ -209,18 +200,18 @@ def index(
         if not found[split]:
             wanted = "train*.tar" if split == "train" else "test*.tar or val*.tar"
             raise UserError(f"'{root}' has no {wanted}: name shards after the part they belong to")
-    total = sum(map(len, found.values()))
-    splits: dict[str, list[Described]] = {}
-    bad: list[BadSample] = []
-    done = 0
-    for split in [s for s in SPLITS if found[s]]:
-        described = splits[split] = []
-        for name in found[split]:
-            described.append(scan_shard(root, name, label, num_classes, bad if skip_bad else None))
-            done += 1
-            if progress:
-                progress(f"shard {name}", done, total)
-        if not any(shard.used for shard, _ in described):
+    names = [name for split in SPLITS for name in found[split]]
+    scan = functools.partial(_scanned, root, label, num_classes, skip_bad)
+    splits: dict[str, list[Described]] = {split: [] for split in SPLITS if found[split]}
+    bad: list[Bad] = []
+    of_split = {name: split for split in SPLITS for name in found[split]}
+    for done, (name, (described, left_out)) in enumerate(zip(names, spread(scan, names, len(names)), strict=True), 1):
+        splits[of_split[name]].append(described)
+        bad += left_out
+        if progress:
+            progress(f"shard {name}", done, len(names))
+    for split, each in splits.items():
+        if not any(shard.used for shard, _ in each):
             raise UserError(f"'{root}': none of the samples of {split} can be used; the first: {bad[0].what}")
     every = [each for described in splits.values() for each in described]
     classes = num_classes or 1 + max(int(rows.labels.max()) for _, rows in every)
@@ -242,6 +233,12 @@ def index(
     return manifest, [*notes, *(w for described in splits.values() for w in sorted_warnings(root, described))]
 
 
+def _scanned(root: str, label: str, num_classes: int | None, skip_bad: bool, name: str) -> tuple[Described, list[Bad]]:
+    """A shard, and the samples of it that are left out."""
+    bad: list[Bad] = []
+    return scan_shard(root, name, label, num_classes, bad if skip_bad else None), bad
+
+
 def _hold_out(train: list[Described], val_fraction: float, seed: int) -> list[Described]:
     """The shards of train, of which so many samples are val."""
     used = [np.setdiff1d(np.arange(shard.samples), rows.skipped) for shard, rows in train]
@@ -255,22 +252,25 @@ def _hold_out(train: list[Described], val_fraction: float, seed: int) -> list[De
     ]
 
 
-def verify(root: str, progress: Progress | None = None) -> list[str]:
+def verify(root: str, progress: Progress | None = None, spread: Spread = here) -> list[str]:
     """Read every shard against the manifest and decode every image; one line for each problem found.
 
     Raises UserError where the manifest itself is missing or damaged.
     """
     manifest = load_manifest(root)
-    described = [each for split in SPLITS if split in manifest.splits for each in manifest.splits[split].described()]
-    problems: list[str] = []
-    for done, (shard, rows) in enumerate(described, 1):
-        problems += _verify_shard(root, shard, rows, manifest)
+    splits = [manifest.splits[split] for split in SPLITS if split in manifest.splits]
+    described = (each for split in splits for each in split.described())
+    names, problems = [shard.name for shard in manifest.shards], list[str]()
+    check = functools.partial(_verify_shard, root, manifest.label, manifest.num_classes)
+    for done, (name, found) in enumerate(zip(names, spread(check, described, len(names)), strict=True), 1):
+        problems += found
         if progress:
-            progress(f"shard {shard.name}", done, len(described))
+            progress(f"shard {name}", done, len(names))
     return problems
 
 
-def _verify_shard(root: str, shard: Shard, rows: Rows, manifest: Manifest) -> list[str]:
+def _verify_shard(root: str, label: str, num_classes: int, described: Described) -> list[str]:
+    shard, rows = described
     url = storage.join(root, shard.name)
     known = storage.stat(url)
     if known is None:
@@ -279,8 +279,8 @@ def _verify_shard(root: str, shard: Shard, rows: Rows, manifest: Manifest) -> li
     if known.bytes != shard.bytes:
         problems.append(f"shard '{url}' has {known.bytes} bytes, the manifest says {shard.bytes}")
     try:
-        skipped = list[BadSample]() if shard.skipped else None
-        found, _ = scan_shard(root, shard.name, manifest.label, manifest.num_classes, skipped)
+        skipped = list[Bad]() if shard.skipped else None
+        found, _ = scan_shard(root, shard.name, label, num_classes, skipped)
     except UserError as error:
         return [*problems, str(error)]
     if not problems and found.sha256 != shard.sha256:

@@ -28,7 +28,7 @@ from pipeline.base.names import lookup
 from pipeline.base.seeding import generator
 from pipeline.data import imagenet, placement
 from pipeline.data.decoder import shrink
-from pipeline.data.parts import IMAGE_ENDINGS, SPLITS, Entry, Part, Sizes, Source, read_class_index, tar_files
+from pipeline.data.parts import IMAGE_ENDINGS, SPLITS, Entry, Item, Part, Sizes, Source, read_class_index, tar_files
 from pipeline.settings.base import is_default
 from pipeline.settings.data import Data
 
@@ -98,7 +98,7 @@ def _shrunk(source: Source, short: int, quality: int) -> Source:
     """The source with every image's short side brought down to `short` pixels as it is read."""
 
     def smaller(part: Part) -> Part:
-        return replace(part, read=lambda number: shrink(part.read(number), short, quality))
+        return replace(part, item=lambda number: _Shrunk(part.item(number), short, quality))
 
     fingerprint = f"{source.fingerprint} shrink={short} quality={quality}"
     val = None if source.val is None else smaller(source.val)
@@ -114,14 +114,33 @@ def extension(data: bytes, name: str) -> str:
     return "png" if name.lower().endswith(".png") else "jpg"
 
 
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
+@dataclass(frozen=True)
+class _Shrunk:
+    """An image whose short side is brought down as it is read."""
+
+    item: Item
+    short: int
+    quality: int
+
+    def read(self) -> bytes:
+        return shrink(self.item.read(), self.short, self.quality)
+
+
+@dataclass(frozen=True)
+class Grey:
+    """An image of one channel, (H, W), read as a PNG."""
+
+    pixels: NDArray[np.uint8]
+
+    def read(self) -> bytes:
+        """The PNG."""
+        stream = io.BytesIO()
+        Image.fromarray(self.pixels).save(stream, "PNG")
+        return stream.getvalue()
 
 
 def _array_part(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Part:
-    return Part(labels, ("",) * len(labels), lambda i: _png(images[i]))
+    return Part(labels, ("",) * len(labels), lambda i: Grey(images[i]))
 
 
 def _hash(*arrays: NDArray[np.generic]) -> str:
@@ -242,7 +261,7 @@ def _test_numbers(labels: NDArray[np.int64], fraction: float, seed: int) -> NDAr
 def _chosen(part: Part, numbers: NDArray[np.int64]) -> Part:
     """The samples of a part with these numbers."""
     names = tuple(part.names[number] for number in numbers)
-    return Part(part.labels[numbers], names, lambda i: part.read(int(numbers[i])))
+    return Part(part.labels[numbers], names, lambda i: part.item(int(numbers[i])))
 
 
 def _entry_part(root: str, entries: list[Entry], numbers: dict[str, int], index: str | None) -> Part:
@@ -255,7 +274,7 @@ def _entry_part(root: str, entries: list[Entry], numbers: dict[str, int], index:
             f"({', '.join(unknown[:5])}): rename or remove them, or complete the class index"
         )
     labels = np.array([numbers[entry.name.split("/")[1]] for entry in entries], np.int64)
-    return Part(labels, tuple(entry.name for entry in entries), lambda i: entries[i].read())
+    return Part(labels, tuple(entry.name for entry in entries), lambda i: entries[i])
 
 
 def _class_numbers(config: Data, train: list[Entry]) -> tuple[tuple[str, ...], dict[str, int]]:

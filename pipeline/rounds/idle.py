@@ -58,6 +58,7 @@ ROWS = (
         "JPEGs, which data.source=digits or idx has none of, or data.augment with resized-crop",
     ),
     Row("data.shard_samples", lambda c: _built(c.data), "a data.source that shards are built from"),
+    Row("data.build_workers", lambda c: _built(c.data), "a data.source that shards are built from"),
     Row("data.shrink", lambda c: _built(c.data), "a data.source that shards are built from"),
     Row("data.quality", lambda c: _built(c.data) and c.data.shrink is not None, "data.shrink"),
     Row("data.shift", lambda c: "shift" in c.data.augment, "data.augment with shift"),

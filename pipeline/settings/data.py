@@ -58,6 +58,9 @@ class Data(Section):
     )
     follow_links: bool = Field(False, description="folder: follow links to folders, and to files outside of data.root.")
     shard_samples: Positive = Field(5000, description="Samples in a shard that `shards build` writes.")
+    build_workers: Positive | None = Field(
+        None, description="Processes that write shards; by default one for each core. The shards are the same."
+    )
     shrink: Positive | None = Field(
         None, description="Short side, in pixels, that `shards build` scales larger images down to, as JPEG."
     )

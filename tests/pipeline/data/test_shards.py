@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tarfile
 
 import few_samples
@@ -12,6 +13,7 @@ import pytest
 import webdataset as wds
 
 from pipeline.base.errors import UserError
+from pipeline.base.spread import here, processes
 from pipeline.data import decoder, loader, shards, sources
 from pipeline.settings.data import Data
 
@@ -74,6 +76,19 @@ def test_offsets_hash_and_order(built):
         assert len(set(rows.labels.tolist())) == 10  # mixed: every class in every shard
         names = [m.name for m in members[::2]]
         assert names != sorted(names)  # shuffled: keys number the samples as the source has them
+
+
+def test_processes_write_and_describe_the_same_shards(built, tmp_path):
+    spread = processes(2, worth_it_s=0.0)
+    made = shards.build(SMALL, 0, str(tmp_path), spread=spread)
+    assert files(tmp_path) == files(built[0])
+    assert made.identity == built[1].identity
+    assert shards.verify(str(tmp_path), spread=spread) == []
+    (tmp_path / "train-00002.tar").write_bytes(b"x")
+    assert shards.verify(str(tmp_path), spread=spread) == shards.verify(str(tmp_path))
+    shutil.copy(built[0] / "train-00002.tar", tmp_path)
+    indexed = [shards.index(str(tmp_path), spread=each)[0].identity for each in (spread, here)]
+    assert indexed[0] == indexed[1]
 
 
 def test_building_twice_gives_the_same_bytes_and_another_seed_does_not(built, tmp_path):

@@ -44,7 +44,7 @@ def test_a_source_says_what_it_needs(monkeypatch):
 
 def test_a_source_is_its_row_and_nothing_else(monkeypatch):
     """Two images of one class, added as a source is: a function, a row."""
-    part = Part(np.zeros(2, np.int64), ("", ""), lambda i: b"")
+    part = Part(np.zeros(2, np.int64), ("", ""), lambda i: sources.Grey(np.zeros((1, 1), np.uint8)))
     made = Source(("a",), 1, part, part, "two")
     monkeypatch.setitem(sources.SOURCES, "two", sources.Kind(lambda config, seed: made, needs_root=False))
     assert sources.open_source(Data(source="two"), 0) is made

@@ -35,6 +35,7 @@ BESIDE: dict[str, tuple[Any, dict[str, Any]]] = {
     "reproducible": (False, {"device": "cpu"}),
     "data.val_fraction": (0.3, {"data.source": "shards", "data.root": "/x"}),
     "data.shard_samples": (10, {"data.source": "shards", "data.root": "/x"}),
+    "data.build_workers": (2, {"data.source": "shards", "data.root": "/x"}),
     "data.shrink": (100, {"data.source": "shards", "data.root": "/x"}),
     "data.test_fraction": (0.3, {"data.source": "idx", "data.root": "/x"}),
     "dense.momentum": (0.5, {"dense.optimizer": "adamw"}),
