@@ -20,6 +20,7 @@ from pipeline.base.seeding import uniform
 from pipeline.data import decoder, images, stream
 from pipeline.data.cache import Cache, Entry
 from pipeline.data.columns import Numbers, Shard
+from pipeline.data.decoded import Decoded, DecodedCache
 from pipeline.data.decoder import Pixels
 from pipeline.data.manifest import Manifest
 from pipeline.data.stream import Piece, Raw
@@ -52,9 +53,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Memory:
-    """A whole split, decoded: one array (N, size, size, C), or a list of canvases where training crops at random."""
+    """A whole split, decoded: one array (N, size, size, C), or canvases where training crops at random or where it lies
+    on disk."""
 
-    images: Pixels | list[Pixels]
+    images: Pixels | list[Pixels] | Decoded
     good: NDArray[np.bool_]
 
 
@@ -96,7 +98,7 @@ class Split:
         self.bad: dict[str, str] = {}
         self._held_out = manifest.holdout and name == "val"
         self.shards = manifest.splits["train" if self._held_out else name]
-        self.root = root
+        self.root, self._data = root, manifest.identity
         self.versions: dict[str, str] = {}  # versions of remote shards, by name, when the split was opened
         self.cache: Cache | None = None
         self.counts: Numbers = self.shards.held if self._held_out else self.shards.used - self.shards.held
@@ -221,31 +223,27 @@ class Split:
             return None
 
     def load(self, progress: Progress | None = None) -> bool:
-        """Bring the split to memory, once, if it fits data.cache_bytes. Returns whether it is there."""
+        """Bring the split to memory, once, if it fits data.cache_bytes, or else to data.decoded_cache, if there is one.
+
+        Returns whether it is there.
+        """
         with self._lock:
             if self._memory is None and not self._streams:
-                self._memory = self._decode_all(progress)
+                self._memory = self._decode_all(progress) or self._decoded_on_disk(progress)
                 self._streams = self._memory is None
         return self._memory is not None
 
     def _decode_all(self, progress: Progress | None) -> _Memory | None:
         """Decode every image, or None as soon as it is clear that they do not fit."""
-        config, total = self.config, len(self)
-        whole = self.name == "train" and images.needs_canvas(config)
+        config, total, whole = self.config, len(self), self._whole
         if not whole and total * config.channels * config.size**2 > config.cache_bytes:
             return None
         fixed = (total, config.size, config.size, config.channels)
         store: Pixels | list[Pixels] = [] if whole else np.zeros(fixed, np.uint8)
         good = np.zeros(total, np.bool_)
-        done = used = 0
-
-        def work(raws: list[Raw]) -> list[Pixels | None]:
-            found = [self.canvas(raw) for raw in raws]
-            return found if whole else [None if c is None else images.middle(c, config) for c in found]
-
-        decoded = self._in_background(work, stream.chunks(self.read(np.arange(total)), _CHUNK))
-        with contextlib.closing(decoded):
-            for canvas in itertools.chain.from_iterable(decoded):
+        used = 0
+        with contextlib.closing(self._decoded(progress)) as decoded:
+            for done, canvas in enumerate(decoded):
                 good[done] = canvas is not None
                 if not isinstance(store, list):
                     store[done] = 0 if canvas is None else canvas
@@ -255,11 +253,43 @@ class Split:
                     # Judged by the first image before the rest is read, and again if later ones are larger.
                     if max(used, store[0].nbytes * total) > config.cache_bytes:
                         return None
+        return _Memory(store, good)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether decoded images are kept whole, since training crops them."""
+        return self.name == "train" and images.needs_canvas(self.config)
+
+    def _decoded(self, progress: Progress | None) -> Generator[Pixels | None, None, None]:
+        """Every image in turn, whole or as evaluation sees it; None for one that cannot be read."""
+
+        def work(raws: list[Raw]) -> list[Pixels | None]:
+            found = [self.canvas(raw) for raw in raws]
+            return found if self._whole else [None if c is None else images.middle(c, self.config) for c in found]
+
+        done, total = 0, len(self)
+        with contextlib.closing(
+            self._in_background(work, stream.chunks(self.read(np.arange(total)), _CHUNK))
+        ) as decoded:
+            for canvas in itertools.chain.from_iterable(decoded):
+                yield canvas
                 done += 1
                 if progress and (done % _CHUNK == 0 or done == total):
                     progress(f"decoding {self.name}", done, total)
         assert done == total, (done, total)
-        return _Memory(store, good)
+
+    def _decoded_on_disk(self, progress: Progress | None) -> _Memory | None:
+        """The split on this node's disk, decoded; None where there is no data.decoded_cache, or no room in it."""
+        config = self.config
+        if config.decoded_cache is None:
+            return None
+        kept = (config.channels, config.resize, config.decoder, self._cropped if self._whole else config.size)
+        facts = [self._data, self.name, self._whole, kept]
+        least = 0 if self._whole else len(self) * config.channels * config.size**2
+        cache = DecodedCache(config.decoded_cache, config.decoded_cache_bytes)
+        with contextlib.closing(self._decoded(progress)) as decoded:
+            found = cache.split(facts, config.channels, least, decoded)
+        return None if found is None else _Memory(found, found.good)
 
     def batch(self, numbers: Numbers, raws: list[Raw] | None, stream_seed: int | None) -> Batch:
         """Make a batch of samples: from `raws`, or from memory (None). Augmented from `stream_seed`, if given."""
@@ -279,7 +309,7 @@ class Split:
             pixels = np.zeros((len(numbers), config.size, config.size, config.channels), np.uint8)
             for i, number in enumerate(numbers.tolist()):
                 canvas = self.canvas(raws[i]) if raws is not None else self._memory.images[number]  # type: ignore[union-attr]
-                if canvas is None:
+                if canvas is None or not canvas.size:
                     good[i] = False
                 elif draws is not None:
                     pixels[i] = images.window(canvas, config, draws[i])
@@ -297,7 +327,7 @@ class Split:
     @property
     def gathers(self) -> bool:
         """Whether images lie in memory in the network's size, so that a batch is one indexing."""
-        return self._memory is not None and not isinstance(self._memory.images, list)
+        return self._memory is not None and isinstance(self._memory.images, np.ndarray)
 
     def batches(self, order: Iterator[Numbers], read: Callable[[], Iterator[Raw]], seed: int | None) -> Iterator[Batch]:
         """Batches of the sample numbers in `order`; where the split streams, `read` gives the images in that order."""

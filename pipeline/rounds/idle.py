@@ -63,6 +63,7 @@ ROWS = (
     Row("data.quality", lambda c: _built(c.data) and c.data.shrink is not None, "data.shrink"),
     Row("data.shift", lambda c: "shift" in c.data.augment, "data.augment with shift"),
     Row("data.cache_disk_bytes", lambda c: c.data.cache_dir is not None, "data.cache_dir"),
+    Row("data.decoded_cache_bytes", lambda c: c.data.decoded_cache is not None, "data.decoded_cache"),
     Row("model.checkpoint_key", lambda c: c.model.checkpoint is not None, "model.checkpoint"),
     *_training("dense"),
     *_training("retrain"),

@@ -35,7 +35,10 @@ ADDED = (
 # What such a setting stands at in a run that is older than it, where that is not its default.
 EARLIER = {"data.decoder": "pillow"}
 # Settings that change no result, and no fingerprint.
-UNHASHED = ("dense.checkpoint_minutes", "retrain.checkpoint_minutes", "data.build_workers")
+UNHASHED = (
+    "dense.checkpoint_minutes", "retrain.checkpoint_minutes", "data.build_workers", "data.decoded_cache",
+    "data.decoded_cache_bytes",
+)  # fmt: skip
 
 
 class Config(Section):

@@ -84,6 +84,14 @@ class Data(Section):
     cache_disk_bytes: Bytes = Field(
         50 * 2**30, description="Size of data.cache_dir on each node; the shards used longest ago are removed."
     )
+    decoded_cache: Text | None = Field(
+        None,
+        description="Folder on each node's own disk that keeps decoded images, for networks that are faster than any "
+        "decoder; by default none are kept. A split that fits data.cache_bytes lies in memory instead.",
+    )
+    decoded_cache_bytes: Bytes = Field(
+        200 * 2**30, description="Size of data.decoded_cache on each node; what was used longest ago is removed."
+    )
     decode_threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         2, description="Threads that decode images in each process."
     )

@@ -22,7 +22,8 @@ def config_of(**changes: Any) -> Config:
 # A value of each setting that is not its default, and does nothing beside the other defaults.
 IDLE: dict[str, Any] = {
     "data.root": "/somewhere", "data.class_index": "index.json", "data.follow_links": True, "data.quality": 80,
-    "data.decoder": "pillow", "data.shift": 3, "data.cache_disk_bytes": 10**9, "model.checkpoint_key": "ema",
+    "data.decoder": "pillow", "data.shift": 3, "data.cache_disk_bytes": 10**9,
+    "data.decoded_cache_bytes": 10**9, "model.checkpoint_key": "ema",
     "dense.milestones": [0.3], "dense.gamma": 0.2, "dense.power": 0.5,
     "retrain.milestones": [0.3], "retrain.gamma": 0.2, "retrain.power": 0.5, "retrain.temperature": 2.0,
     "scan.tolerance": 0.1, "scan.max_levels": 5, "scan.hopeless": 0.7, "scan.together": [0.5],
