@@ -99,6 +99,11 @@ def test_an_image_that_was_harmed_is_found(made: tuple[Path, Manifest], tmp_path
         epoch(split_of(made, "train", **settings))
     file.unlink()
     assert epoch(split_of(made, "train", **settings)) == before
+    [index] = (tmp_path / "cache").glob("*.npy")
+    for harmed in (b"", b"no array", index.read_bytes()[:-1], index.read_bytes().replace(b"width", b"depth")):
+        index.write_bytes(harmed)
+        with pytest.raises(UserError, match=rf"'{index}' is damaged: delete it"):
+            epoch(split_of(made, "train", **settings))
 
 
 @pytest.mark.parametrize("name", ["train", "val"])
