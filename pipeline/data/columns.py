@@ -120,6 +120,14 @@ class Shards(Sequence[Shard]):
         for number in range(len(self)):
             yield self[number], self.rows(number)
 
+    def uses(self) -> list[tuple[str, list[int], list[int]]]:
+        """For each shard its SHA-256, and the numbers of the samples that are not used, and that are held out."""
+        none = Rows(_none(), _none())
+        rows = [self.rows(number) if shard.skipped or shard.held else none for number, shard in enumerate(self)]
+        return [
+            (shard.sha256, each.skipped.tolist(), each.held.tolist()) for shard, each in zip(self, rows, strict=True)
+        ]
+
     @property
     def used(self) -> Numbers:
         """For each shard, how many of its samples are used, held out or not."""

@@ -196,8 +196,8 @@ def _facts(given: str, run: Run, recipe: Retrain, number: int, prunable: Sequenc
 def _require_same_data(ours: Manifest, source: Source) -> None:
     theirs = session.load_data(source.config, source.run)
     for split in ours.splits.keys() | theirs.splits.keys():
-        pair = [[(s.sha256, s.skipped) for s in each.splits.get(split, ())] for each in (ours, theirs)]
-        if pair[0] != pair[1] or ours.holdout != theirs.holdout:
+        pair = [each.splits[split].uses() if split in each.splits else [] for each in (ours, theirs)]
+        if pair[0] != pair[1]:
             raise UserError(
                 f"start.from={source.given}: the {split} images differ from those of '{source.run.root}', "
                 "or other images are held out as val: give the same data.root"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from pipeline.prune.patterns import Pattern
 from pipeline.scan import racing
 from pipeline.settings.pruning import Prune, Scan
 from pipeline.task.answers import Answers
-from pipeline.task.feed import Feed
+from pipeline.task.feed import Feed, computing
 from pipeline.train import checkpoint
 from pipeline.train.session import Session
 
@@ -55,7 +57,7 @@ class ScanInputs:
         self.model.eval()
         rows = []
         for batch in self.batches:
-            output = self.feed.forward(self.model, batch.images.to(self.device))
+            output = self.feed.forward(self.model, batch.images.to(self.device), self.feed.eval_precision)
             rows.append(self.feed.task.judge(output, batch, None).cpu())
         return Answers.of(torch.cat(rows, 1), present=False)
 
@@ -63,6 +65,10 @@ class ScanInputs:
         """What the network takes for batch `number`: (n, channels, height, width), float32, on the device."""
         images = self.batches[number].images.to(self.device, non_blocking=True)
         return self.feed.inputs(images)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """In the block forward passes compute in the precision of evaluation."""
+        return computing(self.device, self.feed.eval_precision)
 
     def scores(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The criterion's scores of these tensors' weights; higher ones are kept."""

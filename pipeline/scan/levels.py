@@ -57,7 +57,7 @@ class _Prefixes:
         self.ends = np.cumsum([len(batch.labels) for batch in given.batches])
         self.kept: dict[int, State] | None = {} if given.scan.mode == "adaptive" else None
         self.kept_bytes = 0
-        with torch.no_grad(), tensor.shared():
+        with torch.no_grad(), tensor.shared(), given.computing():
             example = given.prepared(0)[:PROBE]
             self.suffix = suffix.choose(given.model, tensor.weight, example, tensor.at_first_level)
 
@@ -78,7 +78,7 @@ class _Prefixes:
     def _state(self, number: int) -> State:
         if self.kept is not None and number in self.kept:
             return self.kept[number]
-        with self.tensor.shared():
+        with self.tensor.shared(), self.given.computing():
             state = self.suffix.prepare(self.given.prepared(number))
         size = nbytes(state)
         if self.kept is not None and self.kept_bytes + size <= CHUNK_BYTES:
@@ -97,7 +97,8 @@ def _measure(prefixes: _Prefixes, dense: Answers) -> list[Level]:
     found: dict[int, Level] = {}
     for start, look in itertools.pairwise([0, *looks]):
         for chunk in prefixes.chunks(start, look):
-            with tensor.pruned([i for i in range(len(rows)) if i not in found]) as turns:
+            undecided = [i for i in range(len(rows)) if i not in found]
+            with prefixes.given.computing(), tensor.pruned(undecided) as turns:
                 for i in turns:
                     rows[i] += [judge(prefixes.suffix.finish(s).float(), batch, None).cpu() for batch, s in chunk]
         for i in [i for i in range(len(rows)) if i not in found]:

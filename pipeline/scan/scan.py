@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.data.manifest import held_out
 from pipeline.engine import Engine
 from pipeline.network.survey import Prunable
 from pipeline.prune import allocation, damage
@@ -153,14 +154,15 @@ def origin(source: str, config: Config, here: Run) -> ScanOrigin:
     """What a scan's numbers depend on. Two scans with the same origin can be joined."""
     weights, masks = (checkpoint.digest(here, source, name) for name in ("weights.safetensors", "masks.bin"))
     manifest = load_data(config, here)
-    split = "train" if manifest.holdout is not None else "val"
-    skipped = [shard.skipped for shard in manifest.splits[split] if shard.skipped]
+    shards = manifest.splits["train" if manifest.holdout else "val"]
+    held = held_out(shards) if manifest.holdout else None
+    skipped = [shards.rows(number).skipped.tolist() for number, shard in enumerate(shards) if shard.skipped]
     everything = hashed(config)
     return ScanOrigin(
         weights=fingerprint(weights, masks),
-        data=fingerprint([shard.sha256 for shard in manifest.splits[split]], manifest.holdout, *skipped),
+        data=fingerprint([shard.sha256 for shard in shards], held, *skipped),
         settings={
-            **{key: everything[key] for key in ("seed", "task") if key in everything},
+            **{key: everything[key] for key in ("seed", "task", "eval_precision") if key in everything},
             **{
                 f"{part}.{key}": everything[part][key]
                 for part, keys in KEY_SETTINGS.items()

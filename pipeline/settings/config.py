@@ -31,6 +31,7 @@ _INSTEAD = (
 ADDED = (
     "prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links", "cluster.hang_seconds",
     "data.decoder", "reproducible", "dense.accumulate", "retrain.accumulate",
+    "eval_precision",
 )  # fmt: skip
 # What such a setting stands at in a run that is older than it, where that is not its default.
 EARLIER = {"data.decoder": "pillow"}
@@ -59,6 +60,9 @@ class Config(Section):
         True,
         description="The same bits each time on one kind of machine. false: on a GPU also algorithms that add in any "
         "order, cuDNN's choice by trial, and TF32, which are faster.",
+    )
+    eval_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Precision of forward passes in evaluation and scan; bf16 is faster on a GPU."
     )
     data: Data = Field(default_factory=lambda: Data.model_validate({}))
     model: Model = Field(default_factory=lambda: Model.model_validate({}))

@@ -5,7 +5,9 @@ To add a task, write its functions in a module of this package and put its row i
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +26,32 @@ def task_of(name: str) -> Task:
     return lookup(TASKS, name, "task")
 
 
+def computing(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """In the block forward passes on `device` compute in a precision, fp32 or bf16.
+
+    Weights are cast each time: they may have been pruned in between.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
 @dataclass(frozen=True)
 class Feed:
-    """What turns batches of uint8 images into a network's outputs; `seed` is the run's, for draws among samples."""
+    """What turns batches of uint8 images into a network's outputs; `seed` is the run's, for draws among samples.
+
+    `eval_precision` is that of evaluation and scan: fp32 or bf16.
+    """
 
     task: Task
     data: Data
     channels_last: bool
     seed: int
+    eval_precision: str = "fp32"
 
     @classmethod
     def of(cls, config: Config) -> Feed:
         """That of a run. Raises UserError for an unknown task."""
         channels_last = config.dense.channels_last or config.retrain.channels_last
-        return cls(task_of(config.task), config.data, channels_last, config.seed)
+        return cls(task_of(config.task), config.data, channels_last, config.seed, config.eval_precision)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,7 +80,7 @@ class Feed:
 
         float32, or float64 where the network gives that. Raises TypeError where it gives something else than a tensor.
         """
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with computing(images.device, precision):
             output: Tensor = model(self.inputs(images))
         if not isinstance(output, Tensor):
             raise TypeError(f"it gives a {type(output).__name__}, not one tensor of logits")

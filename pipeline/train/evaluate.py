@@ -28,7 +28,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, feed: Feed, world: World, cla
     model.eval()
     for number, batch in enumerate(on_device(loader.batches(world.rank, world.size), world.device)):
         world.at(f"batch {number} of an evaluation")
-        output = feed.forward(model, batch.images)
+        output = feed.forward(model, batch.images, feed.eval_precision)
         rows[:, batch.indices.to(world.device, non_blocking=True)] = feed.task.judge(output, batch, present)
         count[batch.indices.numpy()] += 1
     model.train(training)
