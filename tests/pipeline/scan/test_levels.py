@@ -40,9 +40,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def config(**scan: Any) -> Config:
+def config(eval_precision: str = "fp32", **scan: Any) -> Config:
     data = {"source": "digits", "size": 8, "eval_batch": 40, "mean": [0.5], "std": [0.3]}
-    return parse_config({"name": "scan", "data": data, "scan": {"levels": [0.5, 0.2, 0.05], **scan}})
+    settings = {"data": data, "scan": {"levels": [0.5, 0.2, 0.05], **scan}, "eval_precision": eval_precision}
+    return parse_config({"name": "scan", **settings})
 
 
 def problem() -> tuple[nn.Module, list[Batch]]:
@@ -64,7 +65,9 @@ def problem() -> tuple[nn.Module, list[Batch]]:
     return model, [Batch(*made) for made in zip(*(part.split(40) for part in parts), strict=True)]
 
 
-def by_hand(model: nn.Module, name: str, keep: int, batches: list[Batch]) -> tuple[list[bool], list[float]]:
+def by_hand(
+    model: nn.Module, name: str, keep: int, batches: list[Batch], bf16: bool = False
+) -> tuple[list[bool], list[float]]:
     """Right or wrong and the loss of each readable sample, with so many weights kept."""
     copied = copy.deepcopy(model)
     weight = dict(copied.named_parameters())[name]
@@ -72,9 +75,9 @@ def by_hand(model: nn.Module, name: str, keep: int, batches: list[Batch]) -> tup
     weight.data.mul_(mask)
     right: list[bool] = []
     loss: list[float] = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for batch in batches:
-            logits = copied(((batch.images.float() / 255) - torch.tensor([0.5])) / torch.tensor([0.3]))
+            logits = copied(((batch.images.float() / 255) - torch.tensor([0.5])) / torch.tensor([0.3])).float()
             good = batch.weights > 0
             right += (logits.argmax(1) == batch.labels)[good].tolist()
             loss += F.cross_entropy(logits, batch.labels, reduction="none")[good].tolist()
@@ -88,16 +91,20 @@ def run(
     return list(scan_tensor(given, given.answers(), name, known))
 
 
-def test_the_same_grid_has_the_numbers_of_a_straightforward_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_grid_has_the_numbers_of_a_straightforward_scan(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bf16 = precision == "bf16"
     model, batches = problem()
     before = copy.deepcopy(model.state_dict())
     monkeypatch.setattr("pipeline.scan.levels.CHUNK_BYTES", 300_000)  # several chunks, of several batches
     for name in ("0.weight", "3.weight", "5.weight"):
-        right, loss = by_hand(model, name, dict(model.named_parameters())[name].numel(), batches)
-        levels = run(model, name, batches, config())
+        right, loss = by_hand(model, name, dict(model.named_parameters())[name].numel(), batches, bf16)
+        levels = run(model, name, batches, config(precision))
         assert [level.density for level in levels] == [0.5, 0.2, 0.05]
         for level in levels:
-            pruned_right, pruned_loss = by_hand(model, name, level.kept, batches)
+            pruned_right, pruned_loss = by_hand(model, name, level.kept, batches, bf16)
             assert level.samples == SAMPLES - 1
             assert level.top1 == sum(pruned_right) / (SAMPLES - 1)
             assert level.loss == pytest.approx(np.mean(pruned_loss), rel=1e-12)
