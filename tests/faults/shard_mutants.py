@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import few_samples
 import numpy as np
 from faults.limits import command, main
 from PIL import Image
@@ -271,8 +272,8 @@ def judge_harm(chance: random.Random, root: Path, good: Path, name: str, names: 
     if what == "gone":
         (root / name).unlink()
     if what == "manifest":
-        harm_manifest(chance, root / "manifest.json")
-    same = (root / "manifest.json").read_bytes() == (good / "manifest.json").read_bytes()
+        harm_manifest(chance, root)
+    same = described(root) == described(good)
     changed = not same or not (root / name).exists() or (root / name).read_bytes() != (good / name).read_bytes()
     try:
         problems = shards.verify(str(root))
@@ -286,28 +287,40 @@ def judge_harm(chance: random.Random, root: Path, good: Path, name: str, names: 
         if message is None:
             assert read == expected(str(good)), f"{what}: other samples were read than before"
         else:
-            assert name in message or "manifest.json" in message, message
+            assert name in message or "manifest" in message, message
         outcomes.add("read as before" if message is None else "refused")
     assert outcomes != {"refused"} or changed, what
     return f"{what}: {' or '.join(sorted(outcomes))}"
 
 
-def harm_manifest(chance: random.Random, path: Path) -> None:
-    """A number, a name or a byte of a manifest changed."""
+def described(root: Path) -> list[bytes]:
+    """What a manifest's files hold."""
+    return [path.read_bytes() for path in sorted(root.glob("manifest*"))]
+
+
+def harm_manifest(chance: random.Random, root: Path) -> None:
+    """A number, a name or a byte of a manifest changed, of today's or of an older one, all of which is JSON."""
+    path, older = root / "manifest.json", chance.random() < 0.5
+    if older:
+        path.write_text(json.dumps(few_samples.version_1(manifest.load_manifest(str(root)))))
     if chance.random() < 0.5:
+        path = chance.choice([path] if older else sorted(root.glob("manifest*")))
         data = bytearray(path.read_bytes())
         data[chance.randrange(len(data))] = chance.randrange(256)
         path.write_bytes(data)
         return
     tree = json.loads(path.read_text())
-    shard = chance.choice([shard for shards in tree["splits"].values() for shard in shards])
     odd = chance.choice(
         [-1, 0, 10**6, 10**30, 10**400, 1.5, None, "", "x", [], {}, True, "../../etc/passwd", "/etc/passwd", "a\0b"]
     )
-    where = chance.choice([(tree, key) for key in tree] + [(shard, key) for key in shard] * 2 + [
-        (shard[key], 3) for key in ("offsets", "labels", "crc32")
-    ])  # fmt: skip
-    where[0][where[1]] = odd
+    places: list[tuple[Any, Any]] = [(tree, key) for key in tree]
+    if older:
+        shard = chance.choice([shard for shards in tree["splits"].values() for shard in shards])
+        places += [(shard, key) for key in shard] * 2 + [(shard[key], 3) for key in ("offsets", "labels", "crc32")]
+    else:
+        places += [(tree[part], key) for part in ("splits", "columns") for key in tree[part]] * 2
+    holder, key = chance.choice(places)
+    holder[key] = odd
     path.write_text(json.dumps(tree))
 
 

@@ -191,7 +191,11 @@ def test_shards_of_it_are_good_and_val_is_drawn_from_train(unpacked: Path, tmp_p
     manifest = shards.build(settings, 0, out)
     counts = {split: sum(s.samples for s in parts) for split, parts in manifest.splits.items()}
     assert counts == {"train": 9, "val": 3, "test": 4}
-    assert Counter(label for s in manifest.splits["test"] for label in s.labels) == {0: 2, 1: 1, 2: 1}
+    assert Counter(label for _, rows in manifest.splits["test"].described() for label in rows.labels.tolist()) == {
+        0: 2,
+        1: 1,
+        2: 1,
+    }
     assert shards.verify(out) == []
     train = loader.open_split(settings, out, manifest, "train")
     assert train.load()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import few_samples
 import pytest
 import torch
 from tiny_run import ALONE, TINY, carry_out, final_weights, merged
@@ -294,9 +294,9 @@ def test_branches_that_do_not_fit_are_refused(source: Config, changes: dict[str,
 
 def test_other_data_under_the_same_settings_are_noticed(source: Config, tmp_path: Path) -> None:
     root = shutil.copytree(str(source.data.root), tmp_path / "shards")
-    text = (root / "manifest.json").read_text()
-    sha = json.loads(text)["splits"]["val"][0]["sha256"]
-    (root / "manifest.json").write_text(text.replace(sha, sha[::-1]))
+    manifest = shards.load_manifest(str(root))
+    (shard, rows), *rest = manifest.splits["val"].described()
+    few_samples.rewrite(root, manifest, splits={"val": [(shard._replace(sha256=shard.sha256[::-1]), rows), *rest]})
     config = branch_of(source, "other", {"start.from": "source:2", "prune.list": [0.1], "data.root": str(root)})
     with pytest.raises(UserError, match="the val images differ from those of"):
         to_test(config)
