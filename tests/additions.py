@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.base.errors import UserError
+from pipeline.base.spread import Spread
 from pipeline.data.loader import Batch
 from pipeline.data.parts import Part, Source
 from pipeline.data.sources import Grey, Kind
@@ -132,6 +133,9 @@ class Noting:
 
     def together(self, config: Config, run: Run, source: str) -> Together:
         return self.local.together(config, run, source)
+
+    def spread(self, config: Config, run: Run) -> Spread:
+        return self.local.spread(config, run)
 
     def close(self) -> None:
         self.local.close()
