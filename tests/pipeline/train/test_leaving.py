@@ -121,6 +121,6 @@ def test_a_checkpoint_of_other_data_is_refused(small_session: Session) -> None:
     made.position.step = 4
     made._save()
     manifest = small_session.manifest
-    others = dataclasses.replace(small_session, manifest=dataclasses.replace(manifest, made_from="elsewhere"))
+    others = dataclasses.replace(small_session, manifest=dataclasses.replace(manifest, identity="elsewhere"))
     with pytest.raises(UserError, match=rf"the checkpoint of other data at step 4.* the data were {manifest.identity}"):
         training(others, "other data").fit()
