@@ -6,6 +6,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from pipeline.base.errors import Lost, UserError
+from pipeline.base.errors import Away, Lost, UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,9 +30,10 @@ class Spread(Protocol):
 
 
 class Refused(NamedTuple):
-    """A UserError of another process, as text: errors of several arguments cannot be pickled."""
+    """A UserError of another process, as text: errors of several arguments cannot be pickled. `away` if it may pass."""
 
     message: str
+    away: bool
 
 
 def caught(function: Callable[[T], R], item: T) -> R | Refused:
@@ -39,13 +41,13 @@ def caught(function: Callable[[T], R], item: T) -> R | Refused:
     try:
         return function(item)
     except UserError as error:
-        return Refused(str(error))
+        return Refused(str(error), isinstance(error, Away))
 
 
 def told(result: R | Refused) -> R:
     """The result, or the UserError that came instead."""
     if isinstance(result, Refused):
-        raise UserError(result.message)
+        raise (Away if result.away else UserError)(result.message)
     return result
 
 
@@ -105,6 +107,7 @@ def in_turn(submit: Callable[[T], Future[Any]], items: Iterator[T], ahead: int) 
 
 def _end_with_parent() -> None:
     """In a process of the pool: end as soon as the one that it works for has gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     parent = multiprocessing.parent_process()
     assert parent is not None
 

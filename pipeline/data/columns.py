@@ -235,6 +235,7 @@ def _table_problem(table: NDArray[Any], bytes_: int) -> str | None:
     for wrong, problem in (
         (skipped + held > samples, "leaves out more samples than it has"),
         (table["size"] != 4 * numbers.astype(np.uint64), "has rows of another size"),
+        (samples.astype(np.float64) * BLOCK > table["bytes"], "has more samples than fit into its bytes"),
         (ends > bytes_, "has rows that lie outside of the file"),
         ((table["lowest"] > table["highest"]) & (skipped < samples), "has labels in no order"),
         (table["bytes"] > LARGEST_FILE, "has a size that no file has"),

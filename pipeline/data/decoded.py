@@ -61,11 +61,12 @@ class DecodedCache:
     def __init__(self, folder: str, limit: int) -> None:
         self.folder, self.limit = Path(folder), limit
 
-    def split(self, facts: Any, channels: int, least: int, images: Iterator[Pixels | None]) -> Decoded | None:
-        """The decoded split that `facts` describe: as it is there, or made from `images`, in their order.
+    def split(self, facts: Any, channels: int, count: int, images: Iterator[Pixels | None]) -> Decoded | None:
+        """The decoded split that `facts` describe: as it is there, or made from its `count` images, in their order.
 
-        None for a bad image. `least` are bytes that it takes at least. Returns None, after a warning, where it does not
-        fit. One process makes it, the others of the machine wait. Raises UserError where the folder cannot be written.
+        One that is None is bad. Returns None, after a warning, where they do not fit, judged by the first of them; that
+        is remembered. One process makes it, the others of the machine wait. Raises UserError where the folder cannot be
+        written, or what is there is damaged.
         """
         made_by = {name: version(name) for name in _DECODERS}
         name = hashlib.sha256(json.dumps([facts, made_by], sort_keys=True).encode()).hexdigest()[:32]
@@ -74,11 +75,13 @@ class DecodedCache:
             with storage.room(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             with storage.locked(self.folder / f"{name}.lock", f"data.decoded_cache={self.folder}", wait=True):
-                if not (index.exists() and pixels.exists()):
-                    self._make(pixels, index, least, images)
-                now = time.time_ns()
-                os.utime(pixels, ns=(now, now))
-            return Decoded(pixels, _read_index(index), channels)
+                while True:
+                    if not (index.exists() and pixels.exists()):
+                        self._make(pixels, index, count, images)
+                    with contextlib.suppress(FileNotFoundError):  # another split has made room
+                        now = time.time_ns()
+                        os.utime(pixels, ns=(now, now))
+                        return Decoded(pixels, _read_index(index, count), channels)
         except (storage.DiskFull, _TooLargeError) as error:
             warnings.warn(
                 f"data.decoded_cache={self.folder}: a split does not fit ({error}), and is decoded anew in each epoch",
@@ -88,15 +91,28 @@ class DecodedCache:
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise UserError(f"data.decoded_cache={self.folder} cannot be used: {error.strerror}") from error
 
-    def _make(self, pixels: Path, index: Path, least: int, images: Iterator[Pixels | None]) -> None:
+    def _make(self, pixels: Path, index: Path, count: int, images: Iterator[Pixels | None]) -> None:
+        refused = pixels.with_suffix(".too-large")
+        if refused.exists() and int(refused.read_text() or 0) >= self.limit:
+            raise _TooLargeError(f"data.decoded_cache_bytes={self.limit}")
+        for left in self.folder.glob(f".{pixels.name}.*.tmp"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+        try:
+            self._write(pixels, index, count, images)
+        except _TooLargeError:
+            refused.write_text(str(self.limit))
+            raise
+
+    def _write(self, pixels: Path, index: Path, count: int, images: Iterator[Pixels | None]) -> None:
         rows, at = list[tuple[int, int, int, int, int]](), 0
-        self._make_room(least)
         with storage.atomic_path(pixels) as temporary, temporary.open("wb") as stream:
             for image in images:
                 if image is None:
                     rows.append((at, 0, 0, 0, 0))
                     continue
                 data = np.ascontiguousarray(image).data
+                if not at:
+                    self._make_room(data.nbytes * count)
                 if at + data.nbytes > self.limit:
                     raise _TooLargeError(f"data.decoded_cache_bytes={self.limit}")
                 stream.write(data)
@@ -126,10 +142,10 @@ class DecodedCache:
             raise _TooLargeError(f"{free:,} bytes are free")
 
 
-def _read_index(path: Path) -> NDArray[Any]:
+def _read_index(path: Path, count: int) -> NDArray[Any]:
     try:
         found = np.load(path, allow_pickle=False)
-        if found.dtype == _ROW and found.ndim == 1:
+        if found.dtype == _ROW and found.shape == (count,):
             return np.asarray(found)
     except (ValueError, EOFError):
         pass

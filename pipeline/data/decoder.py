@@ -70,6 +70,8 @@ def _turbo(data: bytes, channels: int, resize: int | None, cropped: bool) -> Pix
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in _SPACES[channels] or height * width > MAX_PIXELS:
             return None
+        if resize is not None:
+            short_side(height, width, resize)  # BadImage where it would be huge, though it may be resized later
         divisor = next((each for each in _SCALES if resize and min(height, width) >= each * resize), 1)
         canvas: Pixels = simplejpeg.decode_jpeg(
             data, "GRAY" if channels == 1 else "RGB", min_factor=divisor,

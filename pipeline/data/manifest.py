@@ -30,7 +30,7 @@ IMAGES = ("jpg", "jpeg", "png")
 _INTEGER = re.compile(rb"\s*[+-]?[0-9]{1,18}\s*")
 MOST_CLASSES = 10**6
 MOST_SHARDS = 10**8
-_LONGEST_NAME = 4096  # bytes
+_LONGEST_NAME = 1024  # bytes
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COLUMNS = re.compile(r"manifest-[0-9a-f]{16}\.columns")
 _AGAIN = "run `secateur shards index` (or `shards build`) again"
@@ -140,6 +140,8 @@ class _OldShard:
 
     def described(self, held: list[int]) -> Described:
         shard = Shard(self.name, self.samples, self.bytes, self.sha256, len(self.skipped), len(held))
+        if not _NAME.fullmatch(self.name) or len(self.name) > _LONGEST_NAME or not self.name.isprintable():
+            raise Damaged(f"shard name {short(self.name)} leads out of the folder")
         if not 0 <= self.bytes <= columns.LARGEST_FILE or not _SHA256.fullmatch(self.sha256):
             raise Damaged(f"shard {short(self.name)} has {short(self.bytes)} bytes and SHA-256 {short(self.sha256)}")
         given = (self.offsets, self.labels, self.crc32, self.skipped, held)
@@ -178,12 +180,21 @@ def save(
     identity = identity_of(made_from, label, num_classes, made, held)
     counts = {split: len(shards) for split, shards in made.items()}
     head = _Head(VERSION, tuple(classes), num_classes, label, made_from, own_val, holdout, identity, counts, place)
+    before = _columns_of(root)
     fields = dataclasses.asdict(head)
     storage.write_json(storage.join(root, NAME), {**fields, "digest": _digest(fields)})
     for file in storage.list_files(root):
-        if _COLUMNS.fullmatch(file) and file != place.file:  # of an index that was made before
+        if _COLUMNS.fullmatch(file) and file not in (place.file, before):  # a run may still read the one before
             storage.remove(storage.join(root, file))
     return load_manifest(root)
+
+
+def _columns_of(root: str) -> object:
+    """The file of columns that the manifest in `root` names, if there is one."""
+    try:
+        return storage.read_json(storage.join(root, NAME))["columns"]["file"]
+    except (FileNotFoundError, UserError, KeyError, TypeError):
+        return None
 
 
 def copy(source: str, target: str) -> None:
@@ -233,7 +244,9 @@ def _new(root: str, value: Any, version: object) -> Manifest:
     if not head.splits.keys() <= set(SPLITS) or not all(0 <= count <= MOST_SHARDS for count in head.splits.values()):
         raise Damaged(f"splits are {short(head.splits)}")
     if not 0 < head.columns.name_bytes <= _LONGEST_NAME:
-        raise Damaged(f"names of shards have {head.columns.name_bytes} bytes")
+        raise Damaged(f"names of shards have {short(head.columns.name_bytes)} bytes")
+    if not 0 <= head.columns.bytes <= columns.LARGEST_FILE:
+        raise Damaged(f"its columns have {short(head.columns.bytes)} bytes")
     names = [split for split in SPLITS if split in head.splits]
     read = columns.read(root, head.columns, [head.splits[name] for name in names])
     splits = dict(zip(names, read, strict=True))
@@ -320,4 +333,6 @@ def parse_label(sample: Mapping[str, Any], label: str) -> int:
             raise ValueError(f"has the label {number!r}, which is not an integer")
     if number < 0:
         raise ValueError(f"has the label {number}, which is negative")
+    if number > columns.LARGEST:
+        raise ValueError(f"has the label {short(number)}, which is too large")
     return number

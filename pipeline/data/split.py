@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -105,7 +106,7 @@ class Split:
         self._first: Numbers = np.cumsum(self.counts) - self.counts  # number of the first sample of each shard
         self._total = int(self.counts.sum())
         table = self.shards.table
-        self._stored = int(table["bytes"].sum()) // int(table["samples"].sum(dtype=np.int64))
+        self._stored = sum(table["bytes"].tolist()) // sum(table["samples"].tolist())
         self._kept = functools.lru_cache(maxsize=_OPEN)(self._read_kept)
         self.window = max(1, config.shuffle_bytes // self._stored)
         self._cropped = name == "train" and "resized-crop" in config.augment
@@ -284,11 +285,11 @@ class Split:
         if config.decoded_cache is None:
             return None
         kept = (config.channels, config.resize, config.decoder, self._cropped if self._whole else config.size)
-        facts = [self._data, self.name, self._whole, kept]
-        least = 0 if self._whole else len(self) * config.channels * config.size**2
+        table = hashlib.sha256(self.shards.table.tobytes()).hexdigest()  # not what the manifest calls itself
+        facts = [self._data, table, self.name, self._whole, kept]
         cache = DecodedCache(config.decoded_cache, config.decoded_cache_bytes)
         with contextlib.closing(self._decoded(progress)) as decoded:
-            found = cache.split(facts, config.channels, least, decoded)
+            found = cache.split(facts, config.channels, len(self), decoded)
         return None if found is None else _Memory(found, found.good)
 
     def batch(self, numbers: Numbers, raws: list[Raw] | None, stream_seed: int | None) -> Batch:
@@ -311,6 +312,8 @@ class Split:
                 canvas = self.canvas(raws[i]) if raws is not None else self._memory.images[number]  # type: ignore[union-attr]
                 if canvas is None or not canvas.size:
                     good[i] = False
+                elif raws is None and not self._whole:  # it was cut before it was kept
+                    pixels[i] = canvas
                 elif draws is not None:
                     pixels[i] = images.window(canvas, config, draws[i])
                 else:

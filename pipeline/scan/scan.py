@@ -37,7 +37,7 @@ from pipeline.train.session import load_data
 DENSE = "dense/checkpoint"
 # Settings that change what a level measures; those that only choose levels and tensors may differ between machines.
 KEY_SETTINGS = {
-    "data": ("channels", "resize", "size", "mean", "std"),
+    "data": ("channels", "resize", "size", "mean", "std", "decoder"),
     "model": ("factory", "kwargs"),
     "scan": ("samples", "interval", "hopeless", "bn_samples"),
     "prune": ("criterion", "statistics_samples", "pattern"),

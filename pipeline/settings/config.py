@@ -141,8 +141,9 @@ def load_begun(path: str | Path) -> Config:
         *parents, leaf = setting.split(".")
         node = tree
         for parent in parents:
-            node = node.setdefault(parent, {})
-        node.setdefault(leaf, value)
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if isinstance(node, dict):  # else it is refused below
+            node.setdefault(leaf, value)
     return parse_config(tree, origin=f"config '{path}'")
 
 

@@ -26,12 +26,12 @@ def task_of(name: str) -> Task:
     return lookup(TASKS, name, "task")
 
 
-def computing(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+def computing(device: torch.device, precision: str, cache: bool = False) -> AbstractContextManager[Any]:
     """In the block forward passes on `device` compute in a precision, fp32 or bf16.
 
-    Weights are cast each time: they may have been pruned in between.
+    With `cache`, a weight is cast once in it, else each time that it is used: it may be pruned in between.
     """
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Feed:
 
         float32, or float64 where the network gives that. Raises TypeError where it gives something else than a tensor.
         """
-        with computing(images.device, precision):
+        with computing(images.device, precision, cache=True):
             output: Tensor = model(self.inputs(images))
         if not isinstance(output, Tensor):
             raise TypeError(f"it gives a {type(output).__name__}, not one tensor of logits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -24,8 +25,14 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     return _arrived(stream.prefetch(_sent(batches, device), _AHEAD))
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of this process for copies: torch's allocator keeps memory for each."""
+    return torch.cuda.Stream(device)
+
+
 def _sent(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, torch.cuda.Event]]:
-    own = torch.cuda.Stream(device)
+    own = _stream(device)
 
     def copied(tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(device, non_blocking=True)

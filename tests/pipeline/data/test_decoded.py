@@ -56,7 +56,7 @@ def epoch(split: Split) -> list[bytes]:
 def test_memory_shards_and_disk_give_the_same(
     augment: list[str], name: str, made: tuple[Path, Manifest], tmp_path: Path
 ) -> None:
-    common: dict[str, Any] = {"augment": augment, "eval_batch": 5}
+    common: dict[str, Any] = {"augment": augment, "eval_batch": 5, "resize": SIZE + 3}
     memory = split_of(made, name, **common)
     streamed = split_of(made, name, **common, cache_bytes=0)
     disk = split_of(made, name, **common, cache_bytes=0, decoded_cache=str(tmp_path / "cache"))
@@ -113,7 +113,11 @@ def test_what_does_not_fit_is_streamed_and_said(name: str, made: tuple[Path, Man
     with pytest.warns(UserWarning, match=r"a split does not fit \(data\.decoded_cache_bytes=100\)"):
         assert not split.load()
     assert epoch(split) == epoch(split_of(made, name, **{**settings, "decoded_cache": None}))
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".too-large"]
+    again, seen = split_of(made, name, **settings, decoded_cache_bytes=100), list[int]()
+    with pytest.warns(UserWarning, match="does not fit"):
+        assert not again.load(lambda text, done, total: seen.append(done))
+    assert seen == []  # it is remembered
 
 
 def images(count: int) -> Iterator[Pixels]:
@@ -122,12 +126,12 @@ def images(count: int) -> Iterator[Pixels]:
 
 def test_what_was_used_longest_ago_makes_room(tmp_path: Path) -> None:
     cache = DecodedCache(str(tmp_path), 250)
-    assert cache.split("a", 1, 100, images(1)) is not None
-    assert cache.split("b", 1, 100, images(1)) is not None
-    assert cache.split("a", 1, 100, iter(())) is not None  # it is there
-    assert cache.split("c", 1, 100, images(1)) is not None
+    assert cache.split("a", 1, 1, images(1)) is not None
+    assert cache.split("b", 1, 1, images(1)) is not None
+    assert cache.split("a", 1, 1, iter(())) is not None  # it is there
+    assert cache.split("c", 1, 1, images(1)) is not None
     assert len([*tmp_path.glob("*.pixels")]) == len([*tmp_path.glob("*.npy")]) == 2
-    kept = cache.split("a", 1, 100, iter(()))
+    kept = cache.split("a", 1, 1, iter(()))
     assert kept is not None
     assert kept[0].shape == (10, 10, 1)
 
@@ -135,10 +139,10 @@ def test_what_was_used_longest_ago_makes_room(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50))
     with pytest.warns(UserWarning, match="does not fit \\(50 bytes are free\\)"):
-        assert DecodedCache(str(tmp_path), 250).split("a", 1, 100, images(1)) is None
+        assert DecodedCache(str(tmp_path), 250).split("a", 1, 1, images(1)) is None
 
 
 def test_a_folder_that_is_none_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.decoded_cache=.*/file.* cannot be used"):
-        DecodedCache(str(tmp_path / "file/below"), 250).split("a", 1, 100, images(1))
+        DecodedCache(str(tmp_path / "file/below"), 250).split("a", 1, 1, images(1))
