@@ -94,9 +94,12 @@ class Shards(Sequence[Shard]):
     `table` has a column for each field of Shard, `lowest` and `highest` label of the samples used.
     """
 
-    def __init__(self, table: NDArray[Any], read: Callable[[int], Rows]) -> None:
+    def __init__(
+        self, table: NDArray[Any], read: Callable[[int], Rows], read_all: Callable[[], Iterator[Rows]]
+    ) -> None:
         self.table = table
         self.rows = functools.lru_cache(maxsize=_KEPT)(read)
+        self.all_rows = read_all  # of each shard in turn, in a few requests
 
     def __len__(self) -> int:
         return len(self.table)
@@ -117,16 +120,13 @@ class Shards(Sequence[Shard]):
 
     def described(self) -> Iterator[Described]:
         """Each shard with its rows."""
-        for number in range(len(self)):
-            yield self[number], self.rows(number)
+        yield from zip(self, self.all_rows(), strict=True)
 
     def uses(self) -> list[tuple[str, list[int], list[int]]]:
         """For each shard its SHA-256, and the numbers of the samples that are not used, and that are held out."""
-        none = Rows(_none(), _none())
-        rows = [self.rows(number) if shard.skipped or shard.held else none for number, shard in enumerate(self)]
-        return [
-            (shard.sha256, each.skipped.tolist(), each.held.tolist()) for shard, each in zip(self, rows, strict=True)
-        ]
+        if not (self.table["skipped"].any() or self.table["held"].any()):
+            return [(shard.sha256, [], []) for shard in self]
+        return [(shard.sha256, rows.skipped.tolist(), rows.held.tolist()) for shard, rows in self.described()]
 
     @property
     def used(self) -> Numbers:
@@ -147,7 +147,7 @@ def in_memory(described: Iterable[Described]) -> Shards:
     for shard, rows in given:
         if problem := rows.problem(shard.bytes):
             raise Damaged(f"shard {shard.name} {problem}")
-    return Shards(_table(given), lambda number: given[number][1])
+    return Shards(_table(given), lambda number: given[number][1], lambda: (rows for _, rows in given))
 
 
 def _row_type(name_bytes: int) -> np.dtype[Any]:
@@ -223,7 +223,7 @@ def read(root: str, place: Place, counts: Sequence[int]) -> list[Shards]:
         raise Damaged(problem)
     edges = np.cumsum([0, *counts])
     return [
-        Shards(part, functools.partial(_read_rows, url, part))
+        Shards(part, functools.partial(_read_rows, url, part), functools.partial(_read_all, url, part))
         for part in (table[first:last] for first, last in itertools.pairwise(edges.tolist()))
     ]
 
@@ -248,12 +248,33 @@ def _table_problem(table: NDArray[Any], bytes_: int) -> str | None:
 def _read_rows(url: str, table: NDArray[Any], number: int) -> Rows:
     """The rows of a shard. Raises UserError where they are not those that the table says."""
     row = table[number]
-    samples, skipped, held, at, size = (int(row[name]) for name in ("samples", "skipped", "held", "at", "size"))
+    at, size = int(row["at"]), int(row["size"])
     try:
         with storage.open_range(url, at, at + size) as stream:
             data = stream.read()
     except FileNotFoundError:
         data = b""
+    return _parsed(url, row, data)
+
+
+def _read_all(url: str, table: NDArray[Any]) -> Iterator[Rows]:
+    """The rows of all shards, whose blocks follow one another. Raises UserError as `_read_rows` does."""
+    if not len(table):
+        return
+    at, end = int(table[0]["at"]), int(table[-1]["at"]) + int(table[-1]["size"])
+    try:
+        stream = storage.open_range(url, at, end)
+    except FileNotFoundError:
+        _parsed(url, table[0], b"")
+        raise
+    with stream:
+        for row in table:
+            yield _parsed(url, row, stream.read(int(row["size"])))
+
+
+def _parsed(url: str, row: Any, data: bytes) -> Rows:
+    """The rows in a shard's block. Raises UserError where they are not those that the table says."""
+    samples, skipped, held, size = (int(row[name]) for name in ("samples", "skipped", "held", "size"))
     problem: str | None = "are not those that were written"
     if len(data) == size and hashlib.sha256(data).digest() == row["digest"].tobytes():
         values = np.frombuffer(data, "<u4").astype(np.int64)

@@ -96,8 +96,7 @@ def identity_of(
 
 def held_out(train: Shards) -> list[tuple[int, int]]:
     """The (shard, sample) numbers of train that are val, rising."""
-    rows = ((number, train.rows(number).held.tolist()) for number in np.flatnonzero(train.held).tolist())
-    return [(number, sample) for number, samples in rows for sample in samples]
+    return [(number, sample) for number, rows in enumerate(train.all_rows()) for sample in rows.held.tolist()]
 
 
 @dataclass(frozen=True)

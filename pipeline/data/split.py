@@ -20,7 +20,7 @@ from pipeline.base.errors import UserError
 from pipeline.base.seeding import uniform
 from pipeline.data import decoder, images, stream
 from pipeline.data.cache import Cache, Entry
-from pipeline.data.columns import Numbers, Shard
+from pipeline.data.columns import Numbers, Rows, Shard
 from pipeline.data.decoded import Decoded, DecodedCache
 from pipeline.data.decoder import Pixels
 from pipeline.data.manifest import Manifest
@@ -120,7 +120,7 @@ class Split:
     @functools.cached_property
     def labels(self) -> Numbers:
         """The label of each sample, (n,); reads the rows of all shards."""
-        return np.concatenate([self._kept(number).labels for number in np.flatnonzero(self.counts).tolist()])
+        return np.concatenate([self._kept_of(*each).labels for each in enumerate(self.shards.all_rows())])
 
     def labels_of(self, numbers: Numbers) -> Numbers:
         """The labels of some samples; reads the rows of their shards."""
@@ -139,7 +139,10 @@ class Split:
 
     def _read_kept(self, number: int) -> _Kept:
         """What the manifest says of the samples of a shard that belong to this split."""
-        rows, shard = self.shards.rows(number), self.shards[number]
+        return self._kept_of(number, self.shards.rows(number))
+
+    def _kept_of(self, number: int, rows: Rows) -> _Kept:
+        shard = self.shards[number]
         left_out = np.concatenate([rows.skipped, rows.held])
         place = rows.held if self._held_out else np.setdiff1d(np.arange(shard.samples), left_out)
         stop = np.append(rows.offsets[1:], shard.bytes)

@@ -58,6 +58,7 @@ def test_what_is_written_is_read(given: list[list[Described]]) -> None:
         for split, shards in zip(given, found, strict=True):
             assert [*shards] == [shard for shard, _ in split]
             assert all(same(shards.rows(number), rows) for number, (_, rows) in enumerate(split))
+            assert all(same(one, two) for one, (_, two) in zip(shards.all_rows(), split, strict=True))
             assert shards.used.tolist() == [shard.used for shard, _ in split]
             assert shards.held.tolist() == [shard.held for shard, _ in split]
 
@@ -100,7 +101,7 @@ def test_what_is_written_again_leaves_the_columns_before_to_runs_that_read_them(
     [before] = tmp_path.glob("*.columns")
     for number in (3, 2, 1):
         test = [(Shard(f"test-{number}.tar", 1, 2048, HASH), Rows(*few()))]
-        few_samples.rewrite(tmp_path, saved, splits={"test": test})
+        few_samples.rewrite(tmp_path, load_manifest(str(tmp_path)), splits={"test": test})
         assert len([*tmp_path.glob("*.columns")]) == 2
     assert not before.exists()
     assert load_manifest(str(tmp_path)).splits["test"][0].name == "test-1.tar"
