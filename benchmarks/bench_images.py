@@ -38,7 +38,7 @@ from pipeline.settings.data import Data
 
 SIZE, TURNS = 224, 7
 COPIES = 16  # of each image in the shards, so that a loader runs for seconds
-BATCH = 50
+BATCH = 48
 CONFIG = Data(channels=3, size=SIZE, augment=("resized-crop", "flip"))
 
 
@@ -149,7 +149,7 @@ def write(files: list[bytes], root: str) -> None:
 def epoch(root: str, manifest: shards.Manifest, threads: int) -> int:
     data = {"source": "shards", "root": root, "channels": 3, "size": SIZE, "augment": ["resized-crop", "flip"]}
     config = parse_config(
-        {"name": "b", "data": {**data, "cache_bytes": 0, "lanes": 10, "decode_threads": threads}}
+        {"name": "b", "data": {**data, "cache_bytes": 0, "lanes": 8, "decode_threads": threads}}
     ).data
     split = open_split(config, root, manifest, "train")
     loader = TrainLoader(split, config, batch_size=BATCH, seed=0, rank=0, world=1)
