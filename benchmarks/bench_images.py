@@ -148,9 +148,7 @@ def write(files: list[bytes], root: str) -> None:
 
 def epoch(root: str, manifest: shards.Manifest, threads: int) -> int:
     data = {"source": "shards", "root": root, "channels": 3, "size": SIZE, "augment": ["resized-crop", "flip"]}
-    config = parse_config(
-        {"name": "b", "data": {**data, "cache_bytes": 0, "lanes": 8, "decode_threads": threads}}
-    ).data
+    config = parse_config({"name": "b", "data": {**data, "cache_bytes": 0, "lanes": 8, "decode_threads": threads}}).data
     split = open_split(config, root, manifest, "train")
     loader = TrainLoader(split, config, batch_size=BATCH, seed=0, rank=0, world=1)
     return sum(len(batch.labels) for batch in loader.epoch(0))

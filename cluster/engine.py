@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -58,7 +58,7 @@ class RayEngine:
                 return self._spread_in_a_sentence
         return processes(config.data.build_workers)
 
-    def _spread_in_a_sentence(self, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
+    def _spread_in_a_sentence(self, function: Callable[[T], R], items: Iterable[T], count: int) -> Generator[R]:
         with self._in_a_sentence("shards"):
             yield from tasks.on_cluster(self.ray)(function, items, count)
 

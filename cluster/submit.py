@@ -18,7 +18,8 @@ from pipeline import storage
 from pipeline.base.errors import Away, UserError
 from pipeline.cli import commands
 from pipeline.cli.messages import INTERRUPTED, Told
-from pipeline.rounds import branch, preflight
+from pipeline.rounds import preflight
+from pipeline.run import state
 from pipeline.run.state import run_root
 from pipeline.settings.config import Config
 
@@ -102,7 +103,7 @@ def check(config: Config) -> None:
     code = config.model.factory.replace(":", ".").partition(".")[0]
     if code != config.model.factory and importlib.util.find_spec(code) is None:
         missing.append(f"model.factory={config.model.factory}")
-    source = None if config.start.source is None else branch.source_root(config.start, config.runs_dir)
+    source = None if config.start.source is None else state.source_root(config.start, config.runs_dir)
     if source is not None and not storage.exists(storage.join(source, "run.json")):
         missing.append(f"start.from={config.start.source}")
     if missing:

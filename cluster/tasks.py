@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ def on_cluster(ray: Any) -> Spread:
     """
     cores = int(sum(node.get("CPU", 0.0) for node in connect.nodes(ray)))
 
-    def spread(function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
+    def spread(function: Callable[[T], R], items: Iterable[T], count: int) -> Generator[R]:
         task, source, waiting = ray.remote(num_cpus=1)(caught), iter(items), deque[Any]()
         try:
             while True:

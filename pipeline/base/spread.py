@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -25,8 +25,11 @@ WORTH_IT_S = 10.0  # seconds of work that is left; starting processes takes some
 class Spread(Protocol):
     """Applies a function to items and gives the results in their order, computed wherever it likes."""
 
-    def __call__(self, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
-        """`function` is one of a module, and items and results can be pickled; there are `count` items."""
+    def __call__(self, function: Callable[[T], R], items: Iterable[T], count: int) -> Generator[R]:
+        """`function` is one of a module, and items and results can be pickled; there are `count` items.
+
+        Whoever does not take all of the results closes the generator, which ends what is under way.
+        """
 
 
 class Refused(NamedTuple):
@@ -56,9 +59,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def here(function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
+def here(function: Callable[[T], R], items: Iterable[T], count: int) -> Generator[R]:
     """In this process, one after the other."""
-    return map(function, items)
+    yield from map(function, items)
 
 
 def processes(workers: int | None, worth_it_s: float = WORTH_IT_S) -> Spread:
@@ -68,7 +71,7 @@ def processes(workers: int | None, worth_it_s: float = WORTH_IT_S) -> Spread:
     """
     number = workers or cores()
 
-    def spread(function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
+    def spread(function: Callable[[T], R], items: Iterable[T], count: int) -> Generator[R]:
         source = iter(items)
         for done in itertools.count():
             began = time.monotonic()

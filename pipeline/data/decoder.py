@@ -42,7 +42,8 @@ def decode(
 
     Transparency is dropped, CMYK and palettes become colours, 16-bit greyscale its upper 8 bits. With
     `resize` the short side becomes so many pixels (bilinear, antialiased). An image that is to be `cropped` and resized
-    afterwards comes with a short side of at least so many from `turbo`, and is resized only then. Raises BadImage.
+    afterwards is not resized yet by `turbo`, which only takes care to keep a short side of so many pixels where it has
+    them. Raises BadImage.
     """
     if decoder == "turbo":
         found = _turbo(data, channels, resize, cropped)

@@ -182,10 +182,15 @@ def save(
     before = _columns_of(root)
     fields = dataclasses.asdict(head)
     storage.write_json(storage.join(root, NAME), {**fields, "digest": _digest(fields)})
-    for file in storage.list_files(root):
-        if _COLUMNS.fullmatch(file) and file not in (place.file, before):  # a run may still read the one before
-            storage.remove(storage.join(root, file))
+    _remove_older(root, place.file, before)
     return load_manifest(root)
+
+
+def _remove_older(root: str, *keep: object) -> None:
+    """Remove files of columns, but for those of a manifest and of the one before it, which a run may still read."""
+    for file in storage.list_files(root):
+        if _COLUMNS.fullmatch(file) and file not in keep:
+            storage.remove(storage.join(root, file))
 
 
 def _columns_of(root: str) -> object:
@@ -198,11 +203,11 @@ def _columns_of(root: str) -> object:
 
 def copy(source: str, target: str) -> None:
     """Copy a manifest, manifest.json last."""
-    value = storage.read_json(storage.join(source, NAME))
-    if value["version"] == VERSION:
-        file = value["columns"]["file"]
+    file, before = _columns_of(source), _columns_of(target)
+    if isinstance(file, str):
         storage.copy(storage.join(source, file), storage.join(target, file))
     storage.copy(storage.join(source, NAME), storage.join(target, NAME))
+    _remove_older(target, file, before)
 
 
 def load_manifest(root: str) -> Manifest:

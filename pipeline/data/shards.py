@@ -61,16 +61,17 @@ def build(config: Data, seed: int, root: str, progress: Progress | None = None, 
     partial, saved = {"made_from": made_from, "shards": done}, time.monotonic()
     splits: dict[str, list[Described]] = {split: [] for split in dict.fromkeys(plan.split for plan in planned)}
     try:
-        made = spread(writer.made, (plan.with_items(done.get(plan.name)) for plan in planned), len(planned))
-        for written, (plan, described) in enumerate(zip(planned, made, strict=True), 1):
-            splits[plan.split].append(described)
-            if done.get(plan.name) != described[0].sha256:
-                done[plan.name] = described[0].sha256
-                if time.monotonic() - saved > _SAVE_S:
-                    storage.write_json(storage.join(root, _PARTIAL), partial)
-                    saved = time.monotonic()
-            if progress:
-                progress(f"shard {plan.name}", written, len(planned))
+        orders = (plan.with_items(done.get(plan.name)) for plan in planned)
+        with contextlib.closing(spread(writer.made, orders, len(planned))) as made:
+            for written, (plan, described) in enumerate(zip(planned, made, strict=True), 1):
+                splits[plan.split].append(described)
+                if done.get(plan.name) != described[0].sha256:
+                    done[plan.name] = described[0].sha256
+                    if time.monotonic() - saved > _SAVE_S:
+                        storage.write_json(storage.join(root, _PARTIAL), partial)
+                        saved = time.monotonic()
+                if progress:
+                    progress(f"shard {plan.name}", written, len(planned))
     except BaseException:
         with contextlib.suppress(Exception):  # the error that ends the build is the one to be told
             storage.write_json(storage.join(root, _PARTIAL), partial)
@@ -205,11 +206,12 @@ def index(
     splits: dict[str, list[Described]] = {split: [] for split in SPLITS if found[split]}
     bad: list[Bad] = []
     of_split = {name: split for split in SPLITS for name in found[split]}
-    for done, (name, (described, left_out)) in enumerate(zip(names, spread(scan, names, len(names)), strict=True), 1):
-        splits[of_split[name]].append(described)
-        bad += left_out
-        if progress:
-            progress(f"shard {name}", done, len(names))
+    with contextlib.closing(spread(scan, names, len(names))) as scanned:
+        for done, (name, (described, left_out)) in enumerate(zip(names, scanned, strict=True), 1):
+            splits[of_split[name]].append(described)
+            bad += left_out
+            if progress:
+                progress(f"shard {name}", done, len(names))
     for split, each in splits.items():
         if not any(shard.used for shard, _ in each):
             raise UserError(f"'{root}': none of the samples of {split} can be used; the first: {bad[0].what}")
@@ -262,10 +264,11 @@ def verify(root: str, progress: Progress | None = None, spread: Spread = here) -
     described = (each for split in splits for each in split.described())
     names, problems = [shard.name for shard in manifest.shards], list[str]()
     check = functools.partial(_verify_shard, root, manifest.label, manifest.num_classes)
-    for done, (name, found) in enumerate(zip(names, spread(check, described, len(names)), strict=True), 1):
-        problems += found
-        if progress:
-            progress(f"shard {name}", done, len(names))
+    with contextlib.closing(spread(check, described, len(names))) as checked:
+        for done, (name, found) in enumerate(zip(names, checked, strict=True), 1):
+            problems += found
+            if progress:
+                progress(f"shard {name}", done, len(names))
     return problems
 
 

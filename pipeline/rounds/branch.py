@@ -26,7 +26,6 @@ from pipeline.run.result import Result
 from pipeline.run.state import Run
 from pipeline.scan import known
 from pipeline.settings.config import Config, differences, load_begun
-from pipeline.settings.pruning import Start
 from pipeline.settings.training import Retrain
 from pipeline.train import checkpoint, session
 
@@ -58,11 +57,6 @@ class Source:
         return Origin(self.facts.kept, self.facts.weights, self.facts.generation)
 
 
-def source_root(start: Start, runs_dir: str) -> str:
-    """The folder of the run that `start.from` names: a name under runs_dir, a path or a URL."""
-    return start.run if "/" in start.run else storage.join(runs_dir, start.run)
-
-
 def find(config: Config, prunable: Sequence[Prunable]) -> Source:
     """The run and round of `start.from`.
 
@@ -70,7 +64,7 @@ def find(config: Config, prunable: Sequence[Prunable]) -> Source:
     source do not fit.
     """
     given = f"start.from={config.start.source}"
-    root = source_root(config.start, config.runs_dir)
+    root = state.source_root(config.start, config.runs_dir)
     run, number = Run(root, 0), config.start.round
     if root == state.run_root(config):
         raise UserError(f"{given} is this run itself: give the branch another name=...")

@@ -103,7 +103,7 @@ ROWS = (
 
 
 def idle(config: Config) -> Iterator[str]:
-    """A sentence for each setting that is not at its default and does nothing in this run.
+    """A sentence for each setting that was given, is not at its default and does nothing in this run.
 
     The names of criterion, allocation, schedule and source must exist.
     """
@@ -112,7 +112,7 @@ def idle(config: Config) -> Iterator[str]:
         section: Any = config
         for parent in parents:
             section = getattr(section, parent)
-        if not is_default(section, leaf) and not row.counts(config):
+        if leaf in section.model_fields_set and not is_default(section, leaf) and not row.counts(config):
             value = getattr(section, leaf)
             given = short([*value] if isinstance(value, tuple) else value, 60)
             yield f"{row.setting}={given} is ignored: it needs {row.needs}"

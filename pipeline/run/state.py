@@ -19,6 +19,7 @@ from pipeline.base.record import Record, plain
 from pipeline.run import lease
 from pipeline.run.records import RunFacts, StageMarker
 from pipeline.settings.config import UNHASHED, Config, differences, dump_config, load_begun
+from pipeline.settings.pruning import Start
 
 # Settings that change how a run is carried out, but not its results. They may differ when it resumes.
 OPERATIONAL = (
@@ -133,13 +134,25 @@ def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Ite
         yield run
 
 
+def source_root(start: Start, runs_dir: str) -> str:
+    """The folder of the run that `start.from` names: a name under runs_dir, a path or a URL."""
+    return start.run if "/" in start.run else storage.join(runs_dir, start.run)
+
+
 def as_begun(config: Config) -> Config:
-    """The config with what its run began with, where it was not given anew: how images become pixels."""
-    file = storage.join(run_root(config), "config.yaml")
-    if "decoder" in config.data.model_fields_set or not storage.exists(file):
+    """The config with what its run began with, where it was not given anew: how images become pixels.
+
+    A run that is still to begin takes it from the run that `start.from` names.
+    """
+    if "decoder" in config.data.model_fields_set:
         return config
-    data = config.data.model_copy(update={"decoder": load_begun(file).data.decoder})
-    return config.model_copy(update={"data": data})
+    roots = [run_root(config), *([source_root(config.start, config.runs_dir)] if config.start.source else [])]
+    for file in (storage.join(root, "config.yaml") for root in roots):
+        if storage.exists(file):
+            data = config.data.model_copy(update={"decoder": load_begun(file).data.decoder})
+            data.model_fields_set.discard("decoder")  # nobody gave it
+            return config.model_copy(update={"data": data})
+    return config
 
 
 def _make_folder(root: str, runs_dir: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
 import signal
 import subprocess
@@ -36,6 +37,18 @@ def die(number: int) -> int:
     return number
 
 
+def wait_or_tell(folder: Path) -> int:
+    """How many came before; the third and later wait for ever."""
+    with (folder / "pids").open("a") as stream:
+        stream.write(f"{os.getpid()}\n" if mp.parent_process() else "")
+    with (folder / "came").open("ab") as stream:
+        stream.write(b".")
+        number = stream.tell() - 1
+    if number > 1:
+        time.sleep(600)
+    return number
+
+
 def wait(path: str) -> None:
     """Note who waits, and wait for ever, but for the first."""
     if path:
@@ -64,6 +77,14 @@ def test_a_mistake_is_raised_as_it_was() -> None:
 def test_a_process_that_is_lost_is_one_message() -> None:
     with pytest.raises(Lost, match=r"a process of this machine's was lost.*the same command goes on"):
         [*processes(2, NOW)(die, range(10), 10)]
+
+
+def test_closing_it_ends_what_is_under_way(tmp_path: Path) -> None:
+    results = processes(2, NOW)(wait_or_tell, [tmp_path] * 6, 6)
+    assert next(results) == 0
+    assert next(results) == 1
+    results.close()
+    assert not [pid for pid in map(int, (tmp_path / "pids").read_text().split()) if Path("/proc", str(pid)).exists()]
 
 
 def test_when_the_program_is_killed_its_processes_end(tmp_path: Path) -> None:

@@ -176,6 +176,10 @@ def test_push_sends_what_is_missing_and_nothing_else(pushed: str, tmp_path: Path
     storage.write_bytes(f"{pushed}/{names[3]}", b"another")
     storage.remove(f"{pushed}/manifest.json")
     assert push.push(source, pushed) == (2, 6)
+    for number in range(3):
+        storage.write_bytes(f"{pushed}/manifest-{number:016d}.columns", b"older")
+    push.push(source, pushed)
+    assert len([name for name in storage.list_files(pushed) if name.endswith(".columns")]) == 1
     other = str(tmp_path / "other")
     shards.build(tiny().data, 1, other)
     with pytest.raises(UserError, match="belongs to other shards"):

@@ -16,7 +16,7 @@ from pipeline.base.errors import UserError
 from pipeline.network.survey import Prunable, survey
 from pipeline.rounds import branch
 from pipeline.rounds.campaign import Origin
-from pipeline.run import journal
+from pipeline.run import journal, state
 from pipeline.run.records import Ancestor, Figures, Finding, LayerCount, StartFacts
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
@@ -70,7 +70,7 @@ def facts(**values: Any) -> StartFacts:
 def test_a_source_lies_under_runs_dir_or_where_its_path_says(tmp_path: Path) -> None:
     def root(start: str) -> str:
         config = config_of(tmp_path, "branch", **{"start.from": start})
-        return branch.source_root(config.start, config.runs_dir)
+        return state.source_root(config.start, config.runs_dir)
 
     assert root("source:2") == f"{tmp_path}/runs/source"
     assert root("/elsewhere/source:2") == "/elsewhere/source"

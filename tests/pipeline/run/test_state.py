@@ -16,6 +16,7 @@ import pytest
 from few_samples import run_in
 
 from pipeline.base.errors import RunStopped, UserError
+from pipeline.rounds.idle import idle
 from pipeline.run.state import as_begun, config_of, fingerprint, open_run, run_root
 from pipeline.settings.config import Config
 
@@ -147,6 +148,9 @@ def test_a_run_keeps_the_decoder_that_it_began_with(tiny: Callable[..., Config])
     given = tiny(**{"data.decoder": "turbo"})
     with pytest.raises(UserError, match=r"data\.decoder: 'pillow' -> 'turbo'"), open_run(as_begun(given)):
         pass
+    assert not [text for text in idle(as_begun(config)) if "decoder" in text]
+    branch = tiny(name="branch", **{"start.from": f"{config.name}:0"})
+    assert as_begun(branch).data.decoder == "pillow"
 
 
 def test_a_stage_counts_as_finished_only_for_what_it_was_made_from(tmp_path: Path) -> None:
