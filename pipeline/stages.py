@@ -108,7 +108,10 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
 # Settings of data that change how it is read, but not what is read.
 HOW_READ = {"cache_bytes", "cache_dir", "cache_disk_bytes", "decode_threads"}
 # The groups of settings that decide what the dense network becomes.
-DENSE_SETTINGS = ("seed", "threads", "device", "reproducible", "eval_precision", "task", "model", "data", "dense")
+DENSE_SETTINGS = (
+    "seed", "threads", "device", "reproducible", "compile", "eval_precision", "exchange_precision", "task", "model",
+    "data", "dense",
+)  # fmt: skip
 # Settings of prune that decide what a scan measures.
 SCAN_SETTINGS = {"criterion", "statistics_samples", "include", "exclude", "pattern"}
 # The settings that decide which bytes `shards build` writes.

@@ -34,11 +34,18 @@ from pipeline.run.events import (
     Warned,
     WorkersBegun,
 )
-from pipeline.run.records import Scan
+from pipeline.run.records import Epoch, Scan
 from pipeline.run.result import Result
 
 LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
 STEPS_EVERY_S = 30.0  # and one of a training's steps, between the lines of its epochs
+
+
+def pace(epoch: Epoch) -> str:
+    """How fast an epoch went, and which part of its time its steps waited for data."""
+    if epoch.images_per_s is None or epoch.waiting is None:
+        return ""
+    return f", {epoch.images_per_s:,.0f} images/s, {epoch.waiting:.0%} of it waiting for data"
 
 
 class Display:
@@ -94,7 +101,7 @@ class Display:
                     self.count(phase, epoch.step, steps)
                 self.line(
                     f"{phase}: epoch {epoch.epoch}/{epochs}, loss {epoch.loss:.4f}, val {epoch.val_top1:.2%}, "
-                    f"{epoch.seconds:.1f} s"
+                    f"{epoch.seconds:.1f} s{pace(epoch)}"
                 )
             case Paced() | Saved() | WorkersBegun() | Mirrored():
                 pass  # for the log and for gauges

@@ -89,11 +89,13 @@ def resized(canvas: Pixels, height: int, width: int, decoder: Decoder) -> Pixels
     """A canvas brought to (height, width, channels), bilinear, antialiased: by torch or, for `pillow`, by Pillow."""
     if canvas.shape[:2] == (height, width):
         return canvas
-    canvas = np.require(canvas, requirements=["C", "W"])
     if decoder == "pillow":
+        canvas = np.ascontiguousarray(canvas)
         image = Image.fromarray(canvas[:, :, 0] if canvas.shape[2] == 1 else canvas)
         return _to_array(image.resize((width, height), Image.Resampling.BILINEAR))
-    planes = torch.from_numpy(canvas).permute(2, 0, 1)[None]  # as torch wants it; the bytes stay where they are
+    writable = np.require(canvas, requirements="W")  # or torch warns
+    # A batch of one before it is permuted: so torch sees that channels come last, and its result has them last too.
+    planes = torch.from_numpy(writable)[None].permute(0, 3, 1, 2)
     made = interpolate(planes, (height, width), mode="bilinear", antialias=True)
     out: Pixels = made[0].permute(1, 2, 0).numpy()
     return out

@@ -62,7 +62,11 @@ class Evaluation(Record):
 
 @dataclass(frozen=True)
 class Epoch(Record):
-    """One epoch of a training. `order` is a digest of which samples were seen at which step."""
+    """One epoch of a training. `order` is a digest of which samples were seen at which step.
+
+    `images_per_s` are those of all ranks, without evaluation; `waiting` is the share (0 to 1) of rank 0's time in which
+    it waited for data. Both are of the epoch's last process, and older epochs lack them.
+    """
 
     epoch: int
     step: int
@@ -71,6 +75,8 @@ class Epoch(Record):
     val_top1: float
     order: str
     seconds: float
+    images_per_s: float | None = optional()
+    waiting: float | None = optional()
 
 
 @dataclass(frozen=True)

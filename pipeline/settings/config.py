@@ -31,7 +31,7 @@ _INSTEAD = (
 ADDED = (
     "prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links", "cluster.hang_seconds",
     "data.decoder", "reproducible", "dense.accumulate", "retrain.accumulate",
-    "eval_precision",
+    "eval_precision", "exchange_precision", "compile",
 )  # fmt: skip
 # What such a setting stands at in a run that is older than it, where that is not its default.
 EARLIER = {"data.decoder": "pillow"}
@@ -61,8 +61,18 @@ class Config(Section):
         description="The same bits each time on one kind of machine. false: on a GPU also algorithms that add in any "
         "order, cuDNN's choice by trial, and TF32, which are faster.",
     )
+    compile: bool = Field(
+        False,
+        description="Trainings run through torch.compile, which takes a minute or so at first and is faster on a GPU. "
+        "It needs a C++ compiler on the workers. Masks stay outside, so all rounds use one compiled network.",
+    )
     eval_precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of forward passes in evaluation and scan; bf16 is faster on a GPU."
+    )
+    exchange_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Precision in which several workers exchange gradients; bf16 halves the bytes and rounds each "
+        "gradient to 8 bits of mantissa.",
     )
     data: Data = Field(default_factory=lambda: Data.model_validate({}))
     model: Model = Field(default_factory=lambda: Model.model_validate({}))

@@ -167,6 +167,8 @@ def _history(prefix: str, part: DenseMetrics | RoundMetrics) -> Iterator[Point]:
     for epoch in reversed(part.history):
         when = part.finished_ms - round(1000 * left)
         curves = {f"{prefix}.loss": epoch.loss, f"{prefix}.val_top1": epoch.val_top1, f"{prefix}.lr": epoch.lr}
+        pace = {f"{prefix}.images_per_s": epoch.images_per_s, f"{prefix}.waiting": epoch.waiting}
+        curves |= {name: value for name, value in pace.items() if value is not None}
         yield from _numbers(curves, epoch.epoch, when)
         left += epoch.seconds
 

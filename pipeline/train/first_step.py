@@ -26,6 +26,7 @@ from pipeline.settings.model import Model
 from pipeline.settings.training import Retrain, Train
 from pipeline.task.feed import Feed
 from pipeline.train import checkpoint, memory, recipe
+from pipeline.train.gradients import computed
 from pipeline.train.session import Session
 
 SAMPLES = 2  # in a step without data: batch norm needs more than one
@@ -88,8 +89,7 @@ def require(config: Config, classes: int, batch: Batch, device: torch.device) ->
     for name, settings in trainings(config.dense, config.retrain).items():
         network = new(config.model)
         try:
-            with memory.remedied(f"the first step of {name}", f"lower {name}.batch_size={settings.batch_size}"):
-                _step(network, factory, feed, settings, batch)
+            _step(name, network, computed(network, config.compile), factory, feed, settings, batch)
         except FOREIGN as error:
             reason = (" ".join(str(error).split())[:300] or type(error).__name__) + blame.place(error)
             raise UserError(f"{factory} cannot be trained: the first step of {name} fails: {reason}") from error
@@ -103,14 +103,22 @@ def require(config: Config, classes: int, batch: Batch, device: torch.device) ->
     _save_and_load(new(config.model.model_copy(update={"checkpoint": None})), factory)
 
 
-def _step(model: nn.Module, factory: str, feed: Feed, settings: Train, batch: Batch) -> None:
+def _step(
+    name: str, model: nn.Module, computes: nn.Module, factory: str, feed: Feed, settings: Train, batch: Batch
+) -> None:
+    """One step of the training of this name; `computes` has the parameters of the model."""
+    with memory.remedied(lambda: f"the first step of {name}", f"lower {name}.batch_size={settings.batch_size}"):
+        _update(model, computes, factory, feed, settings, batch)
+
+
+def _update(model: nn.Module, computes: nn.Module, factory: str, feed: Feed, settings: Train, batch: Batch) -> None:
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     _require_trainable(factory, parameters)
     optimizer = recipe.make_optimizer(settings, list(model.parameters()))
     device = next(iter(parameters.values())).device
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        output = feed.forward(model, batch.images.to(device), settings.precision)
+        output = feed.forward(computes, batch.images.to(device), settings.precision)
         loss = feed.task.losses(settings, output, batch.labels.to(device), None).mean()
     if not loss.requires_grad:
         raise UserError(f"{factory}: no gradient reaches its parameters: they must take part in its output")

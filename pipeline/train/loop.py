@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
-import math
 import time
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.base import seeding
 from pipeline.base.errors import Agreed, Leaving
@@ -25,6 +22,7 @@ from pipeline.train import allreduce, checkpoint, memory, phases, recipe
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.feeder import on_device
 from pipeline.train.finite import Finite
+from pipeline.train.gradients import Gradients, computed
 from pipeline.train.looks import Looks
 from pipeline.train.pace import Pace
 from pipeline.train.session import Session, require_same_data
@@ -76,9 +74,11 @@ class Training:
             rank=session.world.rank,
             world=session.world.size,
         )
+        self.computed = computed(model, session.config.compile)
         self.parameters = dict(model.named_parameters())
         self.weights = [self.parameters[name] for name in prunable]
-        self.gradual, self.teacher = gradual, teacher
+        self.gradual = gradual
+        self.gradients = Gradients(self.feed, self.world, self.settings, teacher)
         self._use(masks or {})
         self.trainable = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.optimizer = recipe.make_optimizer(self.settings, list(self.parameters.values()))
@@ -101,12 +101,20 @@ class Training:
         Raises Leaving on every rank, after a step checkpoint is saved, when `session.leaving()` is true.
         """
         self._resume()
+        place = f"on rank {self.world.rank}"
+        with memory.remedied(lambda: f"{self.phase}: step {self.position.step} {place}", self.remedy):
+            self._steps()
+        phases.hold(self.model, "all", self.trainable)
+        return self.position
+
+    def _steps(self) -> None:
+        """Make the steps that are left, and end each epoch."""
         looks = Looks(self.world, self.settings.checkpoint_minutes, self.position.step)
         wrapped: nn.Module | None = None
         entered: int | None = None
         self.model.train()
         self.applier.apply()
-        self.pace.restart()
+        self.pace = Pace()
         clock = time.monotonic()
         while self.position.step < self.total:
             epoch, first = divmod(self.position.step, self.loader.steps_per_epoch)
@@ -118,9 +126,8 @@ class Training:
                 if wrapped is None or phase != entered:
                     wrapped = None  # frees the DDP of the previous phase first
                     wrapped, entered = self._enter(phase), phase
-                with memory.remedied(f"{self.phase}: step {self.position.step} on rank {self.world.rank}", self.remedy):
-                    self._update(wrapped, batch)
-                self.pace.steps += 1
+                self._update(wrapped, batch)
+                self.pace.stepped()
                 self.position.step += 1
                 last = self.position.step in (self.total, (epoch + 1) * self.loader.steps_per_epoch)
                 due = self.position.step % self.settings.checkpoint_steps == 0
@@ -144,8 +151,6 @@ class Training:
                 if self.position.step == self.total:
                     break
         self.position.seconds += time.monotonic() - clock
-        phases.hold(self.model, "all", self.trainable)
-        return self.position
 
     def _use(self, masks: dict[str, Tensor]) -> None:
         """Hold these masks from now on."""
@@ -167,13 +172,14 @@ class Training:
             self.optimizer.state.clear()  # momentum from before the layers were held is out of date
         phases.hold(self.model, self.phases[phase], self.trainable)
         if self.world.size == 1:
-            return self.model
+            return self.computed
         gc.collect()  # a DDP is in a reference cycle, and its buckets are as large as the gradients
         with self.world.waiting(f"the exchange of weights before step {self.position.step} of {self.phase}"):
-            wrapped = DistributedDataParallel(self.model)
-        updated = {name: mask for name, mask in self.masks.items() if self.parameters[name].requires_grad}
-        allreduce.use_masks(wrapped, {self.parameters[name]: mask for name, mask in updated.items()})
-        return wrapped
+            updated = {name: mask for name, mask in self.masks.items() if self.parameters[name].requires_grad}
+            return allreduce.wrapped(
+                self.computed, {self.parameters[name]: mask for name, mask in updated.items()},
+                self.config.exchange_precision,
+            )  # fmt: skip
 
     def _update(self, wrapped: nn.Module, batch: Batch) -> None:
         """One optimizer update of a batch on this rank's device; none where the gradient is not finite.
@@ -184,11 +190,11 @@ class Training:
         self.world.at(f"step {step} of {self.phase}")
         # Dropout draws from the step alone, so a resumed training draws what the undisturbed one drew.
         torch.manual_seed(seeding.derive(self.config.seed, "dropout", self.order, step, self.world.rank))
-        rate = self._rate()
+        rate = recipe.finite_rate(self.settings, step, self.loader.steps_per_epoch, self.phase)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        total = self._gradients(wrapped, batch, f"the exchange of gradients in step {step} of {self.phase}")
+        total = self.gradients.of(wrapped, batch, f"the exchange of gradients in step {step} of {self.phase}")
         if self.settings.l1:
             recipe.add_l1(self.weights, self.settings.l1)
         if self.settings.clip_norm is not None:  # else pruned weights would count, unless the hook zeroed them
@@ -203,26 +209,6 @@ class Training:
         self.applier.apply()
         self.tally.add(step, batch.indices.numpy(), total, batch.weights)
 
-    def _gradients(self, wrapped: nn.Module, batch: Batch, exchange: str) -> Tensor:
-        """Compute the gradients of a batch, part by part, over all ranks. Returns the sum of this rank's losses."""
-        given = (batch.images, batch.labels, batch.weights)
-        parts = [*zip(*(each.chunk(self.settings.accumulate) for each in given), strict=True)]
-        sums = []
-        for number, (images, labels, weights) in enumerate(parts, 1):
-            last = number == len(parts)
-            alone = isinstance(wrapped, DistributedDataParallel) and not last
-            with wrapped.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
-                output = self.feed.forward(wrapped, images, self.settings.precision)
-                taught = self._taught(images)
-                total = (self.feed.task.losses(self.settings, output, labels, taught) * weights).sum()
-                if last:
-                    self.world.at(exchange, waits=True)
-                # DDP averages gradients over ranks, which may hold unequal shares of the batch; a bad image counts as a
-                # sample with loss 0, so the divisor is the same on every rank without another all-reduce.
-                (total * (self.world.size / self.settings.batch_size)).backward()
-            sums.append(total.detach())
-        return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-
     def _require_finite(self, lag: int = 0) -> None:
         """Raise Agreed where a gradient was not finite, but for the last `lag` steps; so nothing of it is saved."""
         bad = self.finite.first_bad(lag)
@@ -231,26 +217,6 @@ class Training:
                 f"{self.phase}: the gradient of step {bad.step} is not finite (lr {bad.rate:.3g}); no update was made. "
                 "Lower the learning rate, or look for bad inputs"
             )
-
-    @torch.no_grad()
-    def _taught(self, images: Tensor) -> Tensor | None:
-        """The teacher's output for images (uint8) on this rank's device."""
-        if self.teacher is None:
-            return None
-        return self.feed.forward(self.teacher, images, self.settings.precision)
-
-    def _rate(self) -> float:
-        """The learning rate of this step. Raises Agreed if it is too large for floating point."""
-        try:
-            rate = recipe.learning_rate(self.settings, self.position.step, self.loader.steps_per_epoch)
-        except OverflowError:
-            rate = math.inf
-        if not math.isfinite(rate):
-            raise Agreed(
-                f"{self.phase}: the learning rate of step {self.position.step} is not finite: lower gamma or power "
-                f"(schedule={self.settings.schedule})"
-            )
-        return rate
 
     def _leaving(self) -> bool:
         with self.world.waiting("the question whether to leave"):
@@ -261,12 +227,13 @@ class Training:
         if time.monotonic() - self.told >= TELL_EVERY_S:
             self.told = time.monotonic()
             self.session.progress(Stepped(self.phase, self.position.step, self.total))
-        if time.monotonic() - self.pace.since >= TELL_EVERY_S:
+        if time.monotonic() - self.pace.recent.since >= TELL_EVERY_S:
             speed, waiting = self.pace.taken()
             self.session.paced(self.phase, self.position.step, speed * self.settings.batch_size, waiting)
 
     def _end_epoch(self, epoch: int) -> None:
         began = time.monotonic()
+        speed, waiting = self.pace.epoch_ended()
         loss, samples, bad = self.tally.totals
         self.world.agree(self.session.too_many_bad("train", int(bad), int(samples + bad)))
         val = self.session.evaluate(self.model, "val").metrics()
@@ -278,6 +245,8 @@ class Training:
             val_top1=val.top1,
             order=self.tally.order_text,
             seconds=round(self.position.seconds - sum(before.seconds for before in self.position.history), 3),
+            images_per_s=round(speed * self.settings.batch_size, 3),
+            waiting=round(waiting, 4),
         )
         self.position.history.append(entry)
         self.tally = Tally(self.world)

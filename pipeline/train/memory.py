@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,11 +24,11 @@ def said(error: BaseException, remedy: str = "") -> str:
 
 
 @contextmanager
-def remedied(where: str, remedy: str) -> Iterator[None]:
-    """Turn a lack of memory in the block into a UserError that names the place and what to lower."""
+def remedied(where: Callable[[], str], remedy: str) -> Iterator[None]:
+    """Turn a lack of memory in the block into a UserError that names the place, asked for then, and what to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not lacks(error):
             raise
-        raise UserError(f"{where}: {said(error, remedy)}") from error
+        raise UserError(f"{where()}: {said(error, remedy)}") from error

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeline.base.errors import Agreed
 from pipeline.settings.training import Retrain, Train
 
 DEFAULT_RETRAIN_LR = 0.01
@@ -43,6 +44,20 @@ def learning_rate(recipe: Train, step: int, steps_per_epoch: int) -> float:
             return recipe.lr * recipe.gamma ** sum(share >= milestone for milestone in recipe.milestones)
         case "inv":
             return recipe.lr * (1.0 + recipe.gamma * step) ** -recipe.power
+
+
+def finite_rate(recipe: Train, step: int, steps_per_epoch: int, phase: str) -> float:
+    """The same. Raises Agreed if it is too large for floating point."""
+    try:
+        rate = learning_rate(recipe, step, steps_per_epoch)
+    except OverflowError:
+        rate = math.inf
+    if not math.isfinite(rate):
+        raise Agreed(
+            f"{phase}: the learning rate of step {step} is not finite: lower gamma or power "
+            f"(schedule={recipe.schedule})"
+        )
+    return rate
 
 
 def make_optimizer(recipe: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

@@ -70,7 +70,7 @@ class Session:
         """
         data = EvalLoader(self.split(split), self.config.data)
         eval_batch = f"data.eval_batch={self.config.data.eval_batch}"
-        with memory.remedied(f"evaluation on rank {self.world.rank}", f"lower {eval_batch}"):
+        with memory.remedied(lambda: f"evaluation on rank {self.world.rank}", f"lower {eval_batch}"):
             answers = evaluate.evaluate(model, data, self.feed, self.world, self.manifest.num_classes)
         bad = int((~answers.valid).sum())
         problem = self.too_many_bad(split, bad, len(answers.valid))

@@ -130,3 +130,10 @@ def test_decompression_bombs_are_bad_images():
     thin = encoded(Image.new("L", (1, 300_000)), "PNG")  # small, but resizing its short side would not be
     with pytest.raises(decoder.BadImage, match=r"short side"):
         decoder.decode(thin, 1, 64)
+
+
+def test_a_resized_image_lies_in_memory_as_it_is_read() -> None:
+    canvas = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    for part in (canvas, canvas[10:50, 5:70]):
+        made = decoder.resized(part, 32, 32, "turbo")
+        assert made.flags.c_contiguous  # else each copy of it would be a transposition, which takes as long as decoding

@@ -10,7 +10,7 @@ import torch
 
 from pipeline import stages
 from pipeline.local import LocalEngine
-from pipeline.run.events import Event, Paced, Saved
+from pipeline.run.events import EpochEnded, Event, Paced, Saved
 from pipeline.settings.config import Config
 from pipeline.train import loop, pace
 from pipeline.train.pace import Pace
@@ -43,12 +43,15 @@ def test_time_is_divided_into_waiting_and_steps(clock: Clock) -> None:
     counted = Pace()
     for _ in counted.timed(slow()):
         clock.now += 1  # to train on it
-        counted.steps += 1
+        counted.stepped()
     clock.now += 100
     counted.without(100)
     assert counted.taken() == (4 / 16, 12 / 16)
     clock.now += 10
     assert counted.taken() == (0.0, 0.0)
+    assert counted.epoch_ended() == (4 / 26, 12 / 26)
+    clock.now += 10
+    assert counted.epoch_ended() == (0.0, 0.0)
 
 
 def test_what_it_times_is_closed_with_it(clock: Clock) -> None:
@@ -78,6 +81,9 @@ def test_a_training_tells_its_pace_and_its_checkpoints(
     assert told
     assert all(each.rank == 0 and each.images_per_s > 0 and 0 <= each.waiting <= 1 for each in told)
     assert (told[-1].bad, told[0].step) == (0, 1)
+    epochs = [event.epoch for event in events if isinstance(event, EpochEnded) and event.phase == "dense"]
+    assert epochs
+    assert all((each.images_per_s or 0) > 0 and 0 <= (each.waiting or 0) <= 1 for each in epochs)
     saved = [event for event in events if isinstance(event, Saved) and event.phase == "dense"]
     assert [each.step % 5 for each in saved] == [0] * len(saved)
     assert 0 < sum(each.seconds for each in saved) < took

@@ -34,7 +34,7 @@ class Watched(Training):
 
     def fit(self) -> Any:
         self.seen = [self._now()]
-        self.gradients: list[dict[str, Tensor]] = []
+        self.came: list[dict[str, Tensor]] = []
         return super().fit()
 
     def _update(self, wrapped: nn.Module, batch: Any) -> None:
@@ -43,7 +43,7 @@ class Watched(Training):
         super()._update(wrapped, batch)
         self.seen.append(self._now())
         given = {name: parameter.grad for name, parameter in self.parameters.items()}
-        self.gradients.append({name: grad.clone() for name, grad in given.items() if grad is not None})
+        self.came.append({name: grad.clone() for name, grad in given.items() if grad is not None})
 
     def _now(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -109,7 +109,7 @@ def test_momentum_starts_anew_in_each_phase(small_session: Session) -> None:
     """The first update of a phase is that of a fresh start, -lr * (gradient + decay), also where momentum was."""
     done = training(small_session, "momentum", phases=("fc", "all"), steps=4, schedule="constant", lr=0.5)
     done.fit()
-    before, after, gradients = done.seen[2], done.seen[3], done.gradients[2]
+    before, after, gradients = done.seen[2], done.seen[3], done.came[2]
     for name, start in before.items():
         torch.testing.assert_close(after[name], start - 0.5 * (gradients[name] + 0.01 * start), rtol=1e-5, atol=1e-7)
 
@@ -137,7 +137,7 @@ def test_a_stop_in_any_phase_changes_no_bit(small_session: Session, optimizer: s
             stopped.fit()
         resumed = training(small_session, f"{optimizer}-{stop}", optimizer=optimizer)
         resumed.fit()
-        assert len(resumed.gradients) == 10 - 2 * (stop // 2)  # a checkpoint every 2 updates
+        assert len(resumed.came) == 10 - 2 * (stop // 2)  # a checkpoint every 2 updates
         state = resumed.model.state_dict()
         assert all(torch.equal(state[name], expected[name]) for name in expected)
 
