@@ -15,6 +15,9 @@ Budgets = Annotated[
     str | None, typer.Option(metavar="2,4,8", help="Show what several compressions would keep, solved from the scan.")
 ]
 FigureFile = Annotated[str | None, typer.Option(metavar="FILE", help="Draw their curve, as .svg or .png.")]
+OnDevice = Annotated[
+    bool, typer.Option("--device", help="Also try out the largest batch that this machine's GPU has memory for.")
+]
 TrustCode = Annotated[
     bool,
     typer.Option("--trust-code", help="Run the code of a network that a URL's or a run's config names by import path."),
@@ -31,9 +34,10 @@ def plan(
     overrides: Overrides = None,
     budgets: Budgets = None,
     figure: FigureFile = None,
+    device: OnDevice = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
     from pipeline.cli import commands
 
-    commands.plan(config, overrides or [], budgets, figure, trust_code)
+    commands.plan(config, overrides or [], budgets, figure, device, trust_code)

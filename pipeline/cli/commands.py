@@ -9,9 +9,10 @@ from pathlib import Path
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
 from pipeline.cli.console import Display, show_plan, show_result, show_tables
+from pipeline.cli.messages import make_console
 from pipeline.engine import Engine
 from pipeline.results import budgets, figures, final, plots
-from pipeline.rounds import idle, outlook, preflight
+from pipeline.rounds import capacity, idle, outlook, preflight
 from pipeline.run import lease
 from pipeline.run.result import Result
 from pipeline.run.state import Run, as_begun, config_of, run_root
@@ -76,10 +77,19 @@ def run(config: Config, engine: Engine) -> Result:
 
 
 def plan(
-    path: str, overrides: list[str], compressions: str | None, figure: str | None, trust_code: bool = False
+    path: str,
+    overrides: list[str],
+    compressions: str | None,
+    figure: str | None,
+    device: bool = False,
+    trust_code: bool = False,
 ) -> None:
-    """Print what a run of a config would do."""
-    show(load(path, overrides, needs_data=False, trust_code=trust_code), compressions, figure)
+    """Print what a run of a config would do; with `device` also the largest batch that fits into this GPU."""
+    config = load(path, overrides, needs_data=False, trust_code=trust_code)
+    show(config, compressions, figure)
+    if device:
+        for fit in capacity.find(config, preflight.count_samples(config.data, config.seed).classes):
+            make_console().print(fit.sentence, markup=False)
 
 
 def show(config: Config, compressions: str | None = None, figure: str | None = None) -> None:

@@ -22,7 +22,6 @@ from pipeline.network.weights import load_weights
 from pipeline.prune import masks as masking
 from pipeline.settings.config import Config
 from pipeline.settings.data import Data
-from pipeline.settings.model import Model
 from pipeline.settings.training import Retrain, Train
 from pipeline.task.feed import Feed
 from pipeline.train import checkpoint, memory, recipe
@@ -38,11 +37,11 @@ def trainings(dense: Train, retrain: Retrain) -> dict[str, Train]:
     return {name: settings for name, settings in found.items() if settings.epochs}
 
 
-def zeros(data: Data) -> Batch:
+def zeros(data: Data, samples: int = SAMPLES) -> Batch:
     """A batch of black images of class 0, for a step before there are shards."""
-    numbers = torch.arange(SAMPLES)
-    images = torch.zeros(SAMPLES, data.channels, data.size, data.size, dtype=torch.uint8)
-    return Batch(images, torch.zeros_like(numbers), torch.ones(SAMPLES), numbers)
+    numbers = torch.arange(samples)
+    images = torch.zeros(samples, data.channels, data.size, data.size, dtype=torch.uint8)
+    return Batch(images, torch.zeros_like(numbers), torch.ones(samples), numbers)
 
 
 def real(session: Session, samples: int) -> Batch:
@@ -81,37 +80,34 @@ def require(config: Config, classes: int, batch: Batch, device: torch.device) ->
     Raises UserError if a step fails, if no parameter gets a gradient (with several workers: if any gets none), or if
     the saved network cannot be loaded.
     """
-    feed, factory = Feed.of(config), f"model.factory={config.model.factory}"
-
-    def new(model: Model) -> nn.Module:
-        return feed.place(build_network(model, classes, config.seed), device)
-
     for name, settings in trainings(config.dense, config.retrain).items():
-        network = new(config.model)
-        try:
-            _step(name, network, computed(network, config.compile), factory, feed, settings, batch)
-        except FOREIGN as error:
-            reason = (" ".join(str(error).split())[:300] or type(error).__name__) + blame.place(error)
-            raise UserError(f"{factory} cannot be trained: the first step of {name} fails: {reason}") from error
+        network = attempt(config, name, settings, classes, batch, device)
         without = [key for key, value in network.named_parameters() if value.requires_grad and value.grad is None]
         if without and config.cluster.max_workers > 1:
             raise UserError(
-                f"{factory}: {few(without)} gets no gradient, and the workers of "
+                f"model.factory={config.model.factory}: {few(without)} gets no gradient, and the workers of "
                 f"cluster.workers={config.cluster.workers} wait for one from each parameter: set requires_grad=False "
                 "there, take it out of the network, or set cluster.workers=1"
             )
-    _save_and_load(new(config.model.model_copy(update={"checkpoint": None})), factory)
+    untouched = build_network(config.model.model_copy(update={"checkpoint": None}), classes, config.seed)
+    _save_and_load(Feed.of(config).place(untouched, device), f"model.factory={config.model.factory}")
 
 
-def _step(
-    name: str, model: nn.Module, computes: nn.Module, factory: str, feed: Feed, settings: Train, batch: Batch
-) -> None:
-    """One step of the training of this name; `computes` has the parameters of the model."""
-    with memory.remedied(lambda: f"the first step of {name}", f"lower {name}.batch_size={settings.batch_size}"):
-        _update(model, computes, factory, feed, settings, batch)
+def attempt(config: Config, name: str, settings: Train, classes: int, batch: Batch, device: torch.device) -> nn.Module:
+    """A new network after one step of the training of this name. Raises UserError where the step fails."""
+    feed, factory = Feed.of(config), f"model.factory={config.model.factory}"
+    network = feed.place(build_network(config.model, classes, config.seed), device)
+    try:
+        with memory.remedied(lambda: f"the first step of {name}", f"lower {name}.batch_size={settings.batch_size}"):
+            _step(network, computed(network, config.compile), factory, feed, settings, batch)
+    except FOREIGN as error:
+        reason = (" ".join(str(error).split())[:300] or type(error).__name__) + blame.place(error)
+        raise UserError(f"{factory} cannot be trained: the first step of {name} fails: {reason}") from error
+    return network
 
 
-def _update(model: nn.Module, computes: nn.Module, factory: str, feed: Feed, settings: Train, batch: Batch) -> None:
+def _step(model: nn.Module, computes: nn.Module, factory: str, feed: Feed, settings: Train, batch: Batch) -> None:
+    """One step; `computes` has the parameters of the model."""
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     _require_trainable(factory, parameters)
     optimizer = recipe.make_optimizer(settings, list(model.parameters()))

@@ -10,6 +10,10 @@ import torch
 from pipeline.base.errors import UserError
 
 
+class OutOfMemory(UserError):
+    """A step, or an evaluation, that does not fit into the memory of its device."""
+
+
 def lacks(error: BaseException) -> bool:
     """Whether an error is a lack of memory: Python's, NumPy's, or torch's on a GPU or a CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
@@ -25,10 +29,10 @@ def said(error: BaseException, remedy: str = "") -> str:
 
 @contextmanager
 def remedied(where: Callable[[], str], remedy: str) -> Iterator[None]:
-    """Turn a lack of memory in the block into a UserError that names the place, asked for then, and what to lower."""
+    """Turn a lack of memory in the block into OutOfMemory, which names the place, asked for then, and what to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not lacks(error):
             raise
-        raise UserError(f"{where()}: {said(error, remedy)}") from error
+        raise OutOfMemory(f"{where()}: {said(error, remedy)}") from error
