@@ -15,7 +15,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make faults  every fault that a run should survive, made; ends with a table (two hours on 2 cores)"
 	@echo "make lint    ruff, the layers of imports, mypy"
-	@echo "make bench   benchmarks, each prints a table"
+	@echo "make bench   benchmarks, each prints a table (half an hour on 2 cores); ONLY=images,gpu takes those named"
 	@echo "make install only the environment in $(VENV)"
 	@echo "make lock    the locks again, as pyproject.toml wants; UPGRADE=--upgrade takes newer versions"
 	@echo "make sbom    build/sbom.json: what is installed in $(VENV), in CycloneDX's form"
@@ -48,8 +48,12 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Those that are done in half an hour together, and need neither a GPU nor root nor more packages.
+BENCHES := images manifest checkpoint packed compact imagenet
+comma := ,
 bench: install
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for name in $(if $(ONLY),$(subst $(comma), ,$(ONLY)),$(BENCHES)); do \
+		echo "== benchmarks/bench_$$name.py"; $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
 
 schema: install
 	$(BIN)/python -c 'import json; from pipeline.settings.config import Config; print(json.dumps(Config.model_json_schema(), indent=1))' > configs/schema.json

@@ -5,6 +5,8 @@
 Needs root, `ip` and `tc` (Linux). For each network and density: the seconds of a step with plain DDP and with masks,
 what the link carried, and two limits: bytes at density times dense, and the speed-up (c + D) / (c + density * D) that
 is left when a step computes for c seconds and exchanges for D. The gradients of both ways are compared to the bit.
+Last, masks with exchange_precision=bf16: seconds, bytes, and the largest error of a gradient, as a share of the largest
+gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,13 +47,13 @@ def main() -> None:
     speeds = [float(word) for word in sys.argv[1:]] or [1.0, 10.0]
     table = Table(
         "network", "Gbit/s", "step, plain s", "step, masked s", "speed-up", "of its limit", "MB, plain", "MB, masked",
-        "bytes / (density x dense)",
+        "bytes / (density x dense)", "step, bf16 s", "MB, bf16", "error, bf16",
     )  # fmt: skip
     for speed in speeds:
         for case in range(len(CASES)):
             with tempfile.TemporaryDirectory() as folder, link(speed) as spaces:
                 table.add_row(*row(measured(spaces, case, folder), case, speed))
-    Console(width=150).print(table)
+    Console(width=180).print(table)
 
 
 @contextmanager
@@ -107,6 +109,9 @@ def row(found: list[dict[str, float]], case: int, speed: float) -> list[str]:
         f"{plain / masked / limit:.2f}",
         *(f"{each:.1f}" for each in sent),
         f"{sent[1] / (found[0]['density'] * sent[0]):.3f}",
+        f"{max(each['bf16'] for each in found):.2f}",
+        f"{found[0]['bf16 bytes'] / 1e6:.1f}",
+        f"{found[0]['bf16 error']:.4f}",
     ]
 
 
@@ -127,17 +132,24 @@ def rank_main(rank: int, case: int, folder: str) -> None:
     images = torch.randn(BATCH, 3, side, side, generator=torch.Generator().manual_seed(rank))
     found: dict[str, float] = {"alone": timed(model, model, images)[0]}
     gradients = {}
-    for way in ("plain", "masked"):
-        wrapped = DistributedDataParallel(model)
-        state = allreduce.use_masks(wrapped, masks) if way == "masked" else None
-        found[way], found[f"{way} bytes"] = timed(wrapped, model, images)
+    ways: dict[str, Callable[[], DistributedDataParallel]] = {
+        "plain": lambda: DistributedDataParallel(model),
+        "masked": lambda: allreduce.wrapped(model, masks),
+        "bf16": lambda: allreduce.wrapped(model, masks, "bf16"),
+    }
+    for way, wrap in ways.items():
+        found[way], found[f"{way} bytes"] = timed(wrap(), model, images)
         gradients[way] = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-        if state is not None:
-            found["density"] = state.sent / state.dense
-        del wrapped
-    for (name, parameter), plain, masked in zip(model.named_parameters(), *gradients.values(), strict=True):
+        model.zero_grad(set_to_none=True)  # else the next DDP would find them in the buckets of this one
+    travels = sum(int(masks[each].sum()) if each in masks else each.numel() for each in model.parameters())
+    found["density"] = travels / sum(each.numel() for each in model.parameters())
+    error = largest = 0.0
+    for (name, parameter), plain, masked, rounded in zip(model.named_parameters(), *gradients.values(), strict=True):
         wanted = plain * masks[parameter] if parameter in masks else plain
         assert torch.equal(wanted, masked), name
+        error = max(error, float((rounded - wanted).abs().max()))
+        largest = max(largest, float(wanted.abs().max()))
+    found["bf16 error"] = error / largest
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from cluster import connect, losses, sweep, tasks
 from cluster import train as training
 from cluster.metrics import Gauges
-from pipeline import storage
 from pipeline.base.errors import Lost, RunStopped
+from pipeline.base.hiding import hide
 from pipeline.base.spread import Spread, processes
 from pipeline.engine import Levels, OnLevel, Together, Work
 from pipeline.run.events import Event, Progress
@@ -64,10 +64,10 @@ class RayEngine:
 
     def _connect(self, config: Config, run: Run) -> None:
         self.ray = connect.connect(config)
-        if self.gauges is None or self.gauges.run != storage.hide(run.root):
+        if self.gauges is None or self.gauges.run != hide(run.root):
             from ray.util.metrics import Gauge
 
-            self.gauges = Gauges(storage.hide(run.root), Gauge)
+            self.gauges = Gauges(hide(run.root), Gauge)
         with self._in_a_sentence("joining Ray"):
             connect.check_shared(self.ray, run.root)
 

@@ -16,6 +16,7 @@ from cluster import job_env
 from cluster.connect import TOKEN, require_shared_paths
 from pipeline import storage
 from pipeline.base.errors import Away, UserError
+from pipeline.base.hiding import hide
 from pipeline.cli import commands
 from pipeline.cli.messages import INTERRUPTED, Told
 from pipeline.rounds import preflight
@@ -51,7 +52,7 @@ def submit(
     path = Path(config)
     if storage.is_local(config) and (path.is_absolute() or ".." in path.parts):
         raise UserError(f"config '{config}' must lie below the current folder, which is sent as the job's working_dir")
-    if storage.hide(config) != config:
+    if hide(config) != config:
         raise UserError(
             f"config '{config}' holds a password or signature, which a job's command would show: copy it here"
         )

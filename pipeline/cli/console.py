@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline import storage
+from pipeline.base.hiding import hide
 from pipeline.cli.messages import make_console
 from pipeline.export.bench import Bench
 from pipeline.results import report
@@ -131,7 +131,7 @@ class Display:
     def line(self, text: str) -> None:
         """One line, with the seconds since the start."""
         self.last_line = time.monotonic()
-        self.console.print(f"[{self.last_line - self.started:7.1f} s] {storage.hide(text)}", markup=False)
+        self.console.print(f"[{self.last_line - self.started:7.1f} s] {hide(text)}", markup=False)
 
 
 def show_plan(plan: RunPlan, resolved: str, console: Console | None = None) -> None:

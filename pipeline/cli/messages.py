@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from pipeline import storage
 from pipeline.base.errors import Away, Lost, RunStopped, UserError
+from pipeline.base.hiding import hide
 from pipeline.base.process import MIRROR_THREAD
 from pipeline.cli import sigterm
 
@@ -43,7 +43,7 @@ def one_message(resume: str | None = None) -> Iterator[None]:
     err = make_console(stderr=True)
 
     def say(text: str) -> None:
-        err.print(storage.hide(text), markup=False)
+        err.print(hide(text), markup=False)
 
     with sigterm.as_ctrl_c():
         try:

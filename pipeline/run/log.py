@@ -24,6 +24,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.base.environment import number
 from pipeline.base.errors import Leaving, UserError
+from pipeline.base.hiding import hide
 from pipeline.run.events import Event, Noted, Progress, Warned
 from pipeline.run.records import RunFacts
 from pipeline.run.state import Run
@@ -69,12 +70,12 @@ def _clean(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_clean(inner) for inner in value]
     if isinstance(value, str):
-        return storage.hide(value)
+        return hide(value)
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    return storage.hide(str(value))
+    return hide(str(value))
 
 
 class _Kept(logging.Handler):

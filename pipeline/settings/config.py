@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.base.hiding import hide
 from pipeline.settings.base import Section, Text, is_default, short
 from pipeline.settings.cluster import Cluster, Tracking, asked
 from pipeline.settings.data import Data
@@ -93,7 +94,7 @@ class Config(Section):
     def _without_secrets(cls, values: Any) -> Any:
         """Settings are kept in config.yaml, the report and MLflow, so none may hold a secret."""
         for name, value in leaves(values).items():
-            if storage.hide(str(value)) != str(value):
+            if hide(str(value)) != str(value):
                 raise ValueError(f"{name} is a URL with a password or a signature in it: {_INSTEAD}")
         return values
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.base.hiding import hide
 from pipeline.settings.cluster import Tracking
 from pipeline.settings.model import Model
 
@@ -87,4 +88,4 @@ def _is_remote(uri: str) -> bool:
 
 
 def _same(uri: str, named: str) -> bool:
-    return storage.hide(uri).rstrip("/") == storage.hide(named).rstrip("/")
+    return hide(uri).rstrip("/") == hide(named).rstrip("/")

@@ -20,14 +20,13 @@ from typing import Any, BinaryIO, Protocol
 
 from pipeline.base.errors import UserError
 from pipeline.storage import local, retry
-from pipeline.storage.hiding import hide
 from pipeline.storage.local import Appending, DiskFull, local_path, room
 from pipeline.storage.locks import LockedByAnother, locked
 from pipeline.storage.retry import Check
 from pipeline.storage.stat import Stat, Versioned
 
 __all__ = [
-    "Appending", "Check", "DiskFull", "LockedByAnother", "Stat", "Versioned", "hide", "local_path", "locked", "room",
+    "Appending", "Check", "DiskFull", "LockedByAnother", "Stat", "Versioned", "local_path", "locked", "room",
 ]  # fmt: skip
 
 _PIECE = 2**22  # bytes hashed or copied at a time

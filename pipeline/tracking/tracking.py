@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.base.errors import Away, UserError
+from pipeline.base.hiding import hide
 from pipeline.run.contents import read
 from pipeline.run.records import StartFacts
 from pipeline.run.result import MlflowPlace
@@ -145,12 +146,12 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
         # Last: a parent that says FINISHED has all its rounds.
         _set_status(client, client.get_run(run_id), whole)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = " ".join(storage.hide(str(error)).split())[:300]
+        reason = " ".join(hide(str(error)).split())[:300]
         status = error.get_http_status_code() if isinstance(error, MlflowException) else 503
         remedy = f" ({_REFUSED})" if status in (401, 403) else ""
         kind = Away if status >= 500 else UserError
-        raise kind(f"tracking.uri='{storage.hide(uri)}' did not take the run: {reason}{remedy}") from error
-    return Synced(storage.hide(uri), run_id, experiment)
+        raise kind(f"tracking.uri='{hide(uri)}' did not take the run: {reason}{remedy}") from error
+    return Synced(hide(uri), run_id, experiment)
 
 
 def _known(client: Any, experiment: str, uid: str) -> list[Any]:

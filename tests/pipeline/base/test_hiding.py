@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.storage import hide
+from pipeline.base.hiding import hide
 
 
 @pytest.mark.parametrize(
