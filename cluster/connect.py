@@ -201,7 +201,7 @@ def _unheard(*_: object, **__: object) -> None:
 
 
 def start(ray: Any, options: dict[str, Any]) -> None:
-    """ray.init, tried again where Ray's processes take too long to come up. Raises UserError where they never do."""
+    """ray.init, tried again where Ray's processes take too long to come up. Raises Away where they never do."""
     for number in range(1, START_TRIES + 1):
         try:
             with sigterm_later():
@@ -212,7 +212,7 @@ def start(ray: Any, options: dict[str, Any]) -> None:
                 raise
             ray.shutdown()
             if number == START_TRIES:
-                raise UserError(
+                raise Away(
                     f"Ray did not come up on this machine in {START_TRIES} tries: it is too busy, or has too little "
                     "memory or shared memory; free some of it, or join a cluster with cluster.address"
                 ) from error

@@ -15,7 +15,7 @@ from cluster.losses import Tries, Written
 from cluster.submit import require_own_names
 from cluster.sweep import require_loss
 from cluster.train import may_pass, would_repeat
-from pipeline.base.errors import RunStopped, UserError
+from pipeline.base.errors import Away, RunStopped, UserError
 from pipeline.run.state import Run
 
 DIED = (
@@ -135,7 +135,7 @@ def test_a_slow_start_of_ray_is_tried_again_and_the_message_says_how_often() -> 
     assert twice.tries == 3
     with (
         pytest.warns(UserWarning, match="try"),
-        pytest.raises(UserError, match="Ray did not come up on this machine in 3 tries"),
+        pytest.raises(Away, match="Ray did not come up on this machine in 3 tries"),
     ):
         connect.start(Slow(3), {"address": "local"})
 
