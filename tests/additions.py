@@ -59,7 +59,7 @@ def front_nested(scores: Tensor, alive: Tensor, keeps: Sequence[int]) -> Tensor:
     return torch.stack([front_mask(scores, alive, keep) for keep in keeps]).sum(0).to(torch.uint8)
 
 
-PATTERN = Pattern(front_mask, front_nested, lambda shape: 1)
+PATTERN = Pattern(front_mask, front_nested, lambda shape: 1, lambda alive: int(alive.sum()))
 
 
 def require_two(output: object, factory: str, classes: int) -> None:

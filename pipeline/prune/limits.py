@@ -82,6 +82,6 @@ def require_possible(
     if budget > cap:
         raise UserError(
             f"the budget of {budget:,} {unit} (target.compression or prune.list) is above the {cap:,} that are not "
-            "pruned yet and within prune.ceilings, and a round brings none back; raise target.compression or "
-            "prune.ceilings, or start from an earlier round"
+            "pruned yet and within prune.ceilings and prune.pattern, and a round brings none back; raise "
+            "target.compression or prune.ceilings, or start from an earlier round"
         )

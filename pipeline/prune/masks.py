@@ -50,7 +50,8 @@ def nested(scores: Tensor, alive: Tensor, keeps: Sequence[int]) -> Tensor:
     order = values[living]
     assert all(1 <= keep <= order.size for keep in keeps), f"keeps={keeps} of {order.size} alive"
     places = [order.size - keep for keep in keeps]
-    order.partition(sorted(set(places)))
+    if places:
+        order.partition(sorted(set(places)))
     counts = np.zeros(values.size, np.uint8)
     for place, keep in zip(places, keeps, strict=True):
         mask = (values > order[place]) & living

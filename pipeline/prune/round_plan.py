@@ -100,12 +100,17 @@ def costs(unit: cost.Quantity, weights: Mapping[str, int], flops: Mapping[str, i
     return {name: cost.price(unit, count, flops[name]) for name, count in weights.items()}
 
 
-def require_possible(prune: Prune, target: Target, weights: Mapping[str, int], flops: Mapping[str, int]) -> None:
-    """Raise UserError, before any training, if a round would keep no weight, or limits rule out the last budget."""
+def require_possible(
+    prune: Prune, target: Target, weights: Mapping[str, int], living: Mapping[str, int], flops: Mapping[str, int]
+) -> None:
+    """Raise UserError, before any training, if a round would keep no weight, or limits rule out the last budget.
+
+    `living` are the most weights of each tensor that the pattern allows.
+    """
     if target.no_loss:  # it stops where no more can go
         return
     prices = costs(target.budget, weights, flops)
-    least, most = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
+    least, most = limits.bounds(weights, living, prune.min_weights, prune.floors, prune.ceilings)
     total = limits.spent(weights, prices)
     last = [budget(prune, target, number, total) for number in range(1, len(densities(prune, target)) + 1)][-1]
     if target.to_size and not allocation.of(prune).fixes_densities:
@@ -200,7 +205,7 @@ def spendable(basis: Basis, goal: Goal, alive: Mapping[str, Tensor], caps: Mappi
     prune, target, scan = basis.prune, basis.target, basis.scan
     prices = scan.prices if scan and allocation.of(prune).spends_costs else {}
     last = target.to_size and goal.density == densities(prune, target)[-1]
-    few = limits.spent({name: int(mask.sum()) for name, mask in alive.items()}, prices) < goal.budget
+    few = limits.spent(living(prune, alive), prices) < goal.budget
     if prune.dead_neurons or not last or few:
         return min(goal.budget, limits.spent(caps, prices))
     return goal.budget
@@ -209,8 +214,13 @@ def spendable(basis: Basis, goal: Goal, alive: Mapping[str, Tensor], caps: Mappi
 def bounds(prune: Prune, alive: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
     """The fewest and the most weights of each tensor, as the settings have them."""
     sizes = {name: mask.numel() for name, mask in alive.items()}
-    living = {name: int(mask.sum()) for name, mask in alive.items()}
-    return limits.bounds(sizes, living, prune.min_weights, prune.floors, prune.ceilings)
+    return limits.bounds(sizes, living(prune, alive), prune.min_weights, prune.floors, prune.ceilings)
+
+
+def living(prune: Prune, alive: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many of the weights that are alive a round may keep of each tensor, for the pattern's sake."""
+    pattern = patterns.of(prune)
+    return {name: pattern.most(mask) for name, mask in alive.items()}
 
 
 def prediction(

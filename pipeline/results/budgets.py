@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.base.errors import UserError
 from pipeline.network import cost
 from pipeline.network.build import build_network
-from pipeline.prune import damage, limits, round_plan, schedules
+from pipeline.prune import damage, limits, patterns, round_plan, schedules
 from pipeline.prune.budget import Solution
 from pipeline.results.tables import TextTable, percent
 from pipeline.rounds import preflight
@@ -84,7 +84,8 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     preflight.require_counted(counted, weights, config.target.budget)
     prune, unit, started = config.prune, config.target.budget, time.perf_counter()
     scanned = round_plan.scanned(unit, scan, classes, flops)
-    floors, caps = limits.bounds(weights, weights, prune.min_weights, prune.floors, prune.ceilings)
+    living = patterns.most(prune, {name: model.get_parameter(name).shape for name in weights})
+    floors, caps = limits.bounds(weights, living, prune.min_weights, prune.floors, prune.ceilings)
     total, least, most = (limits.spent(counts, scanned.prices) for counts in (weights, floors, caps))
     spend = scanned.damages.within(floors, caps)
     spend(most)

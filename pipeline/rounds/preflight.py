@@ -15,7 +15,7 @@ from pipeline.data import placement, shards, sources
 from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.network.survey import LeftOut, Prunable, survey
-from pipeline.prune import axes, round_plan
+from pipeline.prune import axes, patterns, round_plan
 from pipeline.rounds import attempts, before_retraining, branch, campaign
 from pipeline.rounds.campaign import Origin
 from pipeline.run.records import DataFacts
@@ -109,7 +109,8 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     sizes, counted = {tensor.name: tensor.weights for tensor in prunable}, cost.count(model, feed.shape)
     flops = counted.by_tensor
     require_counted(counted, sizes, config.target.budget)
-    round_plan.require_possible(config.prune, config.target, sizes, flops)
+    living = patterns.most(config.prune, {tensor.name: tensor.shape for tensor in prunable})
+    round_plan.require_possible(config.prune, config.target, sizes, living, flops)
     begin = branch.origin(config, run, prunable)
     begin = attempts.priced(config.target.budget, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
     fewest = attempts.floor(config.prune.min_weights, prunable)

@@ -79,7 +79,10 @@ class Prune(Section):
         default_factory=dict, description="explicit: density for each tensor, by name or pattern (fc*.weight)."
     )
     pattern: Text = Field(
-        "weights", description="The pattern that pruned weights of a tensor form: weights (each is pruned on its own)."
+        "weights",
+        description="The pattern that pruned weights of a tensor form: weights (each is pruned on its own), or n:m as "
+        "in 2:4 (at most 2 of 4 inputs that follow one another are kept, from round 1 on), which a GPU of compute "
+        "capability 8 or more can make use of.",
     )
     schedule: Text = Field(
         "geometric",

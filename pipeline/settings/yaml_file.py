@@ -28,6 +28,7 @@ _MISTAKES = (
 )  # fmt: skip
 
 
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _MARKS = re.compile(r"(?P<escapes>\\*)(?P<open>\$\{)|[:}]")  # of an interpolation: ${, : and }
 
 
@@ -43,7 +44,7 @@ def read_tree(path: str | Path, overrides: list[str]) -> Any:
         document = yaml.compose(text, Loader=_LOADER)
         _require_small(document)
         _require_no_resolver(document, f"config '{path}'")
-        tree: Any = OmegaConf.create(text)
+        tree: Any = OmegaConf.create(_with_texts(text, document))
     except _MISTAKES as error:
         raise UserError(f"config '{path}' is not valid YAML: {_one_line(error)}") from error
     if not isinstance(tree, DictConfig):
@@ -68,7 +69,7 @@ def _merged(tree: DictConfig, override: str) -> Any:
         document = yaml.compose(value, Loader=_LOADER)
         _require_small(document)
         _require_no_resolver(document, f"override '{override[:200]}'")
-        return OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        return OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{key}={_with_texts(value, document)}"]))
     except _MISTAKES as error:
         raise UserError(f"override '{override[:200]}' cannot be read: {_one_line(error)}") from error
 
@@ -121,6 +122,26 @@ def _require_small(root: yaml.Node | None) -> None:
 
     if root is not None:
         size(root, 0)
+
+
+def _with_texts(text: str, root: yaml.Node | None) -> str:
+    """The text of a document, with numbers of base 60 in quotes: YAML 1.1 reads 2:4 as 124, and nobody means that."""
+    spans, ahead, seen = set[tuple[int, int]](), [root], set[int]()
+    while ahead:
+        node = ahead.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode) and not node.style and _BASE_60.fullmatch(node.value):
+            spans.add((node.start_mark.index, node.end_mark.index))
+        elif isinstance(node, yaml.SequenceNode):
+            ahead += node.value
+        elif isinstance(node, yaml.MappingNode):
+            ahead += [part for pair in node.value for part in pair]
+    for start, end in sorted(spans, reverse=True):
+        if _BASE_60.fullmatch(text[start:end]):  # as it is written; with a tag of its own it means that
+            text = f"{text[:start]}'{text[start:end]}'{text[end:]}"
+    return text
 
 
 def _require_no_resolver(root: yaml.Node | None, origin: str) -> None:

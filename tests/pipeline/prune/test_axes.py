@@ -57,7 +57,7 @@ CASES = [
         "prune.criterion='magnitud' is unknown; did you mean 'magnitude'? known: magnitude, taylor, obs, "
         "probabilistic, random",
     ),
-    (["prune.pattern=weight"], "prune.pattern='weight' is unknown; did you mean 'weights'? known: weights"),
+    (["prune.pattern=weight"], "prune.pattern='weight' is unknown; did you mean 'weights'? known: weights, 2:4"),
     (
         ["data.source=idx"],
         "data: source 'idx' reads from data.root, which is not set: add data.root=PATH",

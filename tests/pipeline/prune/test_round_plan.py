@@ -248,14 +248,14 @@ def test_a_last_round_that_cannot_be_is_refused_beforehand(
     prune: dict[str, Any], target: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        round_plan.require_possible(prune_of(**prune), target_of(**target), SIZES, SIZES)
+        round_plan.require_possible(prune_of(**prune), target_of(**target), SIZES, SIZES, SIZES)
 
 
 def test_a_campaign_and_densities_by_name_are_not_asked_beforehand() -> None:
     floors: dict[str, Any] = {"floors": {"a": 1.0}}
-    round_plan.require_possible(prune_of(**floors), target_of(mode="no-loss", compression=None), SIZES, SIZES)
+    round_plan.require_possible(prune_of(**floors), target_of(mode="no-loss", compression=None), SIZES, SIZES, SIZES)
     named = prune_of(allocation="explicit", densities={"a": 1.0}, **floors)
-    round_plan.require_possible(named, target_of(), SIZES, SIZES)
+    round_plan.require_possible(named, target_of(), SIZES, SIZES, SIZES)
 
 
 def test_equal_inputs_give_equal_plans() -> None:

@@ -152,3 +152,17 @@ def test_every_config_of_the_repo_loads(path: Path) -> None:
     text = yaml.safe_load(path.read_text())
     needs_root = text["data"]["source"] != "digits"
     assert load_config(path, ["data.root=/somewhere"] if needs_root else []).name
+
+
+def test_two_numbers_and_a_colon_are_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "# é: a comment before\nname: ü\nprune: {pattern: 2:4, list: [0.5]}\nmodel: {kwargs: {a: [1:30, 7]}}\n"
+    )
+    with pytest.raises(UserError, match="name"):  # the name is wrong on purpose: characters, not bytes, are counted
+        load_config(file, [])
+    found = load_config(file, ["name=a"])
+    assert found.prune.pattern == "2:4"
+    assert found.model.kwargs == {"a": ["1:30", 7]}
+    assert load_config(file, ["name=a", "prune.pattern=4:8"]).prune.pattern == "4:8"
+    assert load_config(file, ["name=a", "prune={pattern: 1:2}"]).prune.pattern == "1:2"
