@@ -33,9 +33,15 @@ class Gate:
 
     def close(self, mode: str, folder: Path, pattern: str) -> None:
         """Hold what comes once a file below `folder` matches."""
-        text = json.dumps({"mode": mode, "folder": str(folder), "pattern": pattern})
-        self.file.with_suffix(".new").write_text(text)
+        self._set({"mode": mode, "folder": str(folder), "pattern": pattern})
+
+    def _set(self, what: dict[str, Any]) -> None:
+        self.file.with_suffix(".new").write_text(json.dumps(what))
         self.file.with_suffix(".new").rename(self.file)
+
+    def slow(self, seconds: float) -> None:
+        """Let each forward of a training take so much longer, until the gate is opened."""
+        self._set({"slow": seconds})
 
     def held(self) -> set[int]:
         """The processes that stand at the gate."""
@@ -48,7 +54,13 @@ class Gate:
 
 def _hold(file: Path, module: nn.Module, _: Any) -> None:
     while file.exists():
-        gate = json.loads(file.read_text())
+        try:
+            gate = json.loads(file.read_text())
+        except FileNotFoundError:  # opened in between
+            return
+        if "slow" in gate:
+            time.sleep(gate["slow"] if module.training else 0.0)
+            return
         closed = module.training == (gate["mode"] == "train")
         if not closed or not any(Path(gate["folder"]).glob(gate["pattern"])):
             return

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from faults.gated import FACTORY, Gate
 from faults.ray_nodes import Nodes
 from faults.runs import RayRun, copy_before_rounds, newest_step, seconds_to_resume
-from tiny_run import TINY
+from tiny_run import TINY, merged
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 ROUND = "rounds/01"
@@ -38,7 +39,7 @@ class Undisturbed:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     root = tmp_path_factory.mktemp("undisturbed")
     config = root / "tiny.yaml"
-    config.write_text(yaml.safe_dump({**TINY, "runs_dir": str(root / "runs")}))
+    config.write_text(yaml.safe_dump(merged(TINY, {"runs_dir": str(root / "runs"), "model.factory": FACTORY})))
     nodes = Nodes(root)
     try:
         nodes.add()
@@ -49,6 +50,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     finally:
         nodes.close()
     return Undisturbed(config, run.folder, rounds_seconds(run))
+
+
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """A gate that the workers of nodes see which are made after it."""
+    made = Gate(tmp_path / "gate")
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    return made
 
 
 def rounds_seconds(run: RayRun) -> float:
@@ -114,7 +124,7 @@ def test_a_node_drained(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, 
     nodes.drain(second, 120)
     run.finish()
     [(resumed, workers)] = resumptions(run)
-    assert f"{ROUND}: step {resumed} of 900 is saved" in run.output
+    assert re.search(rf"{ROUND}: step {resumed} of \d+ is saved", run.output)
     assert "a node is about to be taken away" in run.output
     assert resumed >= reached
     assert workers == 2
@@ -122,11 +132,16 @@ def test_a_node_drained(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, 
     line("a node drained", "continues", 0, rounds_seconds(run) - undisturbed.seconds)
 
 
-def test_a_node_added(undisturbed: Undisturbed, nodes: Nodes, tmp_path: Path, line: Callable[..., None]) -> None:
+def test_a_node_added(
+    undisturbed: Undisturbed, gate: Gate, nodes: Nodes, tmp_path: Path, line: Callable[..., None]
+) -> None:
     nodes.add()
     run = nodes.run(undisturbed.config, copy_before_rounds(undisturbed.run, tmp_path), *SETTINGS)
     reached = started(run)
+    gate.slow(0.2)  # else the training may be over before Ray has seen the node
     nodes.add()
+    run.wait(lambda: resumptions(run))
+    gate.open()
     run.finish()
     [(resumed, workers)] = resumptions(run)
     assert resumed >= reached
