@@ -140,7 +140,7 @@ def test_a_node_added(
     reached = started(run)
     gate.slow(0.2)  # else the training may be over before Ray has seen the node
     nodes.add()
-    run.wait(lambda: resumptions(run))
+    run.wait(lambda: resumptions(run), poll=0.2)
     gate.open()
     run.finish()
     [(resumed, workers)] = resumptions(run)
