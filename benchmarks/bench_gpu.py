@@ -93,8 +93,8 @@ def make_shards(root: str, batch: int, steps: int) -> None:
         with ShardWriter(f"{root}/{split}-%05d.tar", maxcount=1000, verbose=0) as writer:
             for number in range(count):
                 data = files[number % len(files)]
-                writer.write({"__key__": f"{number:07d}", "jpg": data, "cls": number % 1000})
-    shards.index(root, val_fraction=0.001, num_classes=1000)
+                writer.write({"__key__": f"{number:07d}", "jpg": data, "cls": number % 10})
+    shards.index(root, val_fraction=0.005, num_classes=1000)
 
 
 def made_up(count: int) -> list[bytes]:

@@ -23,5 +23,5 @@ def test_a_change_names_the_tests_that_cover_it() -> None:
 
 def test_a_change_to_a_part_of_the_tests_names_those_that_use_it() -> None:
     assert affected(["tests/faults/gated.py"]) == [
-        f"tests/faults/test_{name}.py" for name in ("mlflow_away", "processes", "two_mounts")
+        f"tests/faults/test_{name}.py" for name in ("elastic", "mlflow_away", "processes", "two_mounts")
     ]

@@ -65,7 +65,7 @@ def bits(config: Config) -> dict[str, list[bytes]]:
     root = Path(run_root(config))
     found = [*root.rglob("weights.safetensors"), *root.rglob("masks.bin"), root / "final/test.json"]
     found += [*root.rglob("rounds/**/plan.json"), *root.rglob("rounds/**/metrics.json")]
-    times = (b'"seconds"', b'"finished_ms"')
+    times = (b'"seconds"', b'"finished_ms"', b'"images_per_s"', b'"waiting"')
     return {
         str(path.relative_to(root)): [
             line for line in path.read_bytes().splitlines() if not line.strip().startswith(times)
