@@ -48,8 +48,9 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Those that are done in half an hour together, and need neither a GPU nor root nor more packages.
-BENCHES := images manifest checkpoint packed compact imagenet
+# Those that are done in half an hour together, and need neither a GPU nor root nor more packages; the last two need
+# SECATEUR_DATA, the folder of real data.
+BENCHES := manifest checkpoint packed imagenet $(if $(SECATEUR_DATA),images compact)
 comma := ,
 bench: install
 	@for name in $(if $(ONLY),$(subst $(comma), ,$(ONLY)),$(BENCHES)); do \

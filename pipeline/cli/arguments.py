@@ -37,7 +37,7 @@ def plan(
     device: OnDevice = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Show the resolved config, every tensor, densities, sizes and steps; runs nothing."""
+    """Show the resolved config, every tensor, densities, sizes and steps; trains nothing."""
     from pipeline.cli import commands
 
     commands.plan(config, overrides or [], budgets, figure, device, trust_code)

@@ -30,6 +30,11 @@ def require_fitting(prune: Prune, target: Target) -> None:
             f"target.budget={target.budget} needs prune.allocation={able} and target.mode=compression: others count "
             "weights"
         )
+    if not patterns.of(prune).free and not target.to_size:
+        raise UserError(
+            f"target.mode={target.mode} finds the densities itself, and prune.pattern={prune.pattern} bounds them from "
+            "the first round on: use target.mode=compression"
+        )
     if target.no_loss:
         for setting, name, row in (
             ("schedule", prune.schedule, schedule),

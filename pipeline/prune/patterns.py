@@ -33,13 +33,15 @@ class Pattern:
     `nested(...) > i`.
     granularity(shape): the weights of a tensor of this shape that go together; every kept count is a multiple of it.
     most(alive): how many of the weights that are alive a round may keep, for the mask to have the pattern. A mask that
-    keeps more, as the scan tries them, comes as near to it as it can.
+    keeps more, as the scan and gradual pruning make them, comes as near to it as it can.
+    free: any number of weights may be kept, and those with the highest scores are. Else there is no one threshold.
     """
 
     mask: Callable[[Tensor, Tensor, int], Tensor]
     nested: Callable[[Tensor, Tensor, Sequence[int]], Tensor]
     granularity: Callable[[Sequence[int]], int]
     most: Callable[[Tensor], int]
+    free: bool = True
 
 
 def n_of_m(n: int, m: int) -> Pattern:
@@ -73,7 +75,7 @@ def n_of_m(n: int, m: int) -> Pattern:
     def most(alive: Tensor) -> int:
         return int(np.minimum(_grouped(masks.as_bool(alive).reshape(alive.shape), m, False).sum(-1), n).sum())
 
-    return Pattern(mask, nested, lambda shape: 1, most)
+    return Pattern(mask, nested, lambda shape: 1, most, free=False)
 
 
 def _grouped(values: NDArray[Any], m: int, filler: float) -> NDArray[Any]:

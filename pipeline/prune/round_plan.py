@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipeline.base.errors import UserError
 from pipeline.network import cost
 from pipeline.prune import allocation, criteria, damage, limits, patterns, schedules
 from pipeline.prune import budget as budgeting
@@ -30,12 +31,12 @@ class Goal:
     density: float
     budget: int
     generation: int
+    passing: bool = dataclasses.field(default=False, compare=False)
 
     def at(self, density: float) -> Goal:
-        """The goal of a prune on the way to this one, at a larger density."""
-        return dataclasses.replace(
-            self, density=density, budget=max(self.budget, int(self.budget / self.density * density))
-        )
+        """The goal of a prune on the way to this one, at a larger density, which need not have the pattern yet."""
+        budget = max(self.budget, int(self.budget / self.density * density))
+        return dataclasses.replace(self, density=density, budget=budget, passing=True)
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,51 @@ def require_possible(
     """
     if target.no_loss:  # it stops where no more can go
         return
+    require_within_pattern(prune, weights, living)
     prices = costs(target.budget, weights, flops)
     least, most = limits.bounds(weights, living, prune.min_weights, prune.floors, prune.ceilings)
     total = limits.spent(weights, prices)
-    last = [budget(prune, target, number, total) for number in range(1, len(densities(prune, target)) + 1)][-1]
+    last = _budgets(prune, target, total)[-1]
+    if not patterns.of(prune).free and not allocation.of(prune).fixes_densities:
+        _require_different(prune, target, total, limits.spent(living, prices))
     if target.to_size and not allocation.of(prune).fixes_densities:
         cheapest, dearest = limits.spent(least, prices), limits.spent(most, prices)
         limits.require_possible(last, cheapest, dearest, prune.min_weights, len(weights), target.budget)
+
+
+def _budgets(prune: Prune, target: Target, total: int) -> list[int]:
+    """The budget of each round."""
+    return [budget(prune, target, number, total) for number in range(1, len(densities(prune, target)) + 1)]
+
+
+def _require_different(prune: Prune, target: Target, total: int, most: int) -> None:
+    """Raise UserError where several rounds plan `most`, what the pattern allows, or more: they would be the same."""
+
+    def same(rounds: int) -> int:
+        planned = _budgets(prune.model_copy(update={"rounds": rounds}), target, total)
+        return sum(each >= most for each in planned)
+
+    if same(prune.rounds) > 1:
+        fewer = next((rounds for rounds in range(prune.rounds, 0, -1) if same(rounds) <= 1), None)
+        remedy = "give prune.list only one such density" if fewer is None else f"set prune.rounds={fewer}"
+        raise UserError(
+            f"prune.pattern={prune.pattern} allows no more than {most:,} {target.budget} from the first round on, and "
+            f"{same(prune.rounds)} rounds plan as many or more, so they would be the same: {remedy}"
+        )
+
+
+def require_within_pattern(prune: Prune, weights: Mapping[str, int], living: Mapping[str, int]) -> None:
+    """Raise UserError for a floor, or a density of `explicit`, above what the pattern allows a tensor."""
+    wanted = {"prune.floors": prune.floors}
+    if allocation.of(prune).fixes_densities:
+        wanted["prune.densities"] = prune.densities
+    for setting, given in wanted.items():
+        for name, density in limits.by_name(given, weights, setting).items():
+            if limits.nearest(density, weights[name]) > living[name]:
+                raise UserError(
+                    f"{setting} gives {name} {density:g} of its weights, and prune.pattern={prune.pattern} allows it "
+                    f"{living[name] / weights[name]:.3g}: lower it, or leave the tensor dense with prune.exclude"
+                )
 
 
 def scanned(unit: cost.Quantity, scan: Scan, classes: int, flops: Mapping[str, int]) -> Scanned:
@@ -146,7 +185,7 @@ def make(basis: Basis, goal: Goal, standing: Standing) -> RoundPlan:
     prune, target, scan = basis.prune, basis.target, basis.scan
     weights, alive = standing.weights, standing.alive
     ranking = criteria.scores(prune.criterion, weights, basis.seed, standing.statistics)
-    least, most = bounds(prune, alive)
+    least, most = bounds(prune, alive, goal.passing)
     request = Request(
         scores=ranking,
         alive=alive,
@@ -166,15 +205,15 @@ def make(basis: Basis, goal: Goal, standing: Standing) -> RoundPlan:
         keep, spend = allocation.threshold_counts(dataclasses.replace(request, qualities=scaled)), None
     else:
         keep, spend = allocation.allocate(prune.allocation, request, prune.min_weights), request.budget
-    grain = patterns.of(prune).granularity
-    assert all(count % grain(weights[name].shape) == 0 for name, count in keep.items())
+    pattern = patterns.of(prune)
+    assert all(count % pattern.granularity(weights[name].shape) == 0 for name, count in keep.items())
     tensors = tuple(
         TensorPlan(
             name=name,
             weights=weight.numel(),
             keep=keep[name],
             dead=0,
-            threshold=allocation.threshold(ranking[name], keep[name], alive[name]),
+            threshold=allocation.threshold(ranking[name], keep[name], alive[name]) if pattern.free else None,
         )
         for name, weight in weights.items()
     )
@@ -205,22 +244,22 @@ def spendable(basis: Basis, goal: Goal, alive: Mapping[str, Tensor], caps: Mappi
     prune, target, scan = basis.prune, basis.target, basis.scan
     prices = scan.prices if scan and allocation.of(prune).spends_costs else {}
     last = target.to_size and goal.density == densities(prune, target)[-1]
-    few = limits.spent(living(prune, alive), prices) < goal.budget
+    few = limits.spent(living(prune, alive, goal.passing), prices) < goal.budget
     if prune.dead_neurons or not last or few:
         return min(goal.budget, limits.spent(caps, prices))
     return goal.budget
 
 
-def bounds(prune: Prune, alive: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+def bounds(prune: Prune, alive: Mapping[str, Tensor], passing: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """The fewest and the most weights of each tensor, as the settings have them."""
     sizes = {name: mask.numel() for name, mask in alive.items()}
-    return limits.bounds(sizes, living(prune, alive), prune.min_weights, prune.floors, prune.ceilings)
+    return limits.bounds(sizes, living(prune, alive, passing), prune.min_weights, prune.floors, prune.ceilings)
 
 
-def living(prune: Prune, alive: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many of the weights that are alive a round may keep of each tensor, for the pattern's sake."""
+def living(prune: Prune, alive: Mapping[str, Tensor], passing: bool = False) -> dict[str, int]:
+    """How many of the weights that are alive a prune may keep of each tensor: all, or those that the pattern allows."""
     pattern = patterns.of(prune)
-    return {name: pattern.most(mask) for name, mask in alive.items()}
+    return {name: int(mask.sum()) if passing else pattern.most(mask) for name, mask in alive.items()}
 
 
 def prediction(

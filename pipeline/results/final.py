@@ -188,7 +188,7 @@ def layer_rows(
     flops_density = density x input density (tables 2 to 5). What could not be counted or measured is None.
     """
     folder = standing(here)
-    thresholds: dict[str, float] = {}
+    thresholds: dict[str, float | None] = {}
     if folder != DENSE:
         plan = here.load(RoundPlan, folder, "plan.json")
         thresholds = {tensor.name: tensor.threshold for tensor in plan.tensors}

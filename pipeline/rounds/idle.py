@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from pipeline import storage
+from pipeline.base.environment import number
 from pipeline.data import sources
 from pipeline.prune import allocation, criteria, schedules
 from pipeline.settings.base import is_default, short
@@ -42,6 +43,11 @@ def _training(name: str) -> tuple[Row, ...]:
 
 
 ROWS = (
+    Row(
+        "exchange_precision",
+        lambda c: c.cluster.max_workers > 1 or number("WORLD_SIZE", 1) > 1,  # torchrun's
+        "several workers: cluster.workers, or torchrun",
+    ),
     Row("reproducible", lambda c: c.device != "cpu", "a GPU: device=auto or cuda"),
     Row("data.root", lambda c: sources.of(c.data).needs_root, "a data.source that reads files"),
     Row(

@@ -13,7 +13,7 @@ from pipeline.base.errors import UserError
 from pipeline.data import placement
 from pipeline.network import cost
 from pipeline.network.survey import LeftOut, Prunable
-from pipeline.prune import allocation, criteria, round_plan
+from pipeline.prune import allocation, criteria, limits, round_plan
 from pipeline.prune.round_plan import Basis, Goal, Scanned, Standing
 from pipeline.rounds import branch, campaign, preflight
 from pipeline.rounds.subject import prunable_weights
@@ -76,9 +76,10 @@ def make(config: Config) -> RunPlan:
         for name, part in (("dense", config.dense), ("retrain", config.retrain))
     }
     rows, keep, last = [], {}, None
+    prices = round_plan.costs(config.target.budget, sizes, flops)
     basis = Basis(config.prune, config.target, config.seed, known.dense, known.scan)
     for goal in campaign.outlook(config.prune, config.target, checked.begin, checked.fewest):
-        share = goal.budget / checked.begin.total
+        share = min(goal.budget, limits.spent(checked.most, prices)) / checked.begin.total
         last = plan_at(basis, goal, known)
         keep = last.keep if last else {}
         spent = keep or {name: round(share * size) for name, size in sizes.items()}

@@ -44,7 +44,8 @@ class Checked:
     """A network that passed the checks, initialised as the config says.
 
     `flops` holds each tensor's FLOPs for one sample, `unattributed` those of no single tensor. The first round begins
-    at `begin`, in the unit of target.budget. `fewest` is the smallest number of weights that prune.min_weights allows.
+    at `begin`, in the unit of target.budget. `fewest` is the smallest number of weights that prune.min_weights allows,
+    and `most` the largest of each tensor that the pattern allows.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Checked:
     unattributed: int
     begin: Origin
     fewest: int
+    most: dict[str, int]
 
 
 def check(config: Config, run: Run | None = None) -> None:
@@ -69,7 +71,9 @@ def check(config: Config, run: Run | None = None) -> None:
     check_network(config, counts, run)
     require_enough(config.target, counts)
     if not run.has("dense", "finished.json"):
-        first_step.require(config, counts.classes, first_step.zeros(config.data), choose_device(config.device))
+        # Whether it can be compiled is for the workers to find: they have the compiler, and the batch that counts.
+        plain = config.model_copy(update={"compile": False})
+        first_step.require(plain, counts.classes, first_step.zeros(config.data), choose_device(config.device))
 
 
 def check_again(config: Config, run: Run) -> None:
@@ -126,7 +130,7 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
                 f"train has {counts.train} samples, too few for one step of {name}.batch_size={training.batch_size} in "
                 f"data.lanes={config.data.lanes} lanes: lower batch_size, or add data"
             )
-    return Checked(model, prunable, left_out, flops, counted.unattributed, begin, fewest)
+    return Checked(model, prunable, left_out, flops, counted.unattributed, begin, fewest, living)
 
 
 def require_counted(counted: cost.Counted, names: Collection[str], budget: cost.Quantity) -> None:

@@ -118,7 +118,7 @@ class TensorPlan(Record):
     weights: int
     keep: int
     dead: int = 0  # older plans lack it
-    threshold: float
+    threshold: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,10 @@ class LayerResult(Part):
     flops: Count | None = Field(description="Of one sample; a multiply and an add are two.")
     activation_density: Share | None
     flops_density: Share | None
-    threshold: float | None = Field(description="The score under which weights went; of some criteria it is below 0.")
+    threshold: float | None = Field(
+        description="The score under which weights went; of some criteria it is below 0. Null where "
+        "prune.pattern has no one threshold."
+    )
     packed_bits_per_kept: Amount | None
 
 

@@ -90,7 +90,7 @@ def _text(path: str | Path) -> str:
     if len(data) > MOST_BYTES:
         raise UserError(f"config '{path}' has more than {MOST_BYTES:,} bytes: is it a config?")
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"config '{path}' is not valid YAML: it is not UTF-8 ({error})") from error
 
@@ -139,8 +139,10 @@ def _with_texts(text: str, root: yaml.Node | None) -> str:
         elif isinstance(node, yaml.MappingNode):
             ahead += [part for pair in node.value for part in pair]
     for start, end in sorted(spans, reverse=True):
-        if _BASE_60.fullmatch(text[start:end]):  # as it is written; with a tag of its own it means that
-            text = f"{text[:start]}'{text[start:end]}'{text[end:]}"
+        written = text[start:end]
+        if "!" not in written:  # with a tag of its own it means that; an anchor may stand before it
+            anchor, space, number = written.rpartition(" ")
+            text = f"{text[:start]}{anchor}{space}'{number}'{text[end:]}"
     return text
 
 

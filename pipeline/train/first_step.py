@@ -25,8 +25,9 @@ from pipeline.settings.data import Data
 from pipeline.settings.training import Retrain, Train
 from pipeline.task.feed import Feed
 from pipeline.train import checkpoint, memory, recipe
-from pipeline.train.gradients import computed
+from pipeline.train.gradients import Gradients, computed, of_compiler
 from pipeline.train.session import Session
+from pipeline.train.world import World
 
 SAMPLES = 2  # in a step without data: batch norm needs more than one
 
@@ -93,35 +94,52 @@ def require(config: Config, classes: int, batch: Batch, device: torch.device) ->
     _save_and_load(Feed.of(config).place(untouched, device), f"model.factory={config.model.factory}")
 
 
-def attempt(config: Config, name: str, settings: Train, classes: int, batch: Batch, device: torch.device) -> nn.Module:
-    """A new network after one step of the training of this name. Raises UserError where the step fails."""
+def attempt(
+    config: Config, name: str, settings: Train, classes: int, batch: Batch, device: torch.device, steps: int = 1
+) -> nn.Module:
+    """A new network after steps of the training of this name, half pruned. Raises UserError where one fails."""
     feed, factory = Feed.of(config), f"model.factory={config.model.factory}"
-    network = feed.place(build_network(config.model, classes, config.seed), device)
+
+    def new() -> nn.Module:
+        return feed.place(build_network(config.model, classes, config.seed), device)
+
+    network = new()
+    teacher = new().eval() if isinstance(settings, Retrain) and settings.distill else None
     try:
-        with memory.remedied(lambda: f"the first step of {name}", f"lower {name}.batch_size={settings.batch_size}"):
-            _step(network, computed(network, config.compile), factory, feed, settings, batch)
+        with memory.remedied(lambda: f"the first step of {name}", memory.of_training(name, settings)):
+            gradients = Gradients(feed, settings, teacher, World(0, 1, device))
+            _steps(network, computed(network, config.compile), factory, gradients, batch, steps)
     except FOREIGN as error:
         reason = (" ".join(str(error).split())[:300] or type(error).__name__) + blame.place(error)
+        if of_compiler(error):
+            raise UserError(
+                f"compile=true: torch.compile does not take {factory}, or finds no C++ compiler: set compile=false, or "
+                f"install one on the workers ({reason})"
+            ) from error
         raise UserError(f"{factory} cannot be trained: the first step of {name} fails: {reason}") from error
     return network
 
 
-def _step(model: nn.Module, computes: nn.Module, factory: str, feed: Feed, settings: Train, batch: Batch) -> None:
-    """One step; `computes` has the parameters of the model."""
+def _steps(model: nn.Module, computes: nn.Module, factory: str, gradients: Gradients, batch: Batch, steps: int) -> None:
+    """Steps on one batch; `computes` has the parameters of the model."""
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     _require_trainable(factory, parameters)
-    optimizer = recipe.make_optimizer(settings, list(model.parameters()))
-    device = next(iter(parameters.values())).device
-    model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        output = feed.forward(computes, batch.images.to(device), settings.precision)
-        loss = feed.task.losses(settings, output, batch.labels.to(device), None).mean()
-    if not loss.requires_grad:
-        raise UserError(f"{factory}: no gradient reaches its parameters: they must take part in its output")
-    loss.backward()
-    optimizer.step()
+    optimizer = recipe.make_optimizer(gradients.settings, list(model.parameters()))
+    device = gradients.world.device
     weights = [value.data for value in parameters.values()]
-    masking.Applier(weights, [torch.ones_like(weight, dtype=torch.bool) for weight in weights]).apply()
+    half = [(torch.arange(weight.numel(), device=device) % 2 == 0).view(weight.shape) for weight in weights]
+    applier = masking.Applier(weights, half)
+    model.train()
+    given = [each.to(device) for each in (batch.images, batch.labels, batch.weights)]
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            loss = gradients.loss(computes, *given) / len(batch.labels)
+        if not loss.requires_grad:
+            raise UserError(f"{factory}: no gradient reaches its parameters: they must take part in its output")
+        loss.backward()
+        optimizer.step()
+        applier.apply()
 
 
 def _require_trainable(factory: str, parameters: dict[str, nn.Parameter]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -78,17 +79,11 @@ class Training:
         self.parameters = dict(model.named_parameters())
         self.weights = [self.parameters[name] for name in prunable]
         self.gradual = gradual
-        self.gradients = Gradients(self.feed, self.world, self.settings, teacher)
+        self.gradients = Gradients(self.feed, self.settings, teacher, self.world)
         self._use(masks or {})
         self.trainable = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.optimizer = recipe.make_optimizer(self.settings, list(self.parameters.values()))
         self.total = recipe.total_steps(settings, self.loader.steps_per_epoch)
-        name = "retrain" if isinstance(settings, Retrain) else "dense"
-        self.remedy = (
-            f"lower {name}.batch_size={settings.batch_size}, of which each worker takes its share, or raise "
-            f"{name}.accumulate={settings.accumulate} or cluster.workers; lower data.cache_bytes where it is the "
-            "machine's memory"
-        )
         self.position = Position()
         self.tally = Tally(session.world)
         self.finite = Finite(session.world.device)
@@ -101,8 +96,11 @@ class Training:
         Raises Leaving on every rank, after a step checkpoint is saved, when `session.leaving()` is true.
         """
         self._resume()
+        name = "retrain" if isinstance(self.settings, Retrain) else "dense"
         place = f"on rank {self.world.rank}"
-        with memory.remedied(lambda: f"{self.phase}: step {self.position.step} {place}", self.remedy):
+        with memory.remedied(
+            lambda: f"{self.phase}: step {self.position.step} {place}", memory.of_training(name, self.settings)
+        ):
             self._steps()
         phases.hold(self.model, "all", self.trainable)
         return self.position
@@ -118,7 +116,7 @@ class Training:
         clock = time.monotonic()
         while self.position.step < self.total:
             epoch, first = divmod(self.position.step, self.loader.steps_per_epoch)
-            for batch in self.pace.timed(on_device(self.loader.epoch(epoch, first), self.world.device)):
+            for batch in self.pace.timed(self._batches(epoch, first)):
                 if self.gradual and self.gradual.due(self.position.step, self.total):
                     self._prune(self.gradual.masks(self.position.step, self.total, self.masks))
                     wrapped = None  # its all-reduce has the old masks
@@ -151,6 +149,10 @@ class Training:
                 if self.position.step == self.total:
                     break
         self.position.seconds += time.monotonic() - clock
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The batches of an epoch from step `first` on; bringing train to memory, at first, is a part of the wait."""
+        yield from on_device(self.loader.epoch(epoch, first), self.world.device)
 
     def _use(self, masks: dict[str, Tensor]) -> None:
         """Hold these masks from now on."""

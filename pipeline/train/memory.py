@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from pipeline.base.errors import UserError
+from pipeline.settings.training import Train
 
 
 class OutOfMemory(UserError):
@@ -25,6 +26,15 @@ def said(error: BaseException, remedy: str = "") -> str:
     """What a person is told of a lack of memory; `remedy` is what to lower where that is known."""
     remedy = remedy or "lower batch_size, data.eval_batch, data.cache_bytes or data.size, or add memory"
     return f"not enough memory: {remedy} ({' '.join(str(error).split())[:200]})"
+
+
+def of_training(name: str, settings: Train) -> str:
+    """What to lower, or raise, where a step of the training of this name does not fit."""
+    return (
+        f"lower {name}.batch_size={settings.batch_size}, of which each worker takes its share, or raise "
+        f"{name}.accumulate={settings.accumulate} or cluster.workers; lower data.cache_bytes where it is the machine's "
+        "memory"
+    )
 
 
 @contextmanager

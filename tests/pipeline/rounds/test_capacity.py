@@ -15,25 +15,26 @@ from pipeline.rounds.capacity import Fit, largest
 from pipeline.settings.config import Config
 
 
-@given(limit=st.integers(0, 5000), unit=st.integers(1, 64), most=st.integers(1, 2000))
-def test_it_finds_the_limit_in_few_tries(limit: int, unit: int, most: int) -> None:
+@given(limit=st.integers(0, 5000), least=st.integers(1, 64), beyond=st.integers(0, 2000))
+def test_it_finds_the_limit_in_few_tries(limit: int, least: int, beyond: int) -> None:
     tried: list[int] = []
 
-    def fits(images: int) -> bool:
-        tried.append(images)
-        return images <= limit
+    def fits(number: int) -> bool:
+        tried.append(number)
+        return number <= limit
 
-    assert largest(fits, unit, most) == min(limit, most) // unit * unit
-    assert len(tried) <= 2 * (most // unit).bit_length() + 1
-    assert all(0 < images <= most and images % unit == 0 for images in tried)
+    most = least + beyond
+    assert largest(fits, least, most) == (min(limit, most) if limit >= least else 0)
+    assert len(tried) <= 2 * most.bit_length() + 1
+    assert all(least <= number <= most for number in tried)
     assert len(tried) == len(set(tried))
 
 
 def test_it_says_which_batch_size_that_is() -> None:
-    said = Fit("dense", 96, 384, 256).sentence
+    said = Fit("dense", 384, 96, 256, 8).sentence
     assert said.startswith("dense.batch_size=256: 96 images of a worker fit into this GPU at a time")
     assert "dense.batch_size=384 is the largest" in said
-    assert "not one image fits" in Fit("dense", 0, 0, 256).sentence
+    assert "not even 8 images" in Fit("dense", 0, 0, 256, 8).sentence
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -48,5 +49,6 @@ def test_on_a_gpu_the_batch_fits_and_twice_of_it_does_not(tiny: Callable[..., Co
     try:
         for fit in capacity.find(tiny(device="cuda", **{"data.size": 64}), 10):
             assert 0 < fit.images < capacity.MOST
+            assert fit.batch_size % 8 == 0
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -21,6 +21,7 @@ def config_of(**changes: Any) -> Config:
 
 # A value of each setting that is not its default, and does nothing beside the other defaults.
 IDLE: dict[str, Any] = {
+    "exchange_precision": "bf16",
     "data.root": "/somewhere", "data.class_index": "index.json", "data.follow_links": True, "data.quality": 80,
     "data.decoder": "pillow", "data.shift": 3, "data.cache_disk_bytes": 10**9,
     "data.decoded_cache_bytes": 10**9, "model.checkpoint_key": "ema",

@@ -166,3 +166,7 @@ def test_two_numbers_and_a_colon_are_a_text(tmp_path: Path) -> None:
     assert found.model.kwargs == {"a": ["1:30", 7]}
     assert load_config(file, ["name=a", "prune.pattern=4:8"]).prune.pattern == "4:8"
     assert load_config(file, ["name=a", "prune={pattern: 1:2}"]).prune.pattern == "1:2"
+    assert load_config(file, ["name=a", "prune.pattern=&p 1:2"]).prune.pattern == "1:2"
+    file.write_text("\ufeffname: a\nprune: {pattern: &p 2:4}\nmodel: {kwargs: {a: *p, b: !!int 2:4}}\n")
+    found = load_config(file, [])
+    assert (found.prune.pattern, found.model.kwargs) == ("2:4", {"a": "2:4", "b": 124})
