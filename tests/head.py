@@ -33,7 +33,7 @@ class Head:
             env=self.env, cwd=ROOT, start_new_session=True,
         )  # fmt: skip
 
-    def wait_until_it_answers(self, seconds: float = 120) -> None:
+    def wait_until_it_answers(self, seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while (answer := self.run("ray", "job", "list", f"--address={DASHBOARD}")).returncode:
             assert time.monotonic() < deadline, answer.stderr

@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from faults.runs import LONG
 from support import S3_ENVIRONMENT, environment, hearing_ctrl_c, processes_in, start_moto
 
 _HUB, _S3_PORT = 1, 5555
@@ -171,7 +172,7 @@ class Network:
         listed = self.run("ray", "list", "nodes", f"--address={head.dashboard}", "--filter=state=ALIVE")
         return listed.stdout.count("ALIVE")
 
-    def wait(self, ready: Callable[[], Any], *nodes: Node, seconds: float = 150) -> None:
+    def wait(self, ready: Callable[[], Any], *nodes: Node, seconds: float = LONG) -> None:
         """Poll until `ready`; the nodes must live."""
         deadline = time.monotonic() + seconds
         while not ready():
@@ -184,7 +185,7 @@ class Network:
         """A command prefix: at the hub."""
         return ["nsenter", f"--net=/run/netns/{self.namespace(_HUB)}"]
 
-    def run(self, *command: str, cwd: Path | None = None, timeout: float = 300, **extra: str) -> Any:
+    def run(self, *command: str, cwd: Path | None = None, timeout: float = LONG, **extra: str) -> Any:
         """Run a command at the hub to its end."""
         return subprocess.run(
             [*self.at_hub(), *command], env=self.hub_env(**extra), cwd=cwd or self.folder, capture_output=True,
@@ -235,7 +236,7 @@ class Submitted:
         """What it has printed so far."""
         return self.log.read_text()
 
-    def wait_for(self, words: str, times: int = 1, seconds: float = 150) -> float:
+    def wait_for(self, words: str, times: int = 1, seconds: float = LONG) -> float:
         """Wait until the log says something so many times; returns the seconds that took."""
         started = time.monotonic()
         while self.output.count(words) < times:
@@ -247,7 +248,7 @@ class Submitted:
     def finish(self, code: int = 0) -> None:
         """Wait for its end, and check its exit code."""
         try:
-            found = self.process.wait(250)
+            found = self.process.wait(LONG)
         finally:
             self.process.kill()
         assert found == code, self.output

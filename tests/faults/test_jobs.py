@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.runs import EVERY, SETTINGS, newest_step, resumed_at, same_weights
+from faults.runs import EVERY, LONG, SETTINGS, newest_step, resumed_at, same_weights
 from head import DASHBOARD, Head
 from support import ROOT, hearing_ctrl_c, program
 
@@ -26,7 +26,7 @@ def submit_command(*settings: str) -> list[str]:
     return [sys.executable, "-m", "cluster", "submit", CONFIG, *settings, ADDRESS]
 
 
-def wait_until(ready: Callable[[], object], log: Callable[[], str], seconds: float = 200) -> None:
+def wait_until(ready: Callable[[], object], log: Callable[[], str], seconds: float = LONG) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, log()
@@ -65,9 +65,9 @@ def test_a_live_run_is_not_started_twice_and_a_cancelled_one_is_kept_and_resumes
             [*inside, *hearing_ctrl_c(submit_command(*mine))], cwd=ROOT, env=head.env, stdout=said, stderr=said
         )
         try:
-            wait_until(lambda: "dense: epoch 1/5" in (tmp_path / "follower.txt").read_text(), log, 60)
+            wait_until(lambda: "dense: epoch 1/5" in (tmp_path / "follower.txt").read_text(), log)
             follower.send_signal(signal.SIGINT)
-            assert follower.wait(60) == 130
+            assert follower.wait(LONG) == 130
         finally:
             follower.kill()
         said.seek(0)
@@ -85,7 +85,7 @@ def test_a_live_run_is_not_started_twice_and_a_cancelled_one_is_kept_and_resumes
     assert "stopped; what is finished is kept." in log()
     assert "Traceback" not in log(), log()
     assert not (runs / "job/result.json").exists()
-    wait_until(lambda: not head.processes("RayTrainWorker") and not head.processes("-m cluster run"), log, 30)
+    wait_until(lambda: not head.processes("RayTrainWorker") and not head.processes("-m cluster run"), log)
     with state.open_run(config_of(runs)):  # the lease was given back
         pass
     saved = newest_step(steps)

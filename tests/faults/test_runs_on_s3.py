@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from faults.runs import Line, Started, check_stopped, seconds_to_resume
+from faults.runs import LONG, Line, Started, check_stopped, seconds_to_resume
 from safetensors.torch import load, load_file
 from support import (
     FETCH,
@@ -75,7 +75,7 @@ def killed_in_a_round(command: list[str], watch: list[str], env: dict[str, str])
     """Start a run and SIGKILL its driver when round 1 has a checkpoint."""
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        subprocess.run(watch, cwd=ROOT, env=env, check=True, timeout=200)
+        subprocess.run(watch, cwd=ROOT, env=env, check=True, timeout=LONG)
         assert process.poll() is None, process.communicate()
     finally:
         os.kill(process.pid, signal.SIGKILL)
@@ -127,7 +127,7 @@ class Inside:
 
     def run(self, *args: str) -> Any:
         return subprocess.run(
-            self.command(*args), cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=300, check=False
+            self.command(*args), cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=LONG, check=False
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from faults.nodes import Network, Node, Submitted, network, possible
-from faults.runs import same_weights
+from faults.runs import LONG, same_weights
 from support import FETCH, PREPARE, ROOT, WATCH, alone_on_the_network, environment
 
 from pipeline.data import shards
@@ -70,7 +70,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     command += ["-m", "pipeline"]
     command += ["run", str(config), f"data.root={root / 'shards'}", f"runs_dir={root / 'runs'}"]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LONG, check=False
     )
     assert done.returncode == 0, done.stderr
     return Undisturbed(root / "shards", config, root / "runs/lenet")
@@ -95,7 +95,7 @@ def two_nodes(where: Network) -> Iterator[list[Node]]:
 
 def wait_for_a_checkpoint_of_round_1(where: Network, name: str, job: Submitted) -> None:
     command = [*where.at_hub(), sys.executable, "-c", WATCH, f"s3://store/runs/{name}"]
-    watch, deadline = subprocess.Popen(command, env=where.hub_env()), time.monotonic() + 200
+    watch, deadline = subprocess.Popen(command, env=where.hub_env()), time.monotonic() + LONG
     try:
         while watch.poll() is None:
             assert job.process.poll() is None, job.output
