@@ -50,11 +50,10 @@ format: install
 
 # Those that are done in half an hour together, and need neither a GPU nor root nor more packages; the last two need
 # SECATEUR_DATA, the folder of real data.
-BENCHES := manifest checkpoint packed imagenet $(if $(SECATEUR_DATA),images compact)
+BENCHES := manifest checkpoint packed imagenet overhead $(if $(SECATEUR_DATA),images compact)
 comma := ,
 bench: install
-	@for name in $(if $(ONLY),$(subst $(comma), ,$(ONLY)),$(BENCHES)); do \
-		echo "== benchmarks/bench_$$name.py"; $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
+	$(BIN)/python benchmarks/run.py $(if $(ONLY),$(subst $(comma), ,$(ONLY)),$(BENCHES))
 
 schema: install
 	$(BIN)/python -c 'import json; from pipeline.settings.config import Config; print(json.dumps(Config.model_json_schema(), indent=1))' > configs/schema.json

@@ -16,6 +16,7 @@ import argparse
 import gc
 import importlib.util
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -69,8 +70,7 @@ def main() -> None:
     if given.batch % LANES or given.batch * given.steps < 32:
         parser.error(f"--batch must be a multiple of {LANES}, and --batch times --steps at least 32")
     if given.device == "cuda" and not torch.cuda.is_available():
-        print("this process sees no GPU: nothing is measured")
-        return
+        sys.exit("this process sees no GPU: nothing is measured")
     console = Console(width=150)
     console.print(f"torch {torch.__version__}, {gpu(given.device)}, {os.cpu_count()} cores, batch {given.batch}")
     with tempfile.TemporaryDirectory() as folder:

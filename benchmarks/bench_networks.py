@@ -52,8 +52,7 @@ NETWORKS = {
 
 def main() -> None:
     if any(importlib.util.find_spec(name) is None for name in ("timm", "transformers")):
-        print("needs timm and transformers: pip install '.[networks]'")
-        return
+        sys.exit("needs timm and transformers: pip install '.[networks]'")
     names = sys.argv[1:] or list(NETWORKS)
     columns = ("network", "tensors", "GFLOPs, theirs / all", "plan", "run", "levels", "kept", "bench", "report", "says")
     table = Table(*columns, title=f"torch {torch.__version__}, cpu; seconds")
