@@ -59,6 +59,7 @@ class Allocation:
     spends_costs: the budget pays for the tensors' costs. It may be in other units than weights, and need not be met
     exactly.
     fixes_densities: the densities are those of prune.densities, and the budget is not used.
+    shares_channels: it can share out the channels of groups as it shares out the weights of tensors.
     """
 
     counts: Callable[[Request], dict[str, int]]
@@ -67,6 +68,7 @@ class Allocation:
     needs_together: bool = False
     spends_costs: bool = False
     fixes_densities: bool = False
+    shares_channels: bool = False
 
 
 def paper(request: Request) -> dict[str, int]:
@@ -124,10 +126,10 @@ def budgeted(request: Request) -> dict[str, int]:
 
 ALLOCATIONS: dict[str, Allocation] = {
     "paper": Allocation(paper, uses_scores=True, needs_scan=True),
-    "pooled": Allocation(pooled, uses_scores=True),
-    "uniform": Allocation(uniform),
+    "pooled": Allocation(pooled, uses_scores=True, shares_channels=True),
+    "uniform": Allocation(uniform, shares_channels=True),
     "erk": Allocation(erk),
-    "explicit": Allocation(explicit, fixes_densities=True),
+    "explicit": Allocation(explicit, fixes_densities=True, shares_channels=True),
     "budget": Allocation(budgeted, needs_scan=True, needs_together=True, spends_costs=True),
 }
 

@@ -24,13 +24,16 @@ def require_fitting(prune: Prune, target: Target) -> None:
             raise UserError(f"prune: prune.list={[*prune.list]} must fall from round to round")
     if chosen.fixes_densities and not prune.densities:
         raise UserError(f"prune: allocation={prune.allocation} needs prune.densities: {{fc1.weight: 0.08, ...}}")
-    if target.budget != "weights" and not (chosen.spends_costs and target.to_size):
+    pattern = patterns.of(prune)
+    if pattern.channels:
+        _require_channels(prune, target)
+    elif target.budget != "weights" and not (chosen.spends_costs and target.to_size):
         able = " or ".join(name for name, each in allocation.ALLOCATIONS.items() if each.spends_costs)
         raise UserError(
             f"target.budget={target.budget} needs prune.allocation={able} and target.mode=compression: others count "
             "weights"
         )
-    if not patterns.of(prune).free and not target.to_size:
+    if not pattern.free and not pattern.channels and not target.to_size:
         raise UserError(
             f"target.mode={target.mode} finds the densities itself, and prune.pattern={prune.pattern} bounds them from "
             "the first round on: use target.mode=compression"
@@ -45,3 +48,25 @@ def require_fitting(prune: Prune, target: Target) -> None:
                     f"prune.{setting}={name} fixes densities, which target.mode={target.mode} finds itself: leave "
                     f"prune.{setting} out; target.step says how much a round removes"
                 )
+
+
+def _require_channels(prune: Prune, target: Target) -> None:
+    """Raise UserError for settings that have no meaning where whole channels go."""
+    named = f"prune.pattern={prune.pattern}"
+    if not allocation.of(prune).shares_channels:
+        able = ", ".join(name for name, each in allocation.ALLOCATIONS.items() if each.shares_channels)
+        raise UserError(
+            f"prune.allocation={prune.allocation} shares out weights, not channels: with {named} use {able}"
+        )
+    if target.by_thresholds:
+        raise UserError(f"target.mode={target.mode} compares single weights with thresholds: leave {named} out")
+    if target.budget == "bytes":
+        raise UserError(
+            f"target.budget={target.budget} counts the bytes of scattered weights: with {named} use weights or flops"
+        )
+    if target.budget != "weights" and not target.to_size:
+        raise UserError(f"target.budget={target.budget} needs target.mode=compression: campaigns count weights")
+    if prune.dead_neurons:
+        raise UserError(
+            f"prune.dead_neurons has nothing to do with {named}, which leaves no dead units: set it to false"
+        )

@@ -35,6 +35,8 @@ class Pattern:
     most(alive): how many of the weights that are alive a round may keep, for the mask to have the pattern. A mask that
     keeps more, as the scan and gradual pruning make them, comes as near to it as it can.
     free: any number of weights may be kept, and those with the highest scores are. Else there is no one threshold.
+    channels: whole channels go, each from several tensors at once (`pipeline.prune.channels`); `mask` and `nested` of a
+    single tensor are not used.
     """
 
     mask: Callable[[Tensor, Tensor, int], Tensor]
@@ -42,6 +44,7 @@ class Pattern:
     granularity: Callable[[Sequence[int]], int]
     most: Callable[[Tensor], int]
     free: bool = True
+    channels: bool = False
 
 
 def n_of_m(n: int, m: int) -> Pattern:
@@ -102,6 +105,9 @@ def _highest(scores: Tensor, alive: Tensor, n: int, m: int) -> Tensor:
 
 PATTERNS: dict[str, Pattern] = {
     "weights": Pattern(masks.top_mask, masks.nested, lambda shape: 1, lambda alive: int(alive.sum())),
+    "channels": Pattern(
+        masks.top_mask, masks.nested, lambda shape: 1, lambda alive: int(alive.sum()), free=False, channels=True
+    ),
 }
 
 

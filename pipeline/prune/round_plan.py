@@ -11,11 +11,12 @@ from torch import Tensor
 
 from pipeline.base.errors import UserError
 from pipeline.network import cost
-from pipeline.prune import allocation, criteria, damage, limits, patterns, schedules
+from pipeline.network.groups import Groups
+from pipeline.prune import allocation, channels, criteria, damage, limits, patterns, schedules
 from pipeline.prune import budget as budgeting
 from pipeline.prune.allocation import Request, sigma
 from pipeline.prune.budget import Composed, Cost, Held, Priced
-from pipeline.run.records import Prediction, RoundPlan, Scan, TensorPlan, TogetherRow
+from pipeline.run.records import GroupPlan, Prediction, RoundPlan, Scan, TensorPlan, TogetherRow
 from pipeline.settings.pruning import Prune, Target
 
 
@@ -54,13 +55,18 @@ class Scanned:
 
 @dataclass(frozen=True)
 class Basis:
-    """What every plan of a run rests on: settings, the dense network's weights by tensor, and the scan, if used."""
+    """What every plan of a run rests on: settings, the dense network's weights by tensor, and the scan, if used.
+
+    Where whole channels are pruned also their groups; `prices` then say what tensors cost, in the unit target.budget.
+    """
 
     prune: Prune
     target: Target
     seed: int
     dense: dict[str, Tensor]
     scan: Scanned | None
+    groups: Groups | None = None
+    prices: Mapping[str, Cost] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,21 @@ def costs(unit: cost.Quantity, weights: Mapping[str, int], flops: Mapping[str, i
 
 
 def require_possible(
-    prune: Prune, target: Target, weights: Mapping[str, int], living: Mapping[str, int], flops: Mapping[str, int]
+    prune: Prune,
+    target: Target,
+    weights: Mapping[str, int],
+    living: Mapping[str, int],
+    flops: Mapping[str, int],
+    groups: Groups | None = None,
 ) -> None:
     """Raise UserError, before any training, if a round would keep no weight, or limits rule out the last budget.
 
-    `living` are the most weights of each tensor that the pattern allows.
+    `living` are the most weights of each tensor that the pattern allows; `groups` are those of the channels, where the
+    pattern is of whole channels.
     """
+    if groups is not None:
+        _require_channels(prune, target, groups, costs(target.budget, weights, flops))
+        return
     if target.no_loss:  # it stops where no more can go
         return
     require_within_pattern(prune, weights, living)
@@ -125,6 +140,18 @@ def require_possible(
 def _budgets(prune: Prune, target: Target, total: int) -> list[int]:
     """The budget of each round."""
     return [budget(prune, target, number, total) for number in range(1, len(densities(prune, target)) + 1)]
+
+
+def _require_channels(prune: Prune, target: Target, groups: Groups, prices: Mapping[str, Cost]) -> None:
+    """Raise UserError where there are no channels to prune, a name fits no group, or the last budget is too small."""
+    whole = groups.whole
+    least, most = channels.bounds(prune, whole)
+    if allocation.of(prune).fixes_densities:
+        limits.by_name(prune.densities, whole, "prune.densities")
+    fixed = target.no_loss or allocation.of(prune).fixes_densities
+    total = limits.spent({name: math.prod(shape) for name, shape in groups.shapes.items()}, prices)
+    last = channels.cost(groups, most, prices) if fixed else _budgets(prune, target, total)[-1]
+    channels.require_possible(groups, least, last, prices, prune.pattern)
 
 
 def _require_different(prune: Prune, target: Target, total: int, most: int) -> None:
@@ -184,7 +211,9 @@ def make(basis: Basis, goal: Goal, standing: Standing) -> RoundPlan:
     """
     prune, target, scan = basis.prune, basis.target, basis.scan
     weights, alive = standing.weights, standing.alive
-    ranking = criteria.scores(prune.criterion, weights, basis.seed, standing.statistics)
+    if basis.groups is not None:
+        return _of_channels(basis, basis.groups, goal, standing)
+    ranking = scores(basis, standing)
     least, most = bounds(prune, alive, goal.passing)
     request = Request(
         scores=ranking,
@@ -226,6 +255,43 @@ def make(basis: Basis, goal: Goal, standing: Standing) -> RoundPlan:
         predicted=predicted,
         tensors=tensors,
     )
+
+
+def _of_channels(basis: Basis, groups: Groups, goal: Goal, standing: Standing) -> RoundPlan:
+    """The plan of an attempt that prunes whole channels."""
+    prune = basis.prune
+    fixed = allocation.of(prune).fixes_densities
+    densities = explicit_densities(prune, basis.target, goal.density) if fixed else None
+    ranking, alive = channels.scores(groups, scores(basis, standing)), groups.alive(standing.alive)
+    keep = channels.plan(prune, groups, ranking, alive, goal.budget, basis.prices, densities)
+    counts = groups.counts(keep)
+    return RoundPlan(
+        round=goal.round,
+        attempt=goal.attempt,
+        planned_density=goal.density,
+        budget=sum(counts.values()),
+        tensors=tuple(
+            TensorPlan(name=name, weights=weight.numel(), keep=counts[name], threshold=None)
+            for name, weight in standing.weights.items()
+        ),
+        groups=tuple(GroupPlan(name, group.units, keep[name]) for name, group in groups.by_name.items()),
+    )
+
+
+def scores(basis: Basis, standing: Standing) -> dict[str, Tensor]:
+    """The score of each weight by the criterion, by tensor."""
+    return criteria.scores(basis.prune.criterion, standing.weights, basis.seed, standing.statistics)
+
+
+def masks(basis: Basis, plan: RoundPlan, standing: Standing) -> dict[str, Tensor]:
+    """The masks that a plan asks for, made from the weights as they are; bool, by tensor."""
+    ranking, alive = scores(basis, standing), standing.alive
+    if basis.groups is not None:
+        keep = {group.name: group.keep for group in plan.groups}
+        units = channels.scores(basis.groups, ranking)
+        return channels.masks(basis.groups, units, basis.groups.alive(alive), keep)
+    pattern = patterns.of(basis.prune)
+    return {name: pattern.mask(ranking[name], alive[name], plan.keep[name]) for name in standing.weights}
 
 
 def sigmas(basis: Basis, standing: Standing) -> dict[str, float]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.network.cost import Quantity
+from pipeline.network.groups import Groups
 from pipeline.network.survey import Prunable
-from pipeline.prune import limits, patterns
+from pipeline.prune import channels, limits, patterns
 from pipeline.prune.budget import Cost
 from pipeline.prune.round_plan import Goal
 from pipeline.rounds import campaign
@@ -29,6 +30,7 @@ from pipeline.run.layout import START, attempt_folder, round_folder, standing, t
 from pipeline.run.records import Judgement, RoundMetrics, StartFacts
 from pipeline.run.state import Run
 from pipeline.settings.config import Config
+from pipeline.settings.pruning import Prune
 from pipeline.task.answers import Answers, Marks
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
@@ -52,12 +54,13 @@ def first_masks(weights: Mapping[str, Tensor], prunable: Sequence[Prunable], con
     A tensor of it is sparse where more than SPARSE of its weights, though not all, are exactly 0.
     """
     given = config.model.checkpoint is not None or config.model.trained
-    grain = patterns.of(config.prune).granularity
+    pattern = patterns.of(config.prune)
     masks = {}
     for tensor in prunable:
         alive = weights[tensor.name].cpu() != 0
         kept = int(alive.sum())
-        sparse = given and grain(tensor.shape) == 1 and 0 < kept < (1 - SPARSE) * tensor.weights
+        single = pattern.granularity(tensor.shape) == 1 and not pattern.channels
+        sparse = given and single and 0 < kept < (1 - SPARSE) * tensor.weights
         masks[tensor.name] = alive if sparse else torch.ones_like(alive)
     return masks
 
@@ -83,23 +86,25 @@ def priced(unit: Quantity, begin: Origin, sizes: Mapping[str, int], prices: Mapp
 
 
 def beginning(subject: Subject) -> Origin:
-    """Where the first round of the run begins, in the unit of target.budget; FLOPs and bytes are priced by the scan."""
+    """Where the first round of the run begins, in the unit of target.budget."""
     sizes = {tensor.name: tensor.weights for tensor in subject.prunable}
     begin = origin(subject.session.run, subject.prunable)
-    return priced(subject.session.config.target.budget, begin, sizes, subject.scan.prices if subject.scan else {})
+    return priced(subject.session.config.target.budget, begin, sizes, subject.prices)
 
 
 def outlook(subject: Subject) -> list[Goal]:
     """All rounds of the run if each of them is accepted."""
     config = subject.session.config
-    return campaign.outlook(
-        config.prune, config.target, beginning(subject), floor(config.prune.min_weights, subject.prunable)
-    )
+    fewest = floor(config.prune, subject.prunable, subject.groups)
+    return campaign.outlook(config.prune, config.target, beginning(subject), fewest)
 
 
-def floor(min_weights: int, prunable: Sequence[Prunable]) -> int:
-    """The fewest weights that prune.min_weights allows."""
-    return sum(min(min_weights, tensor.weights) for tensor in prunable)
+def floor(prune: Prune, prunable: Sequence[Prunable], groups: Groups | None = None) -> int:
+    """The fewest weights that prune.min_weights allows: of each tensor, or where each group keeps so many channels."""
+    if groups is not None:
+        least, _ = channels.bounds(prune, groups.whole)
+        return sum(groups.counts(least).values())
+    return sum(min(prune.min_weights, tensor.weights) for tensor in prunable)
 
 
 def following(subject: Subject) -> Goal | None:
@@ -108,7 +113,7 @@ def following(subject: Subject) -> Goal | None:
     if session.world.first:
         run, config = session.run, session.config
         tried = [Tried(metrics.planned_density, metrics.kept, metrics.accepted) for metrics in trail(run)]
-        fewest = floor(config.prune.min_weights, subject.prunable)
+        fewest = floor(config.prune, subject.prunable, subject.groups)
         goal = campaign.following(config.prune, config.target, beginning(subject), fewest, tried)
         text = json.dumps(None if goal is None else asdict(goal)).encode()
         if goal is None and not any(each.accepted for each in tried):

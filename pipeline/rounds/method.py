@@ -19,7 +19,7 @@ from pipeline.data.loader import EvalLoader
 from pipeline.network import dropout
 from pipeline.network.activity import ActivationMeter
 from pipeline.network.survey import Prunable, survey
-from pipeline.prune import criteria, masks, patterns, round_plan
+from pipeline.prune import masks, round_plan
 from pipeline.prune.gradual import Gradual
 from pipeline.prune.round_plan import Goal, Standing
 from pipeline.rounds import attempts, before_retraining, campaign, comparison
@@ -251,9 +251,7 @@ def shared_masks(
     session, weights = subject.session, subject.weights
     packed = None
     if session.world.first:
-        ranking = criteria.scores(session.config.prune.criterion, weights, session.config.seed, statistics)
-        pattern = patterns.of(session.config.prune)
-        made = {name: pattern.mask(ranking[name], alive[name], plan.keep[name]) for name in weights}
+        made = round_plan.masks(subject.basis, plan, Standing(weights, alive, statistics))
         packed = masks.pack_bits({name: mask.cpu() for name, mask in made.items()})
     packed = session.world.broadcast(packed)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.base.errors import UserError
 from pipeline.data import placement
 from pipeline.network import cost
+from pipeline.network.groups import Groups
 from pipeline.network.survey import LeftOut, Prunable
 from pipeline.prune import allocation, criteria, limits, round_plan
 from pipeline.prune.round_plan import Basis, Goal, Scanned, Standing
@@ -42,7 +43,10 @@ class RoundSize:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run on paper. `densities` holds, for each tensor, its density after the last round, where it is known."""
+    """A run on paper. `densities` holds, for each tensor, its density after the last round, where it is known.
+
+    `groups` are those of the channels, where whole channels are pruned; `kept_units` are left of each then.
+    """
 
     counts: preflight.Counts
     prunable: list[Prunable]
@@ -52,6 +56,8 @@ class RunPlan:
     dense_steps: int
     rounds: list[RoundSize]
     notes: list[str]
+    groups: Groups | None
+    kept_units: dict[str, int]
 
 
 def make(config: Config) -> RunPlan:
@@ -77,7 +83,7 @@ def make(config: Config) -> RunPlan:
     }
     rows, keep, last = [], {}, None
     prices = round_plan.costs(config.target.budget, sizes, flops)
-    basis = Basis(config.prune, config.target, config.seed, known.dense, known.scan)
+    basis = Basis(config.prune, config.target, config.seed, known.dense, known.scan, checked.groups, prices)
     for goal in campaign.outlook(config.prune, config.target, checked.begin, checked.fewest):
         share = min(goal.budget, limits.spent(checked.most, prices)) / checked.begin.total
         last = plan_at(basis, goal, known)
@@ -114,7 +120,10 @@ def make(config: Config) -> RunPlan:
     if allocation.of(config.prune).fixes_densities:
         notes.append("target.compression is not used: prune.densities decides the size")
     dense_steps = steps["dense"] if source is None else 0
-    return RunPlan(counts, prunable, checked.left_out, flops, densities, dense_steps, rows, notes)
+    units = {group.name: group.keep for group in last.groups} if last else {}
+    return RunPlan(
+        counts, prunable, checked.left_out, flops, densities, dense_steps, rows, notes, checked.groups, units
+    )
 
 
 def target_notes(target: Target) -> list[str]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from pipeline.base.errors import UserError
@@ -14,10 +15,12 @@ from pipeline.calibrate import batch_norm
 from pipeline.data import placement, shards, sources
 from pipeline.network import cost
 from pipeline.network.build import build_network
+from pipeline.network.groups import Groups
 from pipeline.network.survey import LeftOut, Prunable, survey
 from pipeline.prune import axes, patterns, round_plan
 from pipeline.rounds import attempts, before_retraining, branch, campaign
 from pipeline.rounds.campaign import Origin
+from pipeline.rounds.subject import channels_of
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run, run_root
 from pipeline.settings.config import Config
@@ -45,7 +48,8 @@ class Checked:
 
     `flops` holds each tensor's FLOPs for one sample, `unattributed` those of no single tensor. The first round begins
     at `begin`, in the unit of target.budget. `fewest` is the smallest number of weights that prune.min_weights allows,
-    and `most` the largest of each tensor that the pattern allows.
+    and `most` the largest of each tensor that the pattern allows. `groups` are those of the channels, where whole
+    channels are pruned.
     """
 
     model: nn.Module
@@ -56,6 +60,7 @@ class Checked:
     begin: Origin
     fewest: int
     most: dict[str, int]
+    groups: Groups | None
 
 
 def check(config: Config, run: Run | None = None) -> None:
@@ -114,10 +119,11 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     flops = counted.by_tensor
     require_counted(counted, sizes, config.target.budget)
     living = patterns.most(config.prune, {tensor.name: tensor.shape for tensor in prunable})
-    round_plan.require_possible(config.prune, config.target, sizes, living, flops)
+    groups = channels_of(model, prunable, feed.zeros(2, torch.device("cpu")), config.prune)
+    round_plan.require_possible(config.prune, config.target, sizes, living, flops, groups)
     begin = branch.origin(config, run, prunable)
     begin = attempts.priced(config.target.budget, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
-    fewest = attempts.floor(config.prune.min_weights, prunable)
+    fewest = attempts.floor(config.prune, prunable, groups)
     campaign.require_room(config.prune, config.target, begin, fewest, config.start.source)
     phases.require_layers(model, config.retrain.phases)
     before_retraining.check(model, config.prune, [*sizes], counted.outside)
@@ -130,7 +136,7 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
                 f"train has {counts.train} samples, too few for one step of {name}.batch_size={training.batch_size} in "
                 f"data.lanes={config.data.lanes} lanes: lower batch_size, or add data"
             )
-    return Checked(model, prunable, left_out, flops, counted.unattributed, begin, fewest, living)
+    return Checked(model, prunable, left_out, flops, counted.unattributed, begin, fewest, living, groups)
 
 
 def require_counted(counted: cost.Counted, names: Collection[str], budget: cost.Quantity) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.network import cost
+from pipeline.network.groups import Groups, find
 from pipeline.network.survey import Prunable, survey
-from pipeline.prune import round_plan
+from pipeline.prune import patterns, round_plan
+from pipeline.prune.budget import Cost
 from pipeline.prune.round_plan import Basis, Scanned
 from pipeline.run.records import Scan
+from pipeline.settings.pruning import Prune
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import Session
@@ -23,7 +26,8 @@ class Subject:
     """The network that the rounds prune, equal on every rank. Only `model` changes.
 
     `prunable` lists its prunable tensors, `dense` holds their weights in the dense network by name. `scan` holds the
-    scan's results for them if the config's allocation needs a scan.
+    scan's results for them if the config's allocation needs a scan, `groups` the groups of its channels if whole
+    channels are pruned. `prices` say what each tensor costs, in the unit target.budget.
     """
 
     session: Session
@@ -31,6 +35,8 @@ class Subject:
     prunable: list[Prunable]
     dense: dict[str, Tensor]
     scan: Scanned | None
+    groups: Groups | None = None
+    prices: dict[str, Cost] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -41,7 +47,7 @@ class Subject:
     def basis(self) -> Basis:
         """What its rounds are planned from, besides their goals and the current weights."""
         config = self.session.config
-        return Basis(config.prune, config.target, config.seed, self.dense, self.scan)
+        return Basis(config.prune, config.target, config.seed, self.dense, self.scan, self.groups, self.prices)
 
     @property
     def everything(self) -> dict[str, Tensor]:
@@ -62,11 +68,20 @@ def open_subject(session: Session) -> Subject:
     prunable, _ = survey(model, config.prune.include, config.prune.exclude)
     dense = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
     scan = None
+    flops = cost.flops(model, session.feed.shape)
     if round_plan.needs_scan(config.prune, config.target):
-        flops = cost.flops(model, session.feed.shape)
         found = session.run.load(Scan, "scan", "scan.json")
         scan = round_plan.scanned(config.target.budget, found, session.manifest.num_classes, flops)
-    return Subject(session, model, prunable, dense, scan)
+    groups = channels_of(model, prunable, session.feed.zeros(2, session.world.device), config.prune)
+    prices = round_plan.costs(config.target.budget, {tensor.name: tensor.weights for tensor in prunable}, flops)
+    return Subject(session, model, prunable, dense, scan, groups, prices)
+
+
+def channels_of(model: nn.Module, prunable: Sequence[Prunable], example: Tensor, prune: Prune) -> Groups | None:
+    """The groups of a network's channels, where the settings prune whole channels; `example` is a batch of inputs."""
+    if not patterns.of(prune).channels:
+        return None
+    return find(model, example, {tensor.name: tensor.shape for tensor in prunable})
 
 
 def prunable_weights(model: nn.Module, prunable: Sequence[Prunable]) -> dict[str, Tensor]:

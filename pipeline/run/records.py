@@ -121,12 +121,21 @@ class TensorPlan(Record):
     threshold: float | None
 
 
+@dataclass(frozen=True)
+class GroupPlan(Record):
+    """How many of a group's channels are to stay; the group has the name of its first tensor."""
+
+    name: str
+    units: int
+    keep: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundPlan(Record):
     """rounds/NN/plan.json: the exact counts of an attempt at a round (from 1), fixed before anything is trained.
 
-    `budget` is the weights that all tensors keep together. `predicted` is None without a scan. Older plans lack the
-    fields with defaults.
+    `budget` is the weights that all tensors keep together. `predicted` is None without a scan. `groups` is empty unless
+    whole channels are pruned. Older plans lack the fields with defaults.
     """
 
     round: int
@@ -135,6 +144,7 @@ class RoundPlan(Record):
     budget: int
     predicted: Prediction | None = None
     tensors: tuple[TensorPlan, ...]
+    groups: tuple[GroupPlan, ...] = ()
 
     @property
     def keep(self) -> dict[str, int]:

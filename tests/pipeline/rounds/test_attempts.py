@@ -242,7 +242,7 @@ def test_the_fewest_weights_are_no_more_than_there_are(run: Run) -> None:
     subject = four(session_of(run, []))
     for fewest, expected in ((0, 0), (1, 1), (9, 4)):
         config = parse_config(merged(TINY, {"prune.min_weights": fewest}))
-        assert attempts.floor(config.prune.min_weights, subject.prunable) == expected
+        assert attempts.floor(config.prune, subject.prunable) == expected
 
 
 def test_the_network_as_it_stands_keeps_all_until_a_round_is_accepted(run: Run) -> None:

@@ -1,0 +1,175 @@
+"""Groups of channels that can be removed from a network, found by following it.
+
+A unit is a channel wherever it goes (see `pipeline.network.follow`): a row of the layer that makes it, columns of the
+layers that read it, and, where tensors are added or multiplied, rows of all layers that make them. It can only be
+removed everywhere at once. Units that lie in the same way in the same tensors form a group. They can stand in for each
+other, so only how many of a group stay decides how large each tensor is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.network.follow import Follower
+from pipeline.network.modes import evaluating
+from pipeline.network.signals import Layer, Numbers, Units
+from pipeline.network.trace import Traced, traced
+
+OUTPUTS, INPUTS = 0, 1  # the axes of a weight that hold channels
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the units of a group lie in one weight: `places[u]` are those of unit u along `axis`, (units, places)."""
+
+    tensor: str
+    axis: int
+    places: Numbers
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that go together through `members`. Its name is that of its first tensor."""
+
+    name: str
+    members: tuple[Member, ...]
+
+    @property
+    def units(self) -> int:
+        """How many channels it has."""
+        return len(self.members[0].places)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of a network by name, and notes on what is left alone. `shapes` are those of all prunable tensors."""
+
+    by_name: dict[str, Group]
+    shapes: dict[str, tuple[int, ...]]
+    notes: tuple[str, ...]
+
+    @property
+    def whole(self) -> dict[str, Flags]:
+        """Every unit of each group stays."""
+        return {name: np.ones(group.units, np.bool_) for name, group in self.by_name.items()}
+
+    def masks(self, kept: Mapping[str, Flags]) -> dict[str, Tensor]:
+        """The mask of each tensor, True where all units stay that meet there; `kept` has (units,) for each group."""
+        sides = {
+            name: (np.ones(shape[0], np.bool_), np.ones(shape[1], np.bool_)) for name, shape in self.shapes.items()
+        }
+        for name, group in self.by_name.items():
+            for member in group.members:
+                sides[member.tensor][member.axis][member.places[~kept[name]].ravel()] = False
+        made = {}
+        for name, shape in self.shapes.items():
+            rows, columns = (torch.from_numpy(side) for side in sides[name])
+            both = rows[:, None] & columns[None, :]
+            made[name] = both.view(*both.shape, *[1] * (len(shape) - 2)).expand(shape).contiguous()
+        return made
+
+    def counts(self, keep: Mapping[str, int]) -> dict[str, int]:
+        """The weights that each tensor keeps where so many units of each group stay. They need no masks."""
+        sizes = {name: [shape[0], shape[1]] for name, shape in self.shapes.items()}
+        for name, group in self.by_name.items():
+            for member in group.members:
+                sizes[member.tensor][member.axis] -= (group.units - keep[name]) * member.places.shape[1]
+        return {name: math.prod(sizes[name]) * math.prod(shape[2:]) for name, shape in self.shapes.items()}
+
+    def alive(self, masks: Mapping[str, Tensor]) -> dict[str, Flags]:
+        """Which units of each group stay in these masks, (units,): those whose rows and columns hold a kept weight."""
+        found = {}
+        for name, group in self.by_name.items():
+            stays = np.ones(group.units, np.bool_)
+            for member in group.members:
+                others = [axis for axis in range(len(self.shapes[member.tensor])) if axis != member.axis]
+                used = masks[member.tensor].cpu().any(dim=others).numpy()
+                stays &= used[member.places].any(1)
+            found[name] = stays
+        return found
+
+
+def find(model: nn.Module, example: Tensor, prunable: Mapping[str, Sequence[int]]) -> Groups:
+    """The groups of a network; `prunable` gives the shapes of the tensors that may be pruned, by name.
+
+    `example` is an input, (batch, ...); its values do not matter. A unit that touches a weight which stays dense, or a
+    step that cannot be followed, is in no group. Where nothing can be followed, there are no groups, and notes say why.
+    """
+    shapes = {name: tuple(shape) for name, shape in prunable.items()}
+    with evaluating(model):
+        graph = traced(model, example)
+    if not isinstance(graph, Traced):
+        return Groups({}, shapes, tuple(graph))
+    followed = Follower(graph)
+    for layer in followed.layers:
+        _level(layer, followed.units)
+    pinned, notes = _pinned(followed, shapes)
+    at: dict[int, dict[tuple[int, int], list[int]]] = {}  # root: (number of the layer, axis): places
+    for number, layer in enumerate(followed.layers):
+        for axis, units, places in _sides(layer):
+            for root, place in zip(followed.units.roots(units).tolist(), places.tolist(), strict=True):
+                held = at.setdefault(root, {}).setdefault((number, axis), [])
+                if place not in held:
+                    held.append(place)
+    alike: dict[tuple[tuple[int, int, int], ...], list[int]] = {}
+    for root, sides in at.items():
+        if root not in pinned:
+            alike.setdefault(tuple((*side, len(places)) for side, places in sorted(sides.items())), []).append(root)
+    groups: dict[str, Group] = {}
+    for signature, roots in alike.items():
+        members = tuple(
+            Member(_weight(followed.layers[number]), axis, np.array([at[root][number, axis] for root in roots]))
+            for number, axis, _ in signature
+        )
+        name = _free(members[0].tensor, groups)
+        groups[name] = Group(name, members)
+    return Groups(groups, shapes, (*graph.notes, *followed.notes, *notes))
+
+
+def _weight(layer: Layer) -> str:
+    return f"{layer.name}.weight" if layer.name else "weight"
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """The name, or the name with the first number that is free."""
+    return (
+        name
+        if name not in taken
+        else next(f"{name}#{i}" for i in range(2, len(taken) + 3) if f"{name}#{i}" not in taken)
+    )
+
+
+def _level(layer: Layer, units: Units) -> None:
+    """Join the units at one position of all groups of a grouped convolution: its groups keep equally many channels."""
+    groups = len(layer.reads)
+    if groups > 1 and not layer.depthwise:
+        for each in (layer.inputs, layer.outputs):
+            first, *others = each.reshape(groups, -1)
+            for other in others:
+                units.join(first, other)
+
+
+def _sides(layer: Layer) -> Iterator[tuple[int, Numbers, Numbers]]:
+    """The axes of a layer's weight that hold channels: axis, the unit and the place of each channel."""
+    yield OUTPUTS, layer.outputs, np.arange(len(layer.outputs))
+    if not layer.depthwise:
+        yield INPUTS, layer.inputs, np.arange(len(layer.inputs)) % layer.reads.shape[2]
+
+
+def _pinned(followed: Follower, shapes: Collection[str]) -> tuple[set[int], list[str]]:
+    """The roots of units that stay, and notes on the weights that stay dense and keep some."""
+    units, notes = followed.units, []
+    for layer in followed.layers:
+        if _weight(layer) not in shapes:
+            units.pin(layer.outputs)
+            units.pin(layer.inputs)
+            notes.append(f"{_weight(layer)} stays dense, and so do the channels that it makes and reads")
+    return set(units.pinned().tolist()), notes
