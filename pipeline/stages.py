@@ -17,7 +17,7 @@ from pipeline.engine import Engine, Work
 from pipeline.network.build import build_network
 from pipeline.network.survey import Prunable
 from pipeline.network.survey import survey as survey_network
-from pipeline.prune import round_plan
+from pipeline.prune import axes, round_plan
 from pipeline.results import final
 from pipeline.rounds import branch, comparison, preflight, same_data
 from pipeline.run import log
@@ -266,6 +266,7 @@ def scan(
     config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = (), after: int | None = None
 ) -> Scan:
     """Only the scan, with the stages before it, or of a finished round's model."""
+    axes.require_scannable(config.prune)
     with logged(engine, here, progress) as heard:
         driver = Driver(config, engine, here, heard, tuple(merged))
         if after is not None:

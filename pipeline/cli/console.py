@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 from pipeline.base.hiding import hide
 from pipeline.cli.messages import make_console
 from pipeline.export.bench import Bench
+from pipeline.network.groups import INPUTS, OUTPUTS, Groups
 from pipeline.results import report
 from pipeline.results.tables import TextTable
 from pipeline.rounds.outlook import RunPlan
@@ -143,6 +144,8 @@ def show_plan(plan: RunPlan, resolved: str, console: Console | None = None) -> N
         f"\ndata: {counts.train:,} train, {counts.val:,} val, {counts.test:,} test samples, {counts.classes} classes"
     )
     console.print(_tensor_table(plan))
+    if plan.groups is not None:
+        console.print(_group_table(plan.groups, plan.kept_units))
     if plan.left_out:
         table = Table("left out", "shape", "reason", title="tensors that stay dense")
         for tensor in plan.left_out:
@@ -183,6 +186,21 @@ def _tensor_table(plan: RunPlan) -> Table:
         )
     total = sum(tensor.weights for tensor in plan.prunable)
     table.add_row("total", "", "", f"{total:,}", f"{sum(plan.flops.values()):,}", "", "", style="bold")
+    return table
+
+
+def _group_table(groups: Groups, kept: Mapping[str, int]) -> Table:
+    """The groups of channels; `weights` are those that go with all but one of them, where the other groups stay."""
+    table = Table(title="groups of channels: each is removed from all of these tensors at once")
+    for title in ("group", "made by", "read by"):
+        table.add_column(title, overflow="fold")
+    for title in ("channels", "planned", "weights at stake"):
+        table.add_column(title, justify="right")
+    for name, group in groups.by_name.items():
+        made, read = (
+            ", ".join(member.tensor for member in group.members if member.axis == axis) for axis in (OUTPUTS, INPUTS)
+        )
+        table.add_row(name, made, read, f"{group.units:,}", str(kept.get(name, "-")), f"{groups.at_stake(name):,}")
     return table
 
 

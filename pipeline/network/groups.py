@@ -84,6 +84,11 @@ class Groups:
                 sizes[member.tensor][member.axis] -= (group.units - keep[name]) * member.places.shape[1]
         return {name: math.prod(sizes[name]) * math.prod(shape[2:]) for name, shape in self.shapes.items()}
 
+    def at_stake(self, name: str) -> int:
+        """The weights of all tensors that go where one unit of this group stays, and all of the others."""
+        units = {other: group.units for other, group in self.by_name.items()}
+        return sum(self.counts(units).values()) - sum(self.counts(units | {name: 1}).values())
+
     def alive(self, masks: Mapping[str, Tensor]) -> dict[str, Flags]:
         """Which units of each group stay in these masks, (units,): those whose rows and columns hold a kept weight."""
         found = {}

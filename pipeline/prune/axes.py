@@ -31,7 +31,7 @@ def require_fitting(prune: Prune, target: Target) -> None:
         able = " or ".join(name for name, each in allocation.ALLOCATIONS.items() if each.spends_costs)
         raise UserError(
             f"target.budget={target.budget} needs prune.allocation={able} and target.mode=compression: others count "
-            "weights"
+            "weights (with prune.pattern=channels also flops)"
         )
     if not pattern.free and not pattern.channels and not target.to_size:
         raise UserError(
@@ -48,6 +48,15 @@ def require_fitting(prune: Prune, target: Target) -> None:
                     f"prune.{setting}={name} fixes densities, which target.mode={target.mode} finds itself: leave "
                     f"prune.{setting} out; target.step says how much a round removes"
                 )
+
+
+def require_scannable(prune: Prune) -> None:
+    """Raise UserError where a scan would measure what no round prunes: it prunes the weights of one tensor alone."""
+    if patterns.of(prune).channels:
+        raise UserError(
+            f"prune.pattern={prune.pattern} removes channels from several tensors at once, and the scan prunes single "
+            "tensors: leave prune.pattern out to scan"
+        )
 
 
 def _require_channels(prune: Prune, target: Target) -> None:

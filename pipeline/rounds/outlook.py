@@ -112,6 +112,7 @@ def make(config: Config) -> RunPlan:
                 else "; totals assume equal densities until then"
             )
         )
+    notes += checked.groups.notes if checked.groups is not None else ()
     if checked.unattributed:
         notes.append(
             f"products without a weight of their own (attention's) take {checked.unattributed:,} FLOPs more, which "

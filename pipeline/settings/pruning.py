@@ -76,11 +76,14 @@ class Prune(Section):
         "pooled, uniform, erk, explicit, budget (the least rise of the loss that the scan predicts).",
     )
     densities: dict[Text, Density] = Field(
-        default_factory=dict, description="explicit: density for each tensor, by name or pattern (fc*.weight)."
+        default_factory=dict,
+        description="explicit: density for each tensor, by name or pattern (fc*.weight); with pattern channels, the "
+        "share of channels of each group, as `secateur plan` names them.",
     )
     pattern: Text = Field(
         "weights",
-        description="The pattern that pruned weights of a tensor form: weights (each is pruned on its own), or n:m as "
+        description="The pattern that pruned weights form: weights (each is pruned on its own); channels (whole "
+        "channels, each from all tensors that it goes through: the network gets smaller and faster everywhere); n:m as "
         "in 2:4 (at most 2 of 4 inputs that follow one another are kept, from round 1 on), which a GPU of compute "
         "capability 8 or more can make use of.",
     )
@@ -103,7 +106,9 @@ class Prune(Section):
         ("*",), description="Patterns of whole tensor names (fc1.weight, features.*) that may be pruned."
     )
     exclude: tuple[Text, ...] = Field((), description="Patterns of whole tensor names (*.fc.weight) that stay dense.")
-    min_weights: Count = Field(1, description="Weights that every tensor keeps at the least.")
+    min_weights: Count = Field(
+        1, description="Weights that every tensor keeps at the least; with pattern channels, channels of each group."
+    )
     floors: dict[Text, Fraction] = Field(
         default_factory=dict, description="The least density of a tensor, in every round, by name or pattern."
     )
@@ -194,7 +199,7 @@ class Target(Section):
     budget: Literal["weights", "flops", "bytes"] = Field(
         "weights",
         description="What target.compression, and the density of each round, count in the prunable tensors: weights; "
-        "with allocation=budget also flops (of one sample) or bytes (predicted, packed).",
+        "with allocation=budget also flops (of one sample) or bytes (predicted, packed), with pattern=channels flops.",
     )
     margin: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.003,

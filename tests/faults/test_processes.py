@@ -111,7 +111,7 @@ def test_the_driver_killed_in_an_attempt_that_is_undone(tmp_path: Path, line: Li
     again = RayRun(config, runs, *campaign)
     seconds = spent + again.finish()
     assert "rounds/01 at density 0.10% is undone" in again.output
-    assert f"rounds/01: resumed at step {saved}" in again.output
+    assert resumed_at(again.output) >= saved > 0  # one more may have come before the kill
     assert same_weights(undisturbed.folder, again.folder)
     records = [
         [(row["round"], row["attempt"], row["density"], row["accepted"], row["val_top1"]) for row in result["rounds"]]

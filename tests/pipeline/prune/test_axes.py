@@ -12,7 +12,11 @@ from pipeline.cli import commands
 
 FIXES = "fixes densities, which target.mode=no-loss finds itself: leave"
 STEP = "out; target.step says how much a round removes"
-UNITS = "needs prune.allocation=budget and target.mode=compression: others count weights"
+UNITS = (
+    "needs prune.allocation=budget and target.mode=compression: others count weights (with prune.pattern=channels also "
+    "flops)"
+)
+CHANNELS = ["prune.pattern=channels", "prune.allocation=uniform"]
 CASES = [
     (
         ["prune.schedule=list"],
@@ -57,7 +61,30 @@ CASES = [
         "prune.criterion='magnitud' is unknown; did you mean 'magnitude'? known: magnitude, taylor, obs, "
         "probabilistic, random",
     ),
-    (["prune.pattern=weight"], "prune.pattern='weight' is unknown; did you mean 'weights'? known: weights, 2:4"),
+    (
+        ["prune.pattern=weight"],
+        "prune.pattern='weight' is unknown; did you mean 'weights'? known: weights, channels, 2:4",
+    ),
+    (
+        ["prune.pattern=channels", "prune.allocation=erk"],
+        "prune.allocation=erk shares out weights, not channels: with prune.pattern=channels use pooled, uniform, explicit",
+    ),
+    (
+        [*CHANNELS, "target.mode=thresholds"],
+        "target.mode=thresholds compares single weights with thresholds: leave prune.pattern=channels out",
+    ),
+    (
+        [*CHANNELS, "target.budget=bytes"],
+        "target.budget=bytes counts the bytes of scattered weights: with prune.pattern=channels use weights or flops",
+    ),
+    (
+        [*CHANNELS, "target.budget=flops", "target.mode=no-loss", "target.compression=null"],
+        "target.budget=flops needs target.mode=compression: campaigns count weights",
+    ),
+    (
+        [*CHANNELS, "prune.dead_neurons=true"],
+        "prune.dead_neurons has nothing to do with prune.pattern=channels, which leaves no dead units: set it to false",
+    ),
     (
         ["data.source=idx"],
         "data: source 'idx' reads from data.root, which is not set: add data.root=PATH",
