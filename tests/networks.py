@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -232,3 +232,41 @@ class Mixed(nn.Module):
         hidden = nn.functional.linear(x.flatten(1), self.one.weight + self.two.weight)
         logits: Tensor = self.head(torch.relu(hidden))
         return logits
+
+
+class OnTokens(nn.Module):
+    """A block of a transformer without its attention: x + f(norm(x)) on (batch, tokens, features)."""
+
+    def __init__(self, features: int, hidden: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.activation = nn.LayerNorm(features), activation
+        self.wide, self.narrow = nn.Linear(features, hidden), nn.Linear(hidden, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(self.activation(self.wide(self.norm(x))))
+
+
+class Patches(nn.Module):
+    """A small network on patches, (batch, 2, 9, 9): a convolution, attention, blocks on tokens, classes."""
+
+    def __init__(self, hidden: Sequence[int], activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(2, 4, 3, 3)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.blocks = nn.Sequential(*(OnTokens(4, size, activation()) for size in hidden))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.blocks(x).mean(1))
+
+
+def random_patches(seed: int) -> nn.Module:
+    """A network on patches, float64, evaluation mode, made and damaged by `seed`."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    hidden = [draw.randint(1, 8) for _ in range(draw.randint(1, 3))]
+    network = Patches(hidden, draw.choice(ACTIVATIONS)).double().eval()
+    damage(network, seed)
+    return network

@@ -8,7 +8,6 @@ they can only be removed together. Only linear and convolution layers make new u
 from __future__ import annotations
 
 import math
-import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +34,7 @@ from pipeline.network.operations import (
     SAME,
     as_function,
     in_place,
-    is_shape,
-    not_channels,
+    only_reads_size,
 )
 from pipeline.network.signals import (  # fmt: skip
     Carrier,
@@ -84,6 +82,11 @@ class Follower:
         elif not self._only_reads_size(node) and not self._follow(node):
             self._leave(node)
 
+    def _only_reads_size(self, node: fx.Node) -> bool:
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        rank = len(self._graph.shapes.get(source, ())) if source is not None else 0
+        return only_reads_size(node, rank, self._signals[source].axis if source in self._signals else 1)
+
     def _follow(self, node: fx.Node) -> bool:
         """Handle a step; False if it is of no kind that can be followed."""
         if node not in self._graph.shapes:
@@ -106,6 +109,8 @@ class Follower:
             return self._carry(node, x, same=True)
         if kind in ACTIVATIONS and kind is not nn.PReLU:
             return self._pointwise(node, x, module, module.__dict__.get("inplace", False))
+        if x.axis != 1 and kind is not nn.Linear:
+            return False
         if kind in MAX_POOLS:
             return not module.return_indices and self._carry(node, x, max_keeps(module.padding, module.dilation))
         if kind in AVG_POOLS:
@@ -135,6 +140,8 @@ class Follower:
         if target in DROPOUT_FUNCTIONS:
             given = bind(node, ("input", "p", "training", "inplace"))
             return given.get("training", True) is False and self._carry(node, x, same=True)
+        if x.axis != 1:
+            return False
         if target is F.max_pool2d:
             given = bind(node, MAX_ARGUMENTS)
             keeps = max_keeps(given.get("padding", 0), given.get("dilation", 1))
@@ -155,8 +162,11 @@ class Follower:
         """Linear and convolution: reads units, makes new ones (depthwise: the same ones)."""
         weight = layer._parameters.get("weight")
         before = self._graph.shapes[node.all_input_nodes[0]]
-        if weight is None or not weight.is_floating_point() or len(before) != weight.ndim:
+        features = len(before) - 1 if isinstance(layer, nn.Linear) else 1  # the axis that the layer reads and makes
+        if weight is None or not weight.is_floating_point() or (len(before) != weight.ndim and features == 1):
             return False
+        if x.axis != features:
+            x = self._turned(x, weight.shape[1], features)
         groups = getattr(layer, "groups", 1)
         padded = zero_padded(layer)
         reads = (weight.detach() != 0).flatten(2).any(2) if weight.ndim > 2 else weight.detach() != 0
@@ -167,13 +177,20 @@ class Follower:
         value = bias.cpu() + constant_part(layer, fold, x.value)
         depthwise = groups > 1 and groups == len(x.units)
         made = np.repeat(x.units, len(weight) // groups) if depthwise else self.units.new(len(weight))
-        self._signals[node] = Signal(made, known, value, node)
+        self._signals[node] = Signal(made, known, value, node, features)
         self.layers.append(Layer(str(node.target), layer, x.units, made, reads, fold, x.value, depthwise))
         stuck = int((x.known & ~fold & reads.any(1).flatten()).sum())
         if stuck:
             self.notes.append(f"{node.target}: {stuck} constant inputs are not 0 and stay: the layer pads with zeros, "
                               "so what they add differs at the border")  # fmt: skip
         return True
+
+    def _turned(self, x: Signal, count: int, axis: int) -> Signal:
+        """A tensor looked at along another axis, whose `count` units are new; they and those of before stay."""
+        units, nothing = self.units.new(count), torch.zeros(count, dtype=torch.float64)
+        self.units.pin(x.units)
+        self.units.pin(units)
+        return Signal(units, nothing.bool(), nothing, x.storage, axis)
 
     def _batch_norm(self, node: fx.Node, x: Signal, norm: Any) -> bool:
         """In evaluation: value -> (value - mean) / sqrt(var + eps) * weight + bias; where weight is 0, the bias."""
@@ -200,7 +217,7 @@ class Follower:
         with torch.no_grad():
             value = call(x.value.clone().view(1, -1)).view(-1)
         same = changes or node.target == "contiguous"
-        self._signals[node] = Signal(x.units, x.known, value, x.storage if same else node)
+        self._signals[node] = Signal(x.units, x.known, value, x.storage if same else node, x.axis)
         if changes:
             self._forget(x.storage, but=node)
         return True
@@ -208,7 +225,7 @@ class Follower:
     def _carry(self, node: fx.Node, x: Signal, keeps: bool = True, same: bool = False) -> bool:
         """A step that does not mix channels; without `keeps`, only a constant 0 stays constant."""
         known = x.known if keeps else x.known & (x.value == 0)
-        self._signals[node] = Signal(x.units, known, x.value, x.storage if same else node)
+        self._signals[node] = Signal(x.units, known, x.value, x.storage if same else node, x.axis)
         return True
 
     def _flatten(self, node: fx.Node, x: Signal, start: Any, end: Any) -> bool:
@@ -232,7 +249,7 @@ class Follower:
         given = bind(node, ("tensors", "dim"))
         parts = [self._signals.get(part) for part in given["tensors"]]
         rank = len(self._graph.shapes[node])
-        if given.get("dim", 0) % rank != 1 or any(part is None for part in parts):
+        if given.get("dim", 0) % rank != 1 or any(part is None or part.axis != 1 for part in parts):
             return False
         found = [part for part in parts if part is not None]
         units = np.concatenate([part.units for part in found])
@@ -244,14 +261,16 @@ class Follower:
         """Two tensors combined channel by channel: each pair of units becomes one."""
         y, shapes = self._signals.get(other), self._graph.shapes
         first, second = shapes[node.all_input_nodes[0]], shapes.get(other, ())
-        if y is None or len(first) != len(second) or first[:2] != second[:2]:
+        if y is None or x.axis != y.axis or len(first) != len(second):
+            return False
+        if first[:2] != second[:2] or first[x.axis] != second[x.axis]:
             return False
         self.units.join(x.units, y.units)
         value = as_function(node.target)(x.value.clone().view(1, -1), y.value.view(1, -1), **node.kwargs).view(-1)
         known = x.known & y.known
         if node.target in PRODUCTS:
             known = known | (x.known & (x.value == 0)) | (y.known & (y.value == 0))
-        self._signals[node] = Signal(x.units, known, value, x.storage if in_place(node) else node)
+        self._signals[node] = Signal(x.units, known, value, x.storage if in_place(node) else node, x.axis)
         if in_place(node):
             self._forget(x.storage, but=node)
         return True
@@ -291,16 +310,3 @@ class Follower:
         for node, signal in self._signals.items():
             if node is not but and signal.storage is storage:
                 signal.known = torch.zeros_like(signal.known)
-
-    def _only_reads_size(self, node: fx.Node) -> bool:
-        """Whether a step asks for a size, a type or a device that compaction does not change."""
-        source = node.all_input_nodes[0] if node.all_input_nodes else None
-        rank = len(self._graph.shapes.get(source, ())) if source is not None else 0
-        if node.target is operator.getitem and source is not None and is_shape(source):
-            return True  # judged where the whole shape was read
-        if node.op == "call_method" and node.target == "size" and len(node.args) == 2:
-            return not_channels(node.args[1], rank)
-        if node.target is getattr and node.args[1] in ("dtype", "device", "ndim"):
-            return True
-        picked = [user.args[1] for user in node.users if user.target is operator.getitem]
-        return is_shape(node) and len(picked) == len(node.users) and all(not_channels(i, rank) for i in picked)

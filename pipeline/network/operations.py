@@ -45,9 +45,24 @@ def is_shape(node: fx.Node) -> bool:
     return by_method or (node.target is getattr and str(node.args[1]) == "shape")
 
 
-def not_channels(axis: Any, rank: int) -> bool:
-    """Whether an index into a shape of `rank` sizes picks none of axis 1."""
-    return isinstance(axis, int) and rank > 0 and axis not in (1, 1 - rank)
+def only_reads_size(node: fx.Node, rank: int, channels: int) -> bool:
+    """Whether a step asks for a size, a type or a device that compaction does not change.
+
+    The tensor that it asks has `rank` axes, 0 where it is none; `channels` is the axis of its channels.
+    """
+
+    def another(axis: Any) -> bool:
+        return isinstance(axis, int) and rank > 0 and axis not in (channels, channels - rank)
+
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    if node.target is operator.getitem and source is not None and is_shape(source):
+        return True  # judged where the whole shape was read
+    if node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+        return another(node.args[1])
+    if node.target is getattr and node.args[1] in ("dtype", "device", "ndim"):
+        return True
+    picked = [user.args[1] for user in node.users if user.target is operator.getitem]
+    return is_shape(node) and len(picked) == len(node.users) and all(map(another, picked))
 
 
 def as_function(target: Any) -> Callable[..., Tensor]:

@@ -53,8 +53,9 @@ class Units:
 
 @dataclass
 class Signal:
-    """A tensor of the graph: for each position along axis 1, its unit, and its value where that is constant.
+    """A tensor of the graph: for each position along `axis`, its unit, and its value where that is constant.
 
+    `axis` is 1, or the last one of a tensor with more than two whose features a linear layer made.
     `known` is (C,) bool and `value` (C,) float64, both on the CPU; value is 0 where not known. `storage` is the step
     that made its memory: an in-place change affects every signal in the same memory.
     """
@@ -63,6 +64,7 @@ class Signal:
     known: Tensor
     value: Tensor
     storage: fx.Node
+    axis: int = 1
 
     def __post_init__(self) -> None:
         self.known = self.known & self.value.isfinite()

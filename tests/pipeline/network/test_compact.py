@@ -11,7 +11,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Fire, Residual, damage, random_network
+from networks import Fire, OnTokens, Residual, damage, random_network, random_patches
 from torch import Tensor, nn
 
 from pipeline.network.compact import Compacted, compact
@@ -279,6 +279,21 @@ def test_shared_weights_are_left_alone() -> None:
 @settings(max_examples=40, deadline=None)
 def test_random_networks_stay_the_same_function(seed: int) -> None:
     shrunk(random_network(seed), 2, 9, 9)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_random_networks_on_patches_stay_the_same_function(seed: int) -> None:
+    shrunk(random_patches(seed), 2, 9, 9)
+
+
+def test_hidden_units_between_linear_layers_on_tokens_go() -> None:
+    block = OnTokens(2, 3, nn.ReLU())
+    with torch.no_grad():
+        block.wide.weight[1] = 0  # unit 1 is always its bias
+        block.narrow.weight[:, 2] = 0  # unit 2 is read by nobody
+    found = shrunk(nn.Sequential(block), 5, 2)
+    assert found.removed == {"0.wide": 2, "0.narrow": 0}
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "mobilenet_v3_small"])

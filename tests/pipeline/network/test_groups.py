@@ -10,7 +10,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Fire, Residual, random_network
+from networks import Fire, Residual, random_network, random_patches
 from torch import Tensor, nn
 
 from pipeline.network.compact import compact
@@ -130,6 +130,25 @@ def check_small(model: nn.Module, masks: dict[str, Tensor], inputs: Tensor) -> n
     with torch.no_grad():
         assert torch.allclose(small(inputs), model(inputs), rtol=1e-9, atol=1e-9)
     return small
+
+
+def test_hidden_units_on_tokens_are_groups_and_what_norms_and_attention_touch_stays() -> None:
+    found = groups_of(random_patches(0), 2, 9, 9)
+    assert list(found.by_name) == [name for name in found.shapes if name.endswith("wide.weight")]
+    group = found.by_name["blocks.0.wide.weight"]
+    assert [(each.tensor, each.axis) for each in group.members] == [
+        ("blocks.0.wide.weight", 0),
+        ("blocks.0.narrow.weight", 1),
+    ]
+    assert any("MultiheadAttention" in note for note in found.notes)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_random_networks_on_patches_are_the_same_function_when_small(seed: int) -> None:
+    model = random_patches(seed)
+    inputs = torch.randn(3, 2, 9, 9, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+    check_small(model, halved(model, groups_of(model, 2, 9, 9), seed), inputs)
 
 
 @given(st.integers(0, 2**31))

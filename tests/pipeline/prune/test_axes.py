@@ -67,7 +67,8 @@ CASES = [
     ),
     (
         ["prune.pattern=channels", "prune.allocation=erk"],
-        "prune.allocation=erk shares out weights, not channels: with prune.pattern=channels use pooled, uniform, explicit",
+        "prune.allocation=erk shares out weights, not channels: with prune.pattern=channels use pooled, uniform, "
+        "explicit",
     ),
     (
         [*CHANNELS, "target.mode=thresholds"],
