@@ -148,7 +148,10 @@ async def _follow(client: Any, job: str, where: str) -> int:
     """Print a job's log to its end, over as many connections as it takes; returns the job's exit code."""
     printed, heard, told = 0, time.monotonic(), False
     while True:
+        before = printed
         printed, whole = await _tail(client, job, printed)
+        if printed > before:  # it answered until now, however long the connection held
+            heard, told = time.monotonic(), False
         info = _info(client, job)
         if info is not None and info.status.is_terminal():
             if not whole:

@@ -65,9 +65,15 @@ def test_a_folder_that_ray_would_refuse_is_refused_before_it_is_packed(
 
 
 @contextmanager
-def dashboard(log: list[str], cuts: list[int], ending: dict[str, Any]) -> Iterator[str]:
-    """Speaks Ray's jobs API for one job: each connection to its log is cut after so many lines, the last is not."""
-    left = list(cuts)
+def dashboard(
+    log: list[str], cuts: list[int], ending: dict[str, Any], held: float = 0.0, unanswered: int = 0
+) -> Iterator[str]:
+    """Speaks Ray's jobs API for one job: each connection to its log is cut after so many lines, the last is not.
+
+    A connection that will be cut is held for some seconds before its last line. So many requests for the job's state
+    are not answered.
+    """
+    left, silent = list(cuts), [None] * unanswered
 
     async def version(_: web.Request) -> web.Response:
         return web.json_response({"version": "4", "ray_version": "2.60.0", "ray_commit": ""})
@@ -75,7 +81,11 @@ def dashboard(log: list[str], cuts: list[int], ending: dict[str, Any]) -> Iterat
     async def jobs(_: web.Request) -> web.Response:
         return web.json_response([])
 
-    async def job(_: web.Request) -> web.Response:
+    async def job(request: web.Request) -> web.Response:
+        if silent:
+            silent.pop()
+            assert request.transport is not None
+            request.transport.abort()
         state = {"status": "RUNNING"} if left else ending
         facts = {"type": "SUBMISSION", "entrypoint": "x", "submission_id": "a", "message": "said", **state}
         return web.json_response(facts)
@@ -86,7 +96,10 @@ def dashboard(log: list[str], cuts: list[int], ending: dict[str, Any]) -> Iterat
     async def tail(request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse()
         await socket.prepare(request)
-        for line in log[: left[0]] if left else log:
+        lines = log[: left[0]] if left else log
+        for number, line in enumerate(lines, 1):
+            if left and number == len(lines):
+                await asyncio.sleep(held)
             await socket.send_str(line)
         if left:
             left.pop(0)
@@ -134,6 +147,20 @@ def test_a_log_is_shown_once_over_connections_that_drop_and_the_exit_code_is_the
     written = capsys.readouterr()
     assert written.out.startswith("".join(log))
     assert [text for text in written.out.splitlines() if text.startswith("line")] == [text.strip() for text in log]
+
+
+def test_a_connection_that_held_for_long_is_tried_again_when_it_drops(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patience counts from the last sign of life, not from when the connection was made."""
+    monkeypatch.setattr(submit, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(submit, "PATIENCE_S", 0.5)
+    log = ["line 0\n", "line 1\n"]
+    with dashboard(log, [2], {"status": "SUCCEEDED", "driver_exit_code": 0}, held=1.0, unanswered=3) as url:
+        assert asyncio.run(submit._follow(submit._client(url), "a", url)) == 0
+    written = capsys.readouterr()
+    assert written.out.startswith("".join(log))
+    assert written.err.count("lost; trying again") == 1
 
 
 def test_a_cluster_that_does_not_come_back_is_one_message(

@@ -119,6 +119,9 @@ def from_scratch(run: LocalRun) -> dict[str, Any]:
     return same_everywhere(everything(elsewhere))
 
 
+MEASURED = ("seconds", "images_per_s", "waiting")  # in the names of metrics that no two runs have in common
+
+
 def shape(held: dict[str, Any]) -> dict[str, Any]:
     """What two runs of one seed have in common: everything but times, sizes, and the names of folders."""
     return {
@@ -127,7 +130,10 @@ def shape(held: dict[str, Any]) -> dict[str, Any]:
             "params": {key: value for key, value in part["params"].items() if key != "runs_dir"},
             "tags": {key for key in part["tags"] if not key.startswith("secateur.artifacts")},
             "points": {
-                key: [step if "seconds" in key else (step, value) for step, _, value in sorted(points)]
+                key: [
+                    step if any(word in key for word in MEASURED) else (step, value)
+                    for step, _, value in sorted(points)
+                ]
                 for key, points in part["points"].items()
             },
             "files": set(part["files"]),
