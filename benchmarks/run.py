@@ -27,13 +27,13 @@ def main() -> int:
     if not names:
         print(__doc__)
         return 2
-    failed = []
+    failed, where = [], place()
     for name in names:
         text = measured(name)
         if text is None:
             failed.append(name)
         else:
-            README.write_text(replaced(README.read_text(), name.split()[0], section(name, text)))
+            README.write_text(replaced(README.read_text(), name.split()[0], section(name, where, text)))
     if failed:
         print(f"ended with an error, old tables kept: {', '.join(failed)}")
     return 1 if failed else 0
@@ -53,13 +53,17 @@ def measured(name: str) -> str | None:
     return "\n".join(lines).strip("\n") if process.returncode == 0 else None
 
 
-def section(name: str, text: str) -> str:
-    """Of the README: when and where it was measured, then the tables."""
+def place() -> str:
+    """When, at which commit and where it is measured. The tables that are kept change the working tree: ask before."""
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{each} {version(each)}" for each in PACKAGES)])
+    return f"{datetime.date.today()}, commit {commit()}, {machine()}; {versions}"
+
+
+def section(name: str, where: str, text: str) -> str:
+    """Of the README: when and where it was measured, by which command, then the tables."""
     program, *options = name.split()
     command = " ".join(["python", f"benchmarks/bench_{program}.py", *options])
-    where = f"{datetime.date.today()}, commit {commit()}, {machine()}; {versions}. By `{command}`:"
-    return f"{where}\n\n```\n{text}\n```\n"
+    return f"{where}. By `{command}`:\n\n```\n{text}\n```\n"
 
 
 def replaced(readme: str, name: str, text: str) -> str:

@@ -26,17 +26,14 @@ from pipeline.network.operations import (
     BATCH_NORMS,
     BINARY,
     CONCATENATIONS,
-    DROPOUT_ARGUMENTS,
-    DROPOUT_FUNCTIONS,
     MAX_ARGUMENTS,
     MAX_POOLS,
     POINTWISE,
     PRODUCTS,
     SAME,
-    STOCHASTIC_DEPTH_ARGUMENTS,
     as_function,
+    dropout_arguments,
     in_place,
-    is_stochastic_depth,
     only_reads_size,
 )
 from pipeline.network.signals import (  # fmt: skip
@@ -140,8 +137,8 @@ class Follower:
         if target in POINTWISE or target in BINARY:
             call = as_function(target)
             return self._pointwise(node, x, lambda value: call(value, *others, **node.kwargs), in_place(node))
-        if target in DROPOUT_FUNCTIONS or is_stochastic_depth(target):
-            given = bind(node, DROPOUT_ARGUMENTS if target in DROPOUT_FUNCTIONS else STOCHASTIC_DEPTH_ARGUMENTS)
+        if (names := dropout_arguments(target)) is not None:
+            given = bind(node, names)
             return given.get("training", True) is False and self._carry(node, x, same=True)
         if x.axis != 1:
             return False

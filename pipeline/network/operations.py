@@ -34,10 +34,8 @@ BINARY: set[Any] = {
 PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 DROPOUT_FUNCTIONS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
-DROPOUT_ARGUMENTS = ("input", "p", "training", "inplace")
 # torchvision's function, known by its name, so that torchvision is not needed here.
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
-STOCHASTIC_DEPTH_ARGUMENTS = ("input", "p", "mode", "training")
 ADAPTIVE_FUNCTIONS: set[Any] = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 MAX_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 AVG_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
@@ -49,9 +47,13 @@ def is_shape(node: fx.Node) -> bool:
     return by_method or (node.target is getattr and str(node.args[1]) == "shape")
 
 
-def is_stochastic_depth(target: Any) -> bool:
-    """Whether a called function is torchvision's stochastic_depth."""
-    return (getattr(target, "__module__", None), getattr(target, "__name__", None)) == STOCHASTIC_DEPTH
+def dropout_arguments(target: Any) -> tuple[str, ...] | None:
+    """The names of the arguments of a function that drops activations in training; None for any other."""
+    if target in DROPOUT_FUNCTIONS:
+        return ("input", "p", "training", "inplace")
+    if (getattr(target, "__module__", None), getattr(target, "__name__", None)) == STOCHASTIC_DEPTH:
+        return ("input", "p", "mode", "training")
+    return None
 
 
 def only_reads_size(node: fx.Node, rank: int, channels: int) -> bool:

@@ -103,6 +103,16 @@ def require_possible(
         )
 
 
+def require_whole(groups: Groups, alive: Mapping[str, Flags], masks: Mapping[str, Tensor], pattern: str) -> None:
+    """Raise UserError where masks also leave out weights whose channels stay: a round of channels would revive them."""
+    for name, mask in groups.masks(alive).items():
+        if bool((mask & ~masks[name].cpu()).any()):
+            raise UserError(
+                f"prune.pattern={pattern}: single weights of {name} are pruned already, and whole channels would bring "
+                "them back: let start.from name round 0, or a round that pruned channels"
+            )
+
+
 def masks(
     groups: Groups, units: Mapping[str, Tensor], alive: Mapping[str, Flags], keep: Mapping[str, int]
 ) -> dict[str, Tensor]:

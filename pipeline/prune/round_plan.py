@@ -121,7 +121,7 @@ def require_possible(
     pattern is of whole channels.
     """
     if groups is not None:
-        _require_channels(prune, target, groups, costs(target.budget, weights, flops))
+        _require_possible_channels(prune, target, groups, costs(target.budget, weights, flops))
         return
     if target.no_loss:  # it stops where no more can go
         return
@@ -142,7 +142,7 @@ def _budgets(prune: Prune, target: Target, total: int) -> list[int]:
     return [budget(prune, target, number, total) for number in range(1, len(densities(prune, target)) + 1)]
 
 
-def _require_channels(prune: Prune, target: Target, groups: Groups, prices: Mapping[str, Cost]) -> None:
+def _require_possible_channels(prune: Prune, target: Target, groups: Groups, prices: Mapping[str, Cost]) -> None:
     """Raise UserError where there are no channels to prune, a name fits no group, or the last budget is too small."""
     whole = groups.whole
     least, most = channels.bounds(prune, whole)
@@ -263,6 +263,7 @@ def _of_channels(basis: Basis, groups: Groups, goal: Goal, standing: Standing) -
     fixed = allocation.of(prune).fixes_densities
     densities = explicit_densities(prune, basis.target, goal.density) if fixed else None
     ranking, alive = channels.scores(groups, scores(basis, standing)), groups.alive(standing.alive)
+    channels.require_whole(groups, alive, standing.alive, prune.pattern)
     keep = channels.plan(prune, groups, ranking, alive, goal.budget, basis.prices, densities)
     counts = groups.counts(keep)
     return RoundPlan(

@@ -27,7 +27,7 @@ class Subject:
 
     `prunable` lists its prunable tensors, `dense` holds their weights in the dense network by name. `scan` holds the
     scan's results for them if the config's allocation needs a scan, `groups` the groups of its channels if whole
-    channels are pruned. `prices` say what each tensor costs, in the unit target.budget.
+    channels are pruned. `prices` say what each tensor costs, in the unit target.budget, where there is one of them.
     """
 
     session: Session
@@ -67,13 +67,16 @@ def open_subject(session: Session) -> Subject:
     model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
     prunable, _ = survey(model, config.prune.include, config.prune.exclude)
     dense = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
-    scan = None
-    flops = cost.flops(model, session.feed.shape)
+    unit, scan, prices = config.target.budget, None, {}
+    groups = channels_of(model, prunable, session.feed.zeros(2, session.world.device), config.prune)
     if round_plan.needs_scan(config.prune, config.target):
         found = session.run.load(Scan, "scan", "scan.json")
-        scan = round_plan.scanned(config.target.budget, found, session.manifest.num_classes, flops)
-    groups = channels_of(model, prunable, session.feed.zeros(2, session.world.device), config.prune)
-    prices = round_plan.costs(config.target.budget, {tensor.name: tensor.weights for tensor in prunable}, flops)
+        flops = cost.flops(model, session.feed.shape)
+        scan = round_plan.scanned(unit, found, session.manifest.num_classes, flops)
+        prices = scan.prices
+    elif groups is not None:
+        sizes = {tensor.name: tensor.weights for tensor in prunable}
+        prices = round_plan.costs(unit, sizes, cost.flops(model, session.feed.shape))
     return Subject(session, model, prunable, dense, scan, groups, prices)
 
 

@@ -83,7 +83,7 @@ class Prune(Section):
     pattern: Text = Field(
         "weights",
         description="The pattern that pruned weights form: weights (each is pruned on its own); channels (whole "
-        "channels, each from all tensors that it goes through: the network gets smaller and faster everywhere); n:m as "
+        "channels, each from all tensors that it goes through: what is left is a smaller network); n:m as "
         "in 2:4 (at most 2 of 4 inputs that follow one another are kept, from round 1 on), which a GPU of compute "
         "capability 8 or more can make use of.",
     )
