@@ -101,9 +101,7 @@ def test_two_channels_of_a_group_are_the_least(tiny: Callable[..., Config]) -> N
 def test_a_branch_from_single_weights_is_refused(tiny: Callable[..., Config]) -> None:
     carry_out(tiny(**SMALL | {"prune.pattern": "weights", "prune.rounds": 1, "prune.dense_control": False}))
     branch = tiny(**SMALL | {"name": "branch", "start.from": "tiny:1", "target.compression": 8})
-    with pytest.raises(
-        UserError, match=r"single weights of fc1.weight are pruned already.*start.from name round 0"
-    ):
+    with pytest.raises(UserError, match=r"single weights of fc1.weight are pruned already.*start.from name round 0"):
         carry_out(branch)
     whole = tiny(**SMALL | {"name": "whole", "start.from": "tiny:0", "prune.rounds": 1})
     assert carry_out(whole)["compression"] >= 4
