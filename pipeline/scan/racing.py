@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scipy.special import ndtri
 
@@ -56,22 +56,34 @@ def next_levels(known: Sequence[Level], scan: Scan, weights: int) -> list[float]
     grid: those of scan.levels that are missing. adaptive: first the largest, the middle and the smallest of
     scan.levels; then, until scan.max_levels, between neighbours (the dense network being the first) whose drops differ
     by more than scan.tolerance, the widest gap first, at the geometric mean of their densities.
+
+    adaptive chooses several levels at once, and a scan may stop when some of them are measured. So the choices are made
+    again from the first on, each from the levels of the choices before it alone: the curve is the one of a scan that
+    never stopped.
     """
-    done = {level.density for level in known}
+    measured = {level.density: level.drop for level in known}
     if scan.mode == "grid":
-        return [density for density in scan.levels if density not in done]
-    coarse = dict.fromkeys((scan.levels[0], scan.levels[len(scan.levels) // 2], scan.levels[-1]))
-    missing = [density for density in coarse if density not in done]
-    if missing:
-        return missing
-    points = [(1.0, 0.0), *sorted(((level.density, level.drop) for level in known), reverse=True)]
+        return [density for density in scan.levels if density not in measured]
+    chosen = [*dict.fromkeys((scan.levels[0], scan.levels[len(scan.levels) // 2], scan.levels[-1]))]
+    curve: dict[float, float] = {}
+    while chosen:
+        missing = [density for density in chosen if density not in measured]
+        if missing:
+            return missing
+        curve |= {density: measured[density] for density in chosen}
+        chosen = _between(curve, scan, weights)
+    return []
+
+
+def _between(curve: Mapping[float, float], scan: Scan, weights: int) -> list[float]:
+    """The densities that mode adaptive adds to a curve of drops by density; falling."""
     gaps = []
-    for (upper, before), (lower, after) in itertools.pairwise(points):
+    for (upper, before), (lower, after) in itertools.pairwise([(1.0, 0.0), *sorted(curve.items(), reverse=True)]):
         middle = float(f"{math.sqrt(upper * lower):.3g}")
         apart = upper / lower >= CLOSEST and kept(upper, weights) > kept(middle, weights) > kept(lower, weights)
         if abs(after - before) > scan.tolerance and apart:
             gaps.append((abs(after - before), middle))
-    room = max(0, scan.max_levels - len(done))
+    room = max(0, scan.max_levels - len(curve))
     return sorted((middle for _, middle in sorted(gaps, reverse=True)[:room]), reverse=True)
 
 

@@ -74,7 +74,7 @@ def test_every_document_is_a_record_to_the_bit(old: Path) -> None:
     known = document("result.json")
     assert plain(found.result) == {**known, "flops_density_weights": None, "test": {**known["test"], **newer}}
     for each in found.rounds:
-        assert plain(each.plan) == document(each.folder, "plan.json")
+        assert plain(each.plan) == {**document(each.folder, "plan.json"), "groups": []}  # of channels: later
         assert plain(each.metrics) == document(each.folder, "metrics.json")
     assert len(found.rounds) == 2
     others: dict[str, type[Record]] = {
@@ -90,7 +90,7 @@ def test_every_document_is_a_record_to_the_bit(old: Path) -> None:
 def test_older_metrics_and_plans_lack_what_came_later(old: Path) -> None:
     for name, later in (
         ("metrics.json", ("attempt", "accepted", "dead", "dropout", "reconstruction", "finished_ms")),
-        ("plan.json", ("attempt", "predicted")),
+        ("plan.json", ("attempt", "predicted", "groups")),
     ):
         file = old / "rounds/01" / name
         kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in later}

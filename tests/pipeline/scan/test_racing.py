@@ -48,6 +48,15 @@ def test_adaptive_takes_the_widest_gaps_while_there_is_room() -> None:
     assert racing.next_levels(levels, scan(mode="adaptive", max_levels=3), 100_000) == []
 
 
+def test_adaptive_goes_on_as_if_it_had_not_stopped_between_the_levels_of_one_choice() -> None:
+    """0.4 was measured, then the scan stopped; chosen anew from all that is known, 0.566 would come in."""
+    three = [(0.8, 0.1), (0.2, 0.3), (0.01, 0.7)]
+    levels = known(*three, (0.4, 0.29))
+    assert racing.next_levels(levels, scan(mode="adaptive", max_levels=6), 100_000) == [0.894, 0.0447]
+    whole = known(*three, (0.894, 0.0), (0.4, 0.29), (0.0447, 0.3))
+    assert racing.next_levels(whole, scan(mode="adaptive", max_levels=6), 100_000) == []
+
+
 def test_adaptive_stops_where_no_weight_lies_between_two_levels() -> None:
     """Ten weights: 0.2 keeps 2 and 0.01 keeps 1; halfway between 0.8 (8) and 0.2 is 0.4 (4)."""
     levels = known((0.8, 0.0), (0.2, 0.5), (0.01, 1.0))
