@@ -62,7 +62,7 @@ def bench_run(
     run_dir: str | Path, repeats: int = 100, *, batches: Sequence[int] = BATCHES, trust_code: bool = False,
     check: storage.Check = lambda: None,
 ) -> Bench:  # fmt: skip
-    """Write final/{compact.safetensors, model.onnx, compact.onnx, fc.csr.safetensors, latency.json}; returns the last.
+    """Write final/{compact.safetensors, .pt2 and .onnx, model.onnx, fc.csr.safetensors, latency.json}; returns the last.
 
     Measured on config.device with config.threads, at each of `batches`; the summary is of the first. A form or file
     that the network cannot take, or for which a package is missing, is left out, and `missing` says why. `check` is
@@ -171,12 +171,21 @@ def write_files(
         export.save_compact(found, path)
         return difference
 
+    def program(path: str) -> float:
+        assert found is not None
+        made = export.to_program(found.model, inputs[:2])
+        with torch.no_grad():
+            difference = float((made.module()(inputs) - wanted).abs().max())
+        export.save_program(made, path)
+        return difference
+
     def onnx(model: nn.Module, path: str) -> float:
         export.to_onnx(model, inputs[:2], path)
         return export.check_onnx(path, pruned, inputs)
 
     if found is not None:
         checked("compact.safetensors", compact_tensors)
+        checked("compact.pt2", program)
     check()
     export.save_csr(pruned, here.path("final", "fc.csr.safetensors"))
     checked("model.onnx", partial(onnx, pruned))

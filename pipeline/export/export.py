@@ -1,9 +1,10 @@
-"""Files and forms of a pruned network for others to use: the compact tensors, ONNX, and CSR matrices."""
+"""Files and forms of a pruned network for others to use: the compact tensors, torch.export, ONNX, and CSR matrices."""
 
 from __future__ import annotations
 
 import copy
 import importlib
+import io
 import json
 import logging
 import warnings
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.network.build import FOREIGN
 from pipeline.network.compact import FORMAT, Compacted
 
 OPSET = 18  # the one that torch's exporter writes without converting
@@ -47,6 +49,36 @@ def save_compact(found: Compacted, path: str | Path) -> None:
     storage.write_bytes(path, save_tensors(tensors, metadata))
 
 
+def to_program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The network in evaluation mode as torch.export's program: input (batch, ...), whose batch is free.
+
+    `example`, (batch, ...), is an input; its values do not matter. It holds no input, and no path of this machine.
+    Raises UserError where torch.export cannot follow the network, or its code fixes the size of the batch.
+    """
+    pair = _pair(example)
+    try:
+        program = torch.export.export(
+            copy.deepcopy(model).eval(), (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+        )
+    except FOREIGN as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"torch.export cannot follow the network: {reason}") from error
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                for key in ("stack_trace", "from_node"):  # folders of whoever exported, and addresses in memory
+                    node.meta.pop(key, None)
+    program.example_inputs = None
+    return program
+
+
+def save_program(program: torch.export.ExportedProgram, path: str | Path) -> None:
+    """Write a program for `torch.export.load`. Of one network the bytes are always the same, and nothing is pickled."""
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    storage.write_bytes(path, stream.getvalue())
+
+
 def to_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     """Write the network in evaluation mode as ONNX (opset 18): input "input", (batch, ...), output "output".
 
@@ -55,7 +87,7 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     """
     _require("onnxscript", path, "written")
     plain = copy.deepcopy(model).eval()
-    pair = example if len(example) > 1 else torch.cat([example, example])  # a batch of 1 would be taken as fixed
+    pair = _pair(example)
     with storage.atomic_path(path) as temporary, _quiet():
         try:
             program = torch.onnx.export(
@@ -131,6 +163,11 @@ def save_csr(model: nn.Module, path: str | Path) -> None:
                 tensors[f"{name}.weight.{array}"] = torch.from_numpy(values)
             tensors[f"{name}.weight.shape"] = torch.tensor(matrix.shape)
     storage.write_bytes(path, save_tensors(tensors))
+
+
+def _pair(example: Tensor) -> Tensor:
+    """The example with a batch of at least 2: exporters take one of 1 as fixed."""
+    return example if len(example) > 1 else torch.cat([example, example])
 
 
 def _require(package: str, path: str | Path, done: str) -> Any:

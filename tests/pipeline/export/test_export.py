@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,49 @@ def test_a_compact_file_is_rebuilt_from_the_factory(make: type, shape: tuple[int
     assert torch.equal(again(inputs), found.model(inputs))
     assert torch.allclose(again(inputs), model(inputs), atol=1e-5)
     assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_a_program_is_loaded_without_secateur_and_takes_any_batch(tmp_path: Path) -> None:
+    model, inputs = pruned_lenet(), torch.randn(5, 1, 28, 28)
+    found = compact(model, inputs)
+    file = tmp_path / "compact.pt2"
+    export.save_program(export.to_program(found.model, inputs[:1]), file)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    script = """
+import sys, torch
+model = torch.export.load("compact.pt2").module()
+inputs = torch.load("inputs.pt", weights_only=True)
+torch.save([model(inputs), model(inputs[:1])], "outputs.pt")
+assert not any(name.partition(".")[0] in ("pipeline", "cluster", "secateur") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True)
+    many, one = torch.load(tmp_path / "outputs.pt", weights_only=True)
+    assert torch.allclose(many, model(inputs), atol=1e-5)
+    assert torch.allclose(one, model(inputs[:1]), atol=1e-5)
+
+
+def test_a_program_holds_no_pickle_no_input_and_no_path_and_has_the_same_bytes_twice(tmp_path: Path) -> None:
+    found = compact(HardCoded().eval(), torch.randn(2, 1, 6, 6))
+    first, second = tmp_path / "first.pt2", tmp_path / "second.pt2"
+    for file in (first, second):
+        export.save_program(export.to_program(found.model, torch.randn(2, 1, 6, 6)), file)
+    assert first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as archive:
+        parts = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    assert not parts["data/sample_inputs/model.pt"]
+    weights = json.loads(parts["data/weights/model_weights_config.json"])["config"]
+    assert weights
+    assert not any(weight["use_pickle"] for weight in weights.values())
+    assert not any(str(Path(__file__).parents[3]).encode() in part for part in parts.values())
+
+
+def test_a_network_of_one_batch_size_makes_no_program() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, 4).sum(1)
+
+    with pytest.raises(UserError, match="torch.export cannot follow the network: "):
+        export.to_program(Fixed(), torch.randn(2, 4))
 
 
 def test_tied_tensors_are_written_once(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_bench_of_a_run_writes_files_that_agree(tiny: Callable[..., Config]) -> 
     assert {(r.name, r.batch) for r in report.rows} == {
         (name, batch) for name in ("dense", "pruned", "compact", "CSR") for batch in (1, 64)
     }
-    assert set(report.differences) == {"compact.safetensors", "model.onnx", "compact.onnx"}
+    assert set(report.differences) == {"compact.safetensors", "compact.pt2", "model.onnx", "compact.onnx"}
     assert max(report.differences.values()) < 1e-4
     assert sum(report.removed.values()) > 0
     small = rebuild(build_network(config.model, 10), root / "final/compact.safetensors")
@@ -161,7 +161,8 @@ def test_a_form_that_a_network_cannot_take_is_said(tmp_path: Path) -> None:
     here, model, missing = Run(str(tmp_path), 0), Branching().eval(), dict[str, str]()
     differences = bench.write_files(here, model, compact(model, inputs), inputs, missing)
     assert differences.keys() == {"compact.safetensors"}
-    assert missing.keys() == {"model.onnx", "compact.onnx"}
+    assert missing.keys() == {"compact.pt2", "model.onnx", "compact.onnx"}
+    assert "torch.export cannot follow the network" in missing["compact.pt2"]
     assert "cannot be exported to ONNX" in missing["model.onnx"]
     assert sorted(path.name for path in (tmp_path / "final").iterdir()) == ["compact.safetensors", "fc.csr.safetensors"]
 
