@@ -194,6 +194,12 @@ def rounds_settings(driver: Driver) -> list[Any]:
     return [{key: everything[key] for key in ("prune", "retrain", "target")}]
 
 
+def _final_settings(driver: Driver) -> list[Any]:
+    """The licence is one of them where it is given: a finished run that is told of one later gets another model card."""
+    config = driver.config
+    return [config.target.margin, *([config.model.licence] if config.model.licence else [])]
+
+
 def _final(driver: Driver) -> None:
     """Export the pruned network, judge it, and write result.json and the report."""
     final.finish(driver.config, driver.run, driver.prunable(), time.monotonic())
@@ -219,7 +225,7 @@ ROUNDS = on_workers(
     "pipeline.rounds.method:prune",
     gives=(*comparison.GIVES, "final/activity.json"),
 )
-FINAL = Stage("final", "final", lambda driver: [driver.config.target.margin], _final, gives=final.GIVES)
+FINAL = Stage("final", "final", _final_settings, _final, gives=final.GIVES)
 
 
 def up_to(config: Config, *ends: Stage) -> list[Stage]:

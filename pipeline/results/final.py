@@ -20,7 +20,7 @@ from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.network.survey import Prunable
 from pipeline.network.weights import stored_once
-from pipeline.results import report
+from pipeline.results import card, report
 from pipeline.rounds import attempts, branch
 from pipeline.run.layout import DENSE, standing, trail
 from pipeline.run.records import (
@@ -59,7 +59,7 @@ PACKAGES = ("torch", "torchvision", "ray", "webdataset", "mlflow", "boto3", "num
 
 
 def finish(config: Config, here: Run, prunable: list[Prunable], started: float) -> Result:
-    """Write final/, result.json and report.html; returns the result. `started` is of time.monotonic()."""
+    """Write final/ with its model card, result.json and report.html; returns the result. `started` is of time.monotonic()."""
     kept = attempts.standing_checkpoint(here, prunable, config)
     dense = checkpoint.load(here, "dense/checkpoint")
     model_bytes = save_safetensors(kept.weights)
@@ -93,9 +93,10 @@ def update(here: Run, *, mlflow: MlflowPlace | None = None, latency_ms: LatencyS
 
 
 def write_result(here: Run, result: Result) -> None:
-    """Write result.json, and render the report from it."""
+    """Write result.json, and render the report and the model card from it."""
     here.commit(result, "result.json")
     report.write(here.root, here.check_fence)
+    card.write(here.root, here.check_fence)
 
 
 def assemble(config: Config, here: Run, layers: Sequence[LayerResult], stored: StoredBytes) -> Result:

@@ -31,3 +31,8 @@ class Model(Section):
     trained: bool = Field(
         False, description="The factory brings trained weights, as timm's pretrained=True does: dense.epochs may be 0."
     )
+    licence: Text | None = Field(
+        None,
+        description="Licence of the weights, such as apache-2.0, for the model card (final/README.md); by default the "
+        "card says that it is not stated. It changes no result.",
+    )
