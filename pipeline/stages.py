@@ -195,7 +195,7 @@ def rounds_settings(driver: Driver) -> list[Any]:
 
 
 def _final_settings(driver: Driver) -> list[Any]:
-    """The licence is one of them where it is given: a finished run that is told of one later gets another model card."""
+    """The licence is one of them where it is given: a finished run that is told of one gets another model card."""
     config = driver.config
     return [config.target.margin, *([config.model.licence] if config.model.licence else [])]
 

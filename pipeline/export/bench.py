@@ -62,7 +62,7 @@ def bench_run(
     run_dir: str | Path, repeats: int = 100, *, batches: Sequence[int] = BATCHES, trust_code: bool = False,
     check: storage.Check = lambda: None,
 ) -> Bench:  # fmt: skip
-    """Write final/{compact.safetensors, .pt2 and .onnx, model.onnx, fc.csr.safetensors, latency.json}; returns the last.
+    """Write final/{compact.safetensors, .pt2, .onnx, model.onnx, fc.csr.safetensors, latency.json}; returns the last.
 
     Measured on config.device with config.threads, at each of `batches`; the summary is of the first. A form or file
     that the network cannot take, or for which a package is missing, is left out, and `missing` says why. `check` is

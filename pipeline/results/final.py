@@ -59,7 +59,10 @@ PACKAGES = ("torch", "torchvision", "ray", "webdataset", "mlflow", "boto3", "num
 
 
 def finish(config: Config, here: Run, prunable: list[Prunable], started: float) -> Result:
-    """Write final/ with its model card, result.json and report.html; returns the result. `started` is of time.monotonic()."""
+    """Write final/, result.json, report.html and the model card; returns the result.
+
+    `started` is of time.monotonic().
+    """
     kept = attempts.standing_checkpoint(here, prunable, config)
     dense = checkpoint.load(here, "dense/checkpoint")
     model_bytes = save_safetensors(kept.weights)

@@ -107,7 +107,7 @@ def test_a_network_of_one_batch_size_makes_no_program() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.reshape(2, 4).sum(1)
 
-    with pytest.raises(UserError, match="torch.export cannot follow the network: "):
+    with pytest.raises(UserError, match=r"torch\.export cannot follow the network: "):
         export.to_program(Fixed(), torch.randn(2, 4))
 
 
