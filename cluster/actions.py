@@ -14,16 +14,13 @@ from pipeline.base.spread import processes
 from pipeline.cli import commands
 from pipeline.cli.console import Display, show_bench, show_scan
 from pipeline.data import push, shards
-from pipeline.export.bench import bench_run, parse_batches
+from pipeline.export.bench import parse_batches
 from pipeline.paper import reproduce as paper
-from pipeline.results import final
 from pipeline.results import report as reports
 from pipeline.run import state
 from pipeline.run.events import ShardsCounted
 from pipeline.run.state import config_of
-from pipeline.settings import trust
 from pipeline.settings.config import load_config
-from pipeline.train.world import configure_process
 
 
 def run(config: str, overrides: list[str], trust_code: bool) -> None:
@@ -60,14 +57,7 @@ def report(run_dir: str) -> str:
 
 def bench(run_dir: str, repeats: int, batches: str, trust_code: bool) -> None:
     """Latency of a finished run's networks on this machine."""
-    sizes = parse_batches(batches)
-    config = config_of(run_dir)
-    trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
-    configure_process(config.threads, config.reproducible)
-    with state.open_run(config) as here:
-        found = bench_run(here.root, repeats, batches=sizes, trust_code=trust_code, check=here.check_fence)
-        final.update(here, latency_ms=found.summary)
-    show_bench(found)
+    show_bench(commands.bench(run_dir, repeats, parse_batches(batches), trust_code))
 
 
 def ui(runs_dir: Path, port: int) -> None:

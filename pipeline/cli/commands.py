@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import stages, storage
@@ -11,11 +12,13 @@ from pipeline.base.errors import UserError
 from pipeline.cli.console import Display, show_plan, show_result, show_tables
 from pipeline.cli.messages import make_console
 from pipeline.engine import Engine
+from pipeline.export.bench import Bench, bench_run
+from pipeline.network import given
 from pipeline.results import budgets, figures, final, plots
 from pipeline.rounds import capacity, idle, outlook, preflight
 from pipeline.run import lease
 from pipeline.run.result import Result
-from pipeline.run.state import Run, as_begun, config_of, run_root
+from pipeline.run.state import Run, as_begun, config_of, open_run, run_root
 from pipeline.settings import trust
 from pipeline.settings.config import Config, dump_config, load_config, parse_config
 from pipeline.tracking import tracking
@@ -31,37 +34,54 @@ def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
     Raises UserError.
     """
     config = load_config(path, overrides)
+    require_trusted(config, path, trust_code, trust.is_named("tracking.uri", overrides or []))
+    require_fitting(config, f"config '{path}'", needs_data=needs_data)
+    return config
+
+
+def require_trusted(config: Config, path: str | Path, trust_code: bool, named_server: bool) -> None:
+    """Raise UserError where a config from somebody else names code, or a server that would get the user's credentials.
+
+    `named_server`: the user named the server.
+    """
     if trust.is_foreign(path):
         trust.require_known_code(config.model, f"config '{path}'", trust_code)
-        if config.tracking.enabled and not trust.is_named("tracking.uri", overrides or []):
+        if config.tracking.enabled and not named_server:
             trust.require_named_server(
                 config.tracking, f"config '{path}'", f"add tracking.uri={config.tracking.uri} to the command"
             )
+
+
+def require_fitting(config: Config, origin: str, *, needs_data: bool = True) -> None:
+    """Raise UserError where a name does not exist or settings do not fit together; warn of those that do nothing."""
     try:
         preflight.check_names(config, planned=not needs_data)
     except UserError as error:
-        raise UserError(f"config '{path}': {error}") from error
+        raise UserError(f"{origin}: {error}") from error
     for said in idle.idle(config):
-        warnings.warn(said, stacklevel=2)
-    return config
+        warnings.warn(said, stacklevel=3)
 
 
 def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True, trust_code: bool = False) -> Config:
     """As `read`, with local paths made absolute: workers may run in other folders."""
-    config = read(path, overrides, needs_data=needs_data, trust_code=trust_code)
+    return as_begun(absolute(read(path, overrides, needs_data=needs_data, trust_code=trust_code)))
 
-    def absolute(value: str | None) -> str | None:
+
+def absolute(config: Config) -> Config:
+    """The config with its local paths made absolute."""
+
+    def whole(value: str | None) -> str | None:
         return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))
 
     data = config.data.model_copy(
-        update={"root": absolute(config.data.root), "class_index": absolute(config.data.class_index)}
+        update={"root": whole(config.data.root), "class_index": whole(config.data.class_index)}
     )
-    model = config.model.model_copy(update={"checkpoint": absolute(config.model.checkpoint)})
+    model = config.model.model_copy(update={"checkpoint": whole(config.model.checkpoint)})
     start = config.start
     if start.source is not None and "/" in start.run:  # else it is a name under runs_dir
-        start = start.model_copy(update={"source": absolute(start.source)})
+        start = start.model_copy(update={"source": whole(start.source)})
     parts = {"data": data, "model": model, "start": start}
-    return as_begun(config.model_copy(update={"runs_dir": absolute(config.runs_dir), **parts}))
+    return config.model_copy(update={"runs_dir": whole(config.runs_dir), **parts})
 
 
 def run(config: Config, engine: Engine) -> Result:
@@ -120,6 +140,18 @@ def show_options(config: Config, compressions: str, figure: str | None) -> None:
             storage.write_bytes(figure, made)
         except OSError as error:
             raise UserError(f"--figure {figure}: cannot be written: {error.strerror}") from error
+
+
+def bench(run_dir: str | Path, repeats: int, batches: Sequence[int], trust_code: bool = False) -> Bench:
+    """Export and measure a finished run's networks on this machine, and tell its result and report."""
+    config = config_of(run_dir)
+    if config.model.factory != given.FACTORY:  # that one says by itself that it is not here
+        trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
+    configure_process(config.threads, config.reproducible)
+    with open_run(config) as here:
+        found = bench_run(here.root, repeats, batches=batches, trust_code=trust_code, check=here.check_fence)
+        final.update(here, latency_ms=found.summary)
+    return found
 
 
 def sync(run_dir: str | Path, uri: str | None = None) -> Synced:

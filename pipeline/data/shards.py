@@ -48,8 +48,14 @@ def build(config: Data, seed: int, root: str, progress: Progress | None = None, 
     shards. Finished shards are kept when a killed build is run again, and the bytes come out the same, wherever
     `spread` has them written. Raises UserError where the source is wrong or `root` holds shards of something else.
     """
-    source = sources_module.open_source(config, seed)
-    made_from = _made_from(config, seed, source)
+    return build_from(sources_module.open_source(config, seed), config, seed, root, progress, spread)
+
+
+def build_from(
+    source: Source, config: Data, seed: int, root: str, progress: Progress | None = None, spread: Spread = here
+) -> Manifest:
+    """As `build`, of a source that is open already."""
+    made_from = identity(config, seed, source)
     if storage.exists(storage.join(root, NAME)):
         manifest = load_manifest(root)
         if manifest.made_from != made_from:
@@ -116,7 +122,8 @@ def _planned(
             yield _Plan(root, split, name, part, order[start : start + shard_samples])
 
 
-def _made_from(config: Data, seed: int, source: Source) -> str:
+def identity(config: Data, seed: int, source: Source) -> str:
+    """What decides the bytes of a source's shards, as one SHA-256."""
     facts: dict[str, Any] = {
         "source": source.fingerprint,
         "classes": source.classes,

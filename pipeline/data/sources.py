@@ -246,11 +246,14 @@ def _folder(config: Data, seed: int) -> Source:
         "(data.test_fraction), drawn by seed, are held out as test",
         stacklevel=2,
     )
-    labels = made["train"].labels
-    test = _test_numbers(labels, config.test_fraction, seed)
-    train = np.setdiff1d(np.arange(len(labels)), test)
     fingerprint += f" test={config.test_fraction}"
-    return Source(classes, len(classes), _chosen(made["train"], train), _chosen(made["train"], test), fingerprint)
+    return Source(classes, len(classes), *held_out(made["train"], config.test_fraction, seed), fingerprint)
+
+
+def held_out(train: Part, fraction: float, seed: int) -> tuple[Part, Part]:
+    """A part cut in two: what is left as train, and a share held out as test, drawn by seed."""
+    test = _test_numbers(train.labels, fraction, seed)
+    return _chosen(train, np.setdiff1d(np.arange(len(train.labels)), test)), _chosen(train, test)
 
 
 def _test_numbers(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:

@@ -21,12 +21,11 @@ from pipeline.data.images import normalize
 from pipeline.data.split import Split
 from pipeline.export import export, latency
 from pipeline.export.latency import Latency
-from pipeline.network.build import FOREIGN, build_network
+from pipeline.export.load import masked_of
+from pipeline.network.build import FOREIGN
 from pipeline.network.compact import Compacted, compact
-from pipeline.network.weights import load_weights
 from pipeline.run.result import LatencySummary
 from pipeline.run.state import Run, config_of
-from pipeline.settings import trust
 from pipeline.settings.data import Data
 from pipeline.task.feed import Feed
 from pipeline.train import checkpoint, session
@@ -69,15 +68,10 @@ def bench_run(
     called before each file is written. Raises UserError for a run that is not finished, and where its config names a
     network by import path (unless `trust_code`).
     """
-    config = config_of(run_dir)
-    trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
-    here = Run(str(run_dir), 0)
-    if not here.has("final", "model.safetensors"):
-        raise UserError(f"'{run_dir}' has no final/model.safetensors: carry the run to its end first (secateur run)")
+    pruned = masked_of(run_dir, trust_code=trust_code)
+    config, here = config_of(run_dir), Run(str(run_dir), 0)
     manifest = session.load_data(config, here)
-    pruned = build_network(config.model, manifest.num_classes, config.seed).eval()
     dense = copy.deepcopy(pruned)
-    load_weights(pruned, here.path("final", "model.safetensors"))
     dense.load_state_dict(checkpoint.load(here, "dense/checkpoint").weights)
     split = loader.open_split(config.data, session.data_root(config, here), manifest, "val")
     inputs = check_inputs(split, config.data, config.seed)

@@ -39,6 +39,8 @@ def build_network(model: Model, num_classes: int | None = None, seed: int = 0) -
         torch.default_generator.manual_seed(derive(seed, "init"))
         try:
             network = factory(**kwargs)
+        except UserError:
+            raise  # of ours: a network given as an object that this process does not hold
         except (Exception, SystemExit) as error:  # a user's function may raise anything
             missing = error.name if isinstance(error, ImportError) else None
             raise UserError(

@@ -83,7 +83,7 @@ def render(run_dir: str | Path) -> str:
         totals=totals(result),
         measured=measured_on(run.activity),
         cuts=scan_rows(run.scan),
-        plots=_plots(run, result),
+        plots=plots_of(run, result),
         command=f"secateur run {storage.join(run.path, 'config.yaml')}",
         seconds=dict(result.seconds),
     )
@@ -272,7 +272,8 @@ class Plots:
     histograms: dict[str, Markup]
 
 
-def _plots(run: Contents, result: Result) -> Plots:
+def plots_of(run: Contents, result: Result) -> Plots:
+    """The figures of a finished run."""
     from pipeline.results import plots
 
     scan, dense, rounds, network = run.scan, run.dense, run.finished_rounds, result.network

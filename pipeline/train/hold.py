@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pipeline.base.errors import UserError
 from pipeline.base.names import few
@@ -29,7 +30,7 @@ class Held:
         slots = recipe.momentum_buffers(optimizer, [*self._weights.values()])
         for number in range(max((len(tensors) for tensors in slots), default=0)):
             self._applier.zero([tensors[number] if number < len(tensors) else None for tensors in slots])
-        self._hook = optimizer.register_step_post_hook(lambda *_: self.apply())
+        self._hook: RemovableHandle = optimizer.register_step_post_hook(self._stepped)
 
     def apply(self) -> None:
         """Set the pruned weights to 0 now. After each step this is done by itself."""
@@ -40,6 +41,9 @@ class Held:
             self._applier = Applier([*weights], masks)
             self._made_for = made_for
         self._applier.apply()
+
+    def _stepped(self, *_: object) -> None:
+        self.apply()
 
     def release(self) -> None:
         """Let go of the weights: later steps change them all."""
@@ -63,6 +67,16 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
     Raises UserError for a mask of no parameter, of another shape or type, and where the optimizer holds none of the
     masked parameters. Source: the masked retraining of Han et al. 2015, section 3.1.
     """
+    weights, named = matched(model, masks)
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning and Accelerate wrap it
+    updated = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    if not any(id(weight) in updated for weight in weights.values()):
+        raise UserError("the optimizer holds none of the masked parameters: give the optimizer that trains this model")
+    return Held(weights, named, inner)
+
+
+def matched(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """The masked parameters of a model, and their masks, by name. Raises UserError for masks that do not fit it."""
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     named = {_plain(name): mask for name, mask in masks.items()}
     if not named:
@@ -80,11 +94,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
                 f"the mask of {name} is {tuple(mask.shape)} of {mask.dtype}: give a bool tensor of its parameter's "
                 f"shape, {shape}"
             )
-    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning and Accelerate wrap it
-    updated = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-    if not any(id(parameters[name]) in updated for name in named):
-        raise UserError("the optimizer holds none of the masked parameters: give the optimizer that trains this model")
-    return Held({name: parameters[name] for name in named}, named, inner)
+    return {name: parameters[name] for name in named}, named
 
 
 def _plain(name: str) -> str:

@@ -131,6 +131,23 @@ def configure_process(threads: int, reproducible: bool = True) -> None:
     torch.backends.cudnn.allow_tf32 = not reproducible
 
 
+@contextmanager
+def configured(threads: int, reproducible: bool = True) -> Iterator[None]:
+    """As `configure_process` while the block lasts; what it sets, and torch's random state, are then as before."""
+    held, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            configure_process(threads, reproducible)
+            yield
+    finally:
+        torch.set_num_threads(held)
+        torch.set_deterministic_debug_mode(mode)
+        cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def current_world(device: torch.device) -> World:
     """The world of the process group that is up, or a world of one."""
     if dist.is_available() and dist.is_initialized():

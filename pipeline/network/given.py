@@ -1,0 +1,74 @@
+"""Networks that a Python program gives as objects, named in settings as any other network is.
+
+A run builds its network anew in many places: for each stage, for the teacher, for a check. Each gets a deep copy of the
+object, in the process that was given it. Nothing is pickled, so another process cannot build it: on a cluster the
+network is named by an import path, which workers import.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.base.errors import UserError
+
+FACTORY = "pipeline.network.given:network"
+_HELD: dict[str, nn.Module] = {}
+
+
+@contextmanager
+def held(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """While the block lasts, the network is known in this process; gives the settings under `model` that name it.
+
+    The name is a digest of its class, layers and weights, so the same network given again goes on with its run. Its
+    weights and mode stay as they are. Raises UserError for what is no network that can be copied.
+    """
+    made = copied(module)
+    key = digest(made)
+    before = _HELD.get(key)
+    _HELD[key] = made
+    try:
+        yield {"factory": FACTORY, "kwargs": {"digest": key}, "trained": True}
+    finally:
+        if before is None:
+            del _HELD[key]
+
+
+def network(digest: str) -> nn.Module:
+    """A copy of the network that was given under this digest. Raises UserError where this process was given none."""
+    if digest not in _HELD:
+        raise UserError(
+            f"the network of this run was given as a Python object (digest {digest}), which only the program that gave "
+            "it holds: give it again as model=..., in Python"
+        )
+    return copied(_HELD[digest])
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy on the CPU. Raises UserError for what is no nn.Module, or cannot be copied."""
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model is a {type(module).__name__}, not a torch.nn.Module: give the network itself")
+    try:
+        return copy.deepcopy(module).cpu()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"model, a {type(module).__name__}, cannot be copied ({' '.join(str(error).split())[:200]}): give a "
+            "function that makes it, by an import path such as my_module:build"
+        ) from error
+
+
+def digest(module: nn.Module) -> str:
+    """24 hex digits of a SHA-256 over the class, the layers as they print, and every tensor of the state dict."""
+    kind = type(module)
+    total = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__}\n{module}".encode())
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor):
+            total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:24]
