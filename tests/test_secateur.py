@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import secateur
+from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.data import given
 from pipeline.data.shards import load_manifest
@@ -302,7 +303,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown engine": ({"engine": "dask"}, "engine='dask' is unknown"),
     "an object on a cluster": (
         {"engine": "ray"},
-        r"a cluster's workers cannot build: give a function .* 'my_module:build'",
+        r"a cluster's workers cannot build: give a function .* model='my_module:build'",
     ),
     "shards and sets": ({"train": "/shards"}, "train='/shards' is a folder of shards"),
     "no train": ({"train": None}, "train is missing"),
@@ -366,3 +367,26 @@ def test_under_torchrun_the_command_is_named(network: nn.Module, tmp_path: Path,
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="under torchrun use"):
         secateur.prune(network, *SETS, runs_dir=str(tmp_path), **SETTINGS)
+
+
+def test_a_run_on_s3_is_loaded_by_its_url(pruned: secateur.Pruned, network: nn.Module, s3: str) -> None:
+    for file in Path(pruned.path).rglob("*"):
+        if file.is_file() and "shards" not in file.parts:
+            storage.copy(str(file), storage.join(s3, "runs/mine", file.relative_to(pruned.path)))
+    url = storage.join(s3, "runs/mine")
+    images = torch.randn(4, 1, 8, 8)
+    assert torch.equal(secateur.load(url, network)(images), pruned.model(images))
+    assert secateur.masks_of(url).keys() == pruned.masks.keys()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_prunes_what_its_workers_can_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(small.__file__).parent))  # of the workers
+    more = {**SETTINGS, "dense": {"epochs": 1, "batch_size": 64}, "runs_dir": str(tmp_path)}
+    local, ray = (
+        secateur.prune(small.network, *SETS, compression=4, engine=engine, name=engine, **more)  # type: ignore[arg-type]
+        for engine in ("local", "ray")
+    )
+    state = ray.masked.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in local.masked.state_dict().items())
