@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pipeline import storage
 from pipeline.base import stats
@@ -123,9 +123,12 @@ def fitting_code(model: Model, compact: str, whole: str) -> dict[str, str] | Non
 
 
 def _header(url: str) -> tuple[dict[str, str], set[str]]:
-    """The metadata of a .safetensors file, and the names of its tensors."""
-    with storage.local_copy(url) as path, safe_open(path, "pt") as file:
-        return file.metadata() or {}, set(file.keys())
+    """The metadata of a .safetensors file, and the names of its tensors. Raises UserError for a damaged one."""
+    try:
+        with storage.local_copy(url) as path, safe_open(path, "pt") as file:
+            return file.metadata() or {}, set(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"'{url}' is damaged ({error}): delete it, and write it again with `secateur bench`") from error
 
 
 def text(value: Any) -> str:

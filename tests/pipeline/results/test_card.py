@@ -15,6 +15,7 @@ import yaml
 from run_files import config, whole
 from tiny_run import carry_out
 
+from pipeline.base.errors import UserError
 from pipeline.export.bench import bench_run
 from pipeline.network.build import build_network
 from pipeline.network.weights import load_weights
@@ -74,6 +75,13 @@ def test_hostile_names_are_text() -> None:
 def test_networks_that_only_secateur_can_build_have_no_code(factory: str, tmp_path: Path) -> None:
     model = config(tmp_path, model={"factory": factory}).model
     assert card.fitting_code(model, "is not", "opened") is None
+
+
+def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
+    run = whole(config(tmp_path, model={"factory": "small:network"}))
+    (run / "final/compact.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"compact\.safetensors' is damaged"):
+        card.render(run)
 
 
 def test_the_code_in_a_card_loads_the_compact_network(tiny: Callable[..., Config], tmp_path: Path) -> None:
