@@ -7,6 +7,7 @@ tensors. Reading and writing go tensor by tensor, and hold no second copy of the
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,14 @@ class PackedSizes:
     @property
     def index_bits_per_kept(self) -> dict[str, float]:
         return {name: 8 * size.index_bytes / size.kept if size.kept else 0.0 for name, size in self.tensors.items()}
+
+    @property
+    def bound(self) -> int | None:
+        """Bytes of the file if tensors with shared values took their entropy; None where there are none."""
+        left = [(size.total_bytes, size.bound) for size in self.tensors.values() if size.bound is not None]
+        if not left:
+            return None
+        return self.total - sum(taken for taken, _ in left) + math.ceil(sum(bound for _, bound in left) / 8)
 
     @property
     def bound_per_kept(self) -> dict[str, float]:

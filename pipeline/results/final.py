@@ -75,6 +75,7 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
         dense_fp32=sum(tensor.numel() * tensor.element_size() for tensor in once.values()),
         packed=sizes.total,
         packed_index=sizes.index,
+        packed_bound=sizes.bound,
         dense_gzip=len(gzip.compress(model_bytes if same else save_safetensors(once), 6, mtime=0)),
     )
     counted = cost.count(model, Feed.of(config).shape)
@@ -214,6 +215,8 @@ def layer_rows(
             else read * density[tensor.name],
             threshold=thresholds.get(tensor.name),
             packed_bits_per_kept=sizes.bits_per_kept.get(tensor.name),
+            packed_index_bits_per_kept=sizes.index_bits_per_kept.get(tensor.name),
+            packed_bound_bits_per_kept=sizes.bound_per_kept.get(tensor.name),
         )
         for tensor in prunable
     ]

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.base.errors import Agreed
-from pipeline.network import dropout
+from pipeline.network import dead, dropout
 from pipeline.network.survey import Prunable
 from pipeline.prune import codebook, masks
 from pipeline.rounds import attempts, before_retraining, branch
 from pipeline.rounds.subject import Subject
-from pipeline.run.events import Noted
+from pipeline.run.events import Noted, Warned
 from pipeline.run.layout import CODEBOOK, round_folder
 from pipeline.run.records import CodebookMetrics, Epoch, SharedTensor
 from pipeline.run.state import Run, now_ms
@@ -63,6 +63,9 @@ def share(subject: Subject) -> None:
         return
     wanted = bits(config, model, subject.prunable)
     kept = subject.load(attempts.standing_checkpoint(run, subject.prunable, config))
+    silenced, notes = dead.silence(model, session.feed.zeros(2, session.world.device))
+    for note in notes:
+        session.progress(Warned(f"export.codebook_bits: biases of dead units stay as they are: {note}"))
     before = session.evaluate(model, "val").metrics()
     parameters = dict(model.named_parameters())
     found = {name: clusters(parameters[name], kept.get(name), wanted[name]) for name in wanted}
@@ -72,6 +75,7 @@ def share(subject: Subject) -> None:
         put(parameters[name].data, sharing, values)
     unshared = session.evaluate(model, "val").metrics()
     text = f"{CODEBOOK}: {len(books)} tensors share values, val {before.top1:.2%} before, {unshared.top1:.2%} now"
+    text += f"; {silenced} biases of dead units are 0" if silenced else ""
     session.progress(Noted(text))
     history: list[Epoch] = []
     steps = 0

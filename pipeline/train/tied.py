@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which weights of one tensor share values.
+    """Which weights of one tensor share values; all others of it are 0, and stay so.
 
     `members` are the flat places of all of them, int64, those of the first centroid first; `sizes`, int64, how many
     each centroid has, 1 or more.
@@ -41,10 +41,8 @@ class Tied:
         """
         for parameter, sharing in self._all:
             if parameter.grad is not None:
-                flat = parameter.grad.contiguous().view(-1)
-                means = torch.segment_reduce(flat[sharing.members], "mean", lengths=sharing.sizes)
-                flat[sharing.members] = means.repeat_interleave(sharing.sizes)
-                parameter.grad.copy_(flat.view(parameter.shape))
+                members = parameter.grad.contiguous().view(-1)[sharing.members]
+                put(parameter.grad, sharing, torch.segment_reduce(members, "mean", lengths=sharing.sizes))
 
     @torch.no_grad()
     def tie(self) -> None:
@@ -54,8 +52,8 @@ class Tied:
 
 
 @torch.no_grad()
-def put(parameter: Tensor, sharing: Sharing, values: Tensor) -> None:
-    """Set the weights of each centroid to its value; `values` has one a centroid."""
-    flat = parameter.contiguous().view(-1)
+def put(tensor: Tensor, sharing: Sharing, values: Tensor) -> None:
+    """Set the weights of each centroid to its value, and all others to 0; `values` has one a centroid."""
+    flat = tensor.new_zeros(tensor.numel())
     flat[sharing.members] = values.to(flat).repeat_interleave(sharing.sizes)
-    parameter.copy_(flat.view(parameter.shape))
+    tensor.copy_(flat.view(tensor.shape))
