@@ -10,16 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import carry_out, equal, final_weights
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_run import ALONE, carry_out, equal, final_weights
 
+from pipeline import stages
 from pipeline.base.errors import RunStopped, UserError
 from pipeline.export import packed
+from pipeline.local import LocalEngine
+from pipeline.network.survey import survey
 from pipeline.rounds import sharing
+from pipeline.rounds.subject import Subject
+from pipeline.run.events import unheard
 from pipeline.run.layout import handed_over
 from pipeline.run.records import CodebookMetrics
-from pipeline.run.state import Run, run_root
+from pipeline.run.state import Run, open_run, run_root
 from pipeline.settings.config import Config
 from pipeline.task.answers import Marks
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.session import open_session
+from pipeline.train.world import World, configure_process
 
 SETTINGS: dict[str, Any] = {
     "prune.allocation": "pooled", "export.codebook_bits": {"fc": 3, "*.bias": 2}, "export.codebook_epochs": 2,
@@ -86,6 +97,33 @@ def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_trained(ti
     with pytest.raises(UserError, match=r"export.codebook_bits: 'conv9\*' matches no"):
         carry_out(config)
     assert not Run(run_root(config), 0).has("dense", "metrics.json")
+
+
+def two_ranks(rank: int, folder: str, config: Config, run: Run) -> None:
+    """Share the values of the network as it stands, on one of two ranks; what it holds afterwards, as a file."""
+    configure_process(config.threads)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    session = open_session(config, World(rank, 2, torch.device("cpu")), run, unheard)
+    model = session.new_model()
+    sharing.share(Subject(session, model, survey(model)[0], {}, scan=None))
+    torch.save(model.state_dict(), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_hold_the_same_values_to_the_bit(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny(**SETTINGS)
+    with open_run(config) as run:
+        stages.carry_out([stages.SHARDS], stages.Driver(config, LocalEngine(ALONE), run, unheard))
+        model = open_session(config, ALONE, run, unheard).new_model()
+        checkpoint.save(run, "dense/checkpoint", Checkpoint(dict(model.state_dict())))
+        mp.spawn(two_ranks, (str(tmp_path), config, run), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert equal(first, second)
+    assert equal(first, checkpoint.load(run, "rounds/codebook/checkpoint").weights)
+    _, metrics = opened(config)
+    assert metrics.steps > 0
+    assert len(first["fc1.weight"].unique()) <= 8
+    assert not equal(first, model.state_dict())
 
 
 class Two:
