@@ -331,8 +331,10 @@ def decode_shared(entry: PackedTensor, part: Raw) -> Raw:
     form = BOOKS[entry.width]
     book = payload.take(size * (entry.item if form is None else 2)).tobytes()
     values = np.frombuffer(book, UNSIGNED[entry.item] if form is None else form)
-    if form is not None:  # of a float32
-        values = values.astype("<f4").view("<u4") if form == "<f2" else values.astype("<u4") << np.uint32(16)
+    if form == "<f2":  # of a float32, as below
+        values = values.astype("<f4").view("<u4")
+    elif form == "<u2":
+        values = values.astype("<u4") << np.uint32(16)
     chosen = stream(payload, entry.entries)
     require(payload.left == 0 and (entry.entries == 0 or int(chosen.max()) < size), damaged)
     elements = np.zeros(entry.numel, UNSIGNED[entry.item])
@@ -347,16 +349,18 @@ def shared_places(entry: PackedTensor, index: Reader) -> NDArray[np.int64]:
     rows = entry.shape[0]
     columns = entry.numel // rows
     lines = [np.flatnonzero(bits(index.take((size + 7) // 8), size)) for size in (rows, columns) if how != FLAT]
-    outer, inner = lines[:: 1 if how == BY_ROW else -1] if lines else (np.zeros(1, np.int64), range(entry.numel))
+    room = math.prod(map(len, lines)) if lines else entry.numel
     gaps = stream(index, entry.entries)
     last = gaps.sum(dtype=np.float64) + entry.entries  # where int64 could overflow, this is still large
-    require(index.left == 0 and last <= len(outer) * len(inner), f"an index of tensor {entry.name!r} is out of bounds")
-    found = np.cumsum(gaps, dtype=np.int64) + np.arange(entry.entries)
-    if how == FLAT or entry.entries == 0:
+    require(index.left == 0 and last <= room, f"an index of tensor {entry.name!r} is out of bounds")
+    found: NDArray[np.int64] = np.cumsum(gaps, dtype=np.int64) + np.arange(entry.entries)
+    if not lines:
         return found
-    first, second = np.divmod(found, len(inner))
-    first, second = outer[first], inner[second]
-    return first * columns + second if how == BY_ROW else second * columns + first
+    if how == BY_ROW:
+        row, column = np.divmod(found, max(1, len(lines[1])))
+    else:
+        column, row = np.divmod(found, max(1, len(lines[0])))
+    return lines[0][row] * columns + lines[1][column]
 
 
 def stream(part: Reader, count: int) -> NDArray[np.int64]:
