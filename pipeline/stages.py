@@ -191,7 +191,8 @@ def _scan(driver: Driver) -> None:
 def rounds_settings(driver: Driver) -> list[Any]:
     """The settings that decide what the rounds make."""
     everything = hashed(driver.config)
-    return [{key: everything[key] for key in ("prune", "retrain", "target")}]
+    export = {"export": everything["export"]} if driver.config.export.codebook_bits else {}
+    return [{key: everything[key] for key in ("prune", "retrain", "target")} | export]
 
 
 def _final_settings(driver: Driver) -> list[Any]:

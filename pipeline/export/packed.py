@@ -7,6 +7,7 @@ tensors. Reading and writing go tensor by tensor, and hold no second copy of the
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,19 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.export import coding, unpack
-from pipeline.export.unpack import CODINGS, DTYPES, ENTRY, MAGIC, PRELUDE, UNSIGNED, VERSION, PackedTensor
+from pipeline.export import coding, shared, unpack
+from pipeline.export.shared import number
+from pipeline.export.unpack import (
+    CODINGS,
+    DTYPES,
+    ENTRY,
+    MAGIC,
+    PRELUDE,
+    SHARED_VERSION,
+    UNSIGNED,
+    VERSION,
+    PackedTensor,
+)
 
 Values = Literal["fp32", "fp16", "bf16"]
 VALUES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -27,7 +39,10 @@ VALUES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TensorSize:
-    """How one tensor is stored. `kept` elements are not zero; `index_bytes` are gaps or mask, and fillers' values."""
+    """How one tensor is stored. `kept` elements are not zero; `index_bytes` are gaps or mask, and fillers' values.
+
+    `bound`, of shared values: the bits that the entropy of order zero asks for, see `shared.Shared`.
+    """
 
     coding: str
     width: int
@@ -35,6 +50,7 @@ class TensorSize:
     fillers: int
     index_bytes: int
     total_bytes: int
+    bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,15 +74,30 @@ class PackedSizes:
     def index_bits_per_kept(self) -> dict[str, float]:
         return {name: 8 * size.index_bytes / size.kept if size.kept else 0.0 for name, size in self.tensors.items()}
 
+    @property
+    def bound(self) -> int | None:
+        """Bytes of the file if tensors with shared values took their entropy; None where there are none."""
+        left = [(size.total_bytes, size.bound) for size in self.tensors.values() if size.bound is not None]
+        if not left:
+            return None
+        return self.total - sum(taken for taken, _ in left) + math.ceil(sum(bound for _, bound in left) / 8)
+
+    @property
+    def bound_per_kept(self) -> dict[str, float]:
+        """The entropy of order zero, in bits for each non-zero element, of the tensors with shared values."""
+        found = {name: size.bound for name, size in self.tensors.items()}
+        return {name: bound / self.tensors[name].kept for name, bound in found.items() if bound is not None}
+
 
 def write(
-    path: str | Path, tensors: Mapping[str, Tensor], values: Values | None = None, check: storage.Check | None = None
-) -> PackedSizes:
+    path: str | Path, tensors: Mapping[str, Tensor], values: Values | None = None, check: storage.Check | None = None,
+    *, shared_values: bool = False,
+) -> PackedSizes:  # fmt: skip
     """Write the tensors to a packed file, whole or not at all; returns its sizes. `check` is called before each try.
 
     `values` stores every floating-point tensor in that dtype, rounded to the nearest; reading gives that dtype back. By
     default each tensor keeps its own dtype and is exact. A value too small for fp16 becomes 0, and is then not counted
-    as kept.
+    as kept. `shared_values` tries codebooks for all tensors, as exactly; the file is then of version 3.
 
     Raises UserError for a tensor that is not plain and strided with one of DTYPES, for a value too large for `values`,
     and for tensors so sparse that the file would unpack to more than a reader allows.
@@ -75,7 +106,8 @@ def write(
         _check(name, tensor)
     # By a local file, since the header at its front is written last.
     with storage.atomic_path(path, check) as local, local.open("wb") as file:
-        sizes, unpacked = _write(file, tensors, None if values is None else VALUES[values])
+        stored = None if values is None else VALUES[values]
+        sizes, unpacked = (_write_shared if shared_values else _write)(file, tensors, stored)
         if unpacked > max(unpack.FREE_BYTES, unpack.EXPANSION * sizes.total):
             raise UserError(
                 f"'{path}' would unpack from {sizes.total:,} bytes to {unpacked:,}, more than a reader allows: "
@@ -140,20 +172,44 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor], stored: torch.dtype | 
     return PackedSizes(front + payload, front, index, sizes), unpacked
 
 
+def _write_shared(file: BinaryIO, tensors: Mapping[str, Tensor], stored: torch.dtype | None) -> tuple[PackedSizes, int]:
+    """The same in version 3, whose header comes last, since its length follows from the payload."""
+    file.write(bytes(PRELUDE.size))
+    entries: list[PackedTensor] = []
+    sizes: dict[str, TensorSize] = {}
+    for name, tensor in tensors.items():
+        entry, sizes[name] = _write_tensor(file, name, tensor, stored, shared_values=True)
+        entries.append(entry)
+    payload = file.tell() - PRELUDE.size
+    header = b"".join(_pack_short(entry) for entry in entries)
+    file.write(header)
+    file.seek(0)
+    file.write(PRELUDE.pack(MAGIC, SHARED_VERSION, len(header), payload, hashlib.sha256(header).digest()))
+    front, index = PRELUDE.size + len(header), sum(size.index_bytes for size in sizes.values())
+    return PackedSizes(front + payload, front, index, sizes), sum(entry.numel * entry.item for entry in entries)
+
+
 def _write_tensor(
-    file: BinaryIO, name: str, tensor: Tensor, stored: torch.dtype | None
+    file: BinaryIO, name: str, tensor: Tensor, stored: torch.dtype | None, shared_values: bool = False
 ) -> tuple[PackedTensor, TensorSize]:
     plain = _stored_as(name, tensor.detach(), stored).resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     item, numel = plain.element_size(), plain.numel()
     raw = plain.view(torch.uint8).numpy() if numel else np.zeros(0, np.uint8)  # torch cannot view nothing
+    codebook = None
     if item in UNSIGNED:
         elements = raw.view(UNSIGNED[item])
         gaps, values = coding.survivors(elements)
         choice, kept = coding.choose(gaps, numel, item), len(values)
         parts = coding.encode(choice, elements, gaps, values)
+        codebook = shared.encode(elements, tuple(tensor.shape), _dtype(plain)) if shared_values else None
     else:
         choice, kept = coding.Choice("dense", 0, numel, len(raw)), int(raw.reshape(-1, item).any(axis=1).sum())
         parts = iter([raw])
+    bound, index = None, 0 if choice.coding == "dense" else choice.total_bytes - kept * item
+    if codebook is not None and len(codebook.payload) < choice.total_bytes:
+        choice = coding.Choice("shared", codebook.form, kept, len(codebook.payload))
+        parts = iter([np.frombuffer(codebook.payload, np.uint8)])
+        bound, index = codebook.bound, codebook.index_bytes
     digest = hashlib.sha256()
     for part in parts:
         data = part.view(np.uint8).data
@@ -161,11 +217,10 @@ def _write_tensor(
         file.write(data)
     length, entries = choice.total_bytes, choice.entries
     fillers = entries - kept if choice.coding == "relative" else 0
-    index = 0 if choice.coding == "dense" else length - kept * item
     entry = PackedTensor(
         name, tuple(tensor.shape), _dtype(plain), choice.coding, choice.width, entries, length, digest.digest()
     )
-    return entry, TensorSize(choice.coding, choice.width, kept, fillers, index, length)
+    return entry, TensorSize(choice.coding, choice.width, kept, fillers, index, length, bound)
 
 
 def _stored_as(name: str, tensor: Tensor, stored: torch.dtype | None) -> Tensor:
@@ -183,3 +238,11 @@ def _pack_entry(entry: PackedTensor) -> bytes:
     dtype, kind = list(DTYPES).index(entry.dtype), CODINGS.index(entry.coding)
     fixed = ENTRY.pack(len(name), dtype, kind, entry.width, len(entry.shape), entry.entries, entry.length, entry.digest)
     return fixed + name + np.array(entry.shape, "<u8").tobytes()
+
+
+def _pack_short(entry: PackedTensor) -> bytes:
+    """An entry of the header of version 3."""
+    name = entry.name.encode()
+    kinds = bytes([list(DTYPES).index(entry.dtype), CODINGS.index(entry.coding), entry.width])
+    sizes = b"".join(map(number, (len(entry.shape), *entry.shape, entry.entries, entry.length)))
+    return number(len(name)) + name + kinds + sizes + entry.digest[:8]

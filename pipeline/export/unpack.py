@@ -15,6 +15,11 @@ It imports nothing of secateur, so a copy of it reads a packed file anywhere. Al
                  SHA-256 of its payload, the name in UTF-8, uint64 for each dimension
     payload      the tensors in the header's order: of each its index, then its values
 
+Version 3, for files with shared values, is the same but for its header, which comes after the payload and is shorter:
+of each tensor number(length of the name), the name, uint8 dtype, uint8 coding, uint8 width, number(dimensions), each
+dimension, entries and length as number(), and the first 8 bytes of its payload's SHA-256. number() is seven bits a
+byte, the lowest first, and the highest bit is 1 in all bytes but the last.
+
 Elements are flattened in C order, and "zero" means all bits 0 (so -0.0 and NaN survive). Bits stand least significant
 first, and each stream of them ends on a byte. A gap is the number of zeros skipped; trailing zeros are not stored. A
 number of `width` bits is spread over as many planes, the plane of its lowest bit first, one bit an entry in each.
@@ -24,6 +29,16 @@ number of `width` bits is spread over as many planes, the plane of its lowest bi
     relative  planes of the gaps. A gap too long for the width is bridged by fillers, entries whose gap is the largest
               and whose value is 0 (Han et al. 2015, section 3, at the width that suits the tensor)
     rice      gap >> width in unary (so many 0s and a 1), then planes of the gap's low `width` bits (Golomb-Rice)
+    shared    the values come from a codebook, and places and values are entropy-coded (Han et al. 2016; version 3):
+              number(the index's bytes), the index, number(values in the codebook), the codebook in the form `width`
+              (0 the dtype itself, 1 fp16, 2 bf16), and a stream of each entry's place in it, less 1
+      index   uint8 0, and a stream of the gaps; or uint8 1 or 2, a bit a row (a place in the first dimension) and a
+              bit a column (one in all others), 1 where there are entries, and a stream of the gaps without the rows
+              and columns that have none, in the order of the elements (1) or column by column (2)
+      stream  uint8 m, uint8 k, number(tokens), how often in 2^k each token comes, as Elias gamma codes of that + 1,
+              then rANS: number(words), a uint32 state a lane, and the uint16 words; last the tokens' low bits. A number
+              below 2^(m+1) is its own token; of others the token holds the place of the highest bit and the m bits
+              that follow it, and the rest, the low bits, is stored as it is. Lane i of n has symbols i, i + n, ...
 """
 
 from __future__ import annotations
@@ -47,11 +62,19 @@ if TYPE_CHECKING:
 
 MAGIC = b"SECPACK\n"
 VERSION = 2
+SHARED_VERSION = 3
 PRELUDE = struct.Struct("<8sIIQ32s")
 ENTRY = struct.Struct("<HBBBBQQ32s")
-CODINGS = ("dense", "bitmask", "relative", "rice")
+CODINGS = ("dense", "bitmask", "relative", "rice", "shared")
 RELATIVE_WIDTHS = range(1, 17)
 RICE_WIDTHS = range(1, 21)
+BOOKS = (None, "<f2", "<u2")  # how a codebook is stored: as the tensor's dtype, as fp16, or as bf16
+MOST_TOKENS = 512
+MOST_SCALE = 14
+MOST_FINE = 3  # of `m`
+LANE = 2048  # symbols of a lane of rANS: lanes are decoded side by side
+LOWEST = 2**16  # a state between symbols is LOWEST or more; below it the next word is taken in
+FLAT, BY_ROW, BY_COLUMN = range(3)  # the order of shared values in a tensor
 DTYPES = {  # name, as in torch, and bytes of an element
     "float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
     "complex64": 8, "complex128": 16, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
@@ -63,6 +86,7 @@ UNSIGNED = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8"}  # an element as a plain num
 # file. 32-bit values at a density of 1 in 1,000 are about 750 times smaller than the tensor.
 FREE_BYTES = 2**30
 EXPANSION = 1024
+PER_BYTE = 64  # entries that a byte of shared values may stand for, at the most
 MAX_ELEMENTS = 2**36  # of one tensor: keeps every sum of gaps below 2^63
 
 Raw = NDArray[np.uint8]
@@ -74,7 +98,7 @@ class Damaged(ValueError):
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """One tensor in the header. `length` is the bytes of its payload, `digest` their SHA-256."""
+    """One tensor in the header. `length` is the bytes of its payload, `digest` their SHA-256, or its first 8 bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -128,16 +152,21 @@ def read_header(file: BinaryIO, most: int | None = None) -> list[PackedTensor]:
     require(start.startswith(MAGIC), "it is not a packed file", "give a file that secateur wrote")
     require(len(start) == PRELUDE.size, "it was cut within its first bytes")
     _, version, length, payload, digest = PRELUDE.unpack(start)
-    require(version <= VERSION, f"its version {version} is newer than {VERSION}, the newest known", "update secateur")
-    require(version == VERSION, f"its version {version} is no longer read, only {VERSION} is", "write it anew")
+    newest = SHARED_VERSION
+    require(version <= newest, f"its version {version} is newer than {newest}, the newest known", "update secateur")
+    require(version >= VERSION, f"its version {version} is no longer read, only {VERSION} to {newest}", "write it anew")
     size = os.fstat(file.fileno()).st_size
     rest = size - PRELUDE.size - length
     require(rest >= 0, f"it was cut, or the length of its header ({length:,} bytes) is false")
+    last = version == SHARED_VERSION
+    require(not last or rest >= payload, f"it was cut: its payload is {rest:,} bytes of {payload:,}")
+    file.seek(PRELUDE.size + (payload if last else 0))
     text = file.read(length)
     require(hashlib.sha256(text).digest() == digest, "its header was altered: its SHA-256 differs")
     require(rest >= payload, f"it was cut: its payload is {rest:,} bytes of {payload:,}")
     require(rest == payload, f"it was padded: {rest - payload:,} bytes follow its end")
-    entries = parse(text)
+    file.seek(PRELUDE.size + (0 if last else length))
+    entries = parse_short(text) if last else parse(text)
     require(sum(entry.length for entry in entries) == payload, "its tensors do not fill the payload")
     require(len({entry.name for entry in entries}) == len(entries), "two of its tensors have one name")
     total = sum(entry.numel * entry.item for entry in entries)
@@ -161,20 +190,51 @@ def parse(text: bytes) -> list[PackedTensor]:
             name = text[offset : offset + name_length].decode()
         except UnicodeDecodeError:
             raise Damaged("a name in its header is not UTF-8; write it anew") from None
-        require(dtype < len(DTYPES) and coding < len(CODINGS), f"tensor {name!r} has an unknown dtype or coding")
+        known = dtype < len(DTYPES) and coding < CODINGS.index("shared")
+        require(known, f"tensor {name!r} has an unknown dtype or coding")
         shape = struct.unpack_from(f"<{dims}Q", text, offset + name_length)
-        entry = PackedTensor(name, shape, list(DTYPES)[dtype], CODINGS[coding], width, kept, length, digest)
-        require(dims <= 64 and math.prod(max(d, 1) for d in shape) <= MAX_ELEMENTS, f"tensor {name!r} is too large")
-        require(consistent(entry), f"the sizes of tensor {name!r} contradict each other")
-        entries.append(entry)
+        entries.append(checked(name, shape, dtype, coding, width, kept, length, digest))
         offset = end
     return entries
+
+
+def parse_short(text: bytes) -> list[PackedTensor]:
+    """The tensors of a header of version 3, each one consistent in itself."""
+    entries, part = [], Reader(np.frombuffer(text, np.uint8), "its header ends within a tensor")
+    while part.left:
+        try:
+            name = part.take(part.number()).tobytes().decode()
+        except UnicodeDecodeError:
+            raise Damaged("a name in its header is not UTF-8; write it anew") from None
+        dtype, coding, width = part.take(3).tolist()
+        require(dtype < len(DTYPES) and coding < len(CODINGS), f"tensor {name!r} has an unknown dtype or coding")
+        dims = part.number()
+        require(dims <= 64, f"tensor {name!r} is too large")
+        shape = tuple(part.number() for _ in range(dims))
+        kept, length = part.number(), part.number()
+        entries.append(checked(name, shape, dtype, coding, width, kept, length, part.take(8).tobytes()))
+    return entries
+
+
+def checked(
+    name: str, shape: tuple[int, ...], dtype: int, coding: int, width: int, kept: int, length: int, digest: bytes
+) -> PackedTensor:
+    """A tensor of the header. Raises Damaged where it is too large, or contradicts itself."""
+    entry = PackedTensor(name, shape, list(DTYPES)[dtype], CODINGS[coding], width, kept, length, digest)
+    small = len(shape) <= 64 and math.prod(max(d, 1) for d in shape) <= MAX_ELEMENTS
+    require(small, f"tensor {name!r} is too large")
+    require(consistent(entry), f"the sizes of tensor {name!r} contradict each other")
+    return entry
 
 
 def consistent(entry: PackedTensor) -> bool:
     """Whether coding, width and lengths can belong together."""
     if entry.coding == "dense":
         return entry.width == 0 and entry.entries == entry.numel and entry.length == entry.numel * entry.item
+    if entry.coding == "shared":
+        forms = len(BOOKS) if entry.dtype == "float32" else 1
+        fits = entry.entries <= min(entry.numel, PER_BYTE * entry.length)
+        return entry.item in UNSIGNED and entry.width < forms and fits
     index = entry.length - entry.entries * entry.item
     if entry.item not in UNSIGNED or entry.entries > entry.numel or index < 0:
         return False
@@ -190,17 +250,19 @@ def consistent(entry: PackedTensor) -> bool:
 def read_tensor(file: BinaryIO, entry: PackedTensor) -> Raw:
     """The bytes of the elements of the tensor whose payload comes next."""
     part = np.fromfile(file, np.uint8, entry.length)
-    intact = hashlib.sha256(part.data).digest() == entry.digest
+    intact = hashlib.sha256(part.data).digest()[: len(entry.digest)] == entry.digest
     require(intact, f"tensor {entry.name!r} was altered: its SHA-256 differs from the header's")
     return decode(entry, part)
 
 
 def decode(entry: PackedTensor, part: Raw) -> Raw:
     """The bytes of a tensor's elements, from its payload; they may be the payload's own."""
-    index, values = np.split(part, [entry.length - entry.entries * entry.item])
-    if entry.coding == "dense":
+    if entry.coding == "shared":
+        raw = decode_shared(entry, part)
+    elif entry.coding == "dense":
         raw = part
     else:
+        index, values = np.split(part, [entry.length - entry.entries * entry.item])
         elements = np.zeros(entry.numel, UNSIGNED[entry.item])
         elements[places(entry, index)] = np.frombuffer(values.tobytes(), elements.dtype)
         raw = elements.view(np.uint8)
@@ -227,6 +289,151 @@ def places(entry: PackedTensor, index: Raw) -> NDArray[Any]:
         found += ends
     inside = entry.entries == 0 or int(found[-1]) < entry.numel
     require(inside, f"an index of tensor {entry.name!r} is out of bounds")
+    return found
+
+
+class Reader:
+    """Reads bytes one part after the other. Raises Damaged with `problem` where they end too early."""
+
+    def __init__(self, data: Raw, problem: str) -> None:
+        self.data, self.problem, self.place = data, problem, 0
+
+    @property
+    def left(self) -> int:
+        """Bytes that are left."""
+        return len(self.data) - self.place
+
+    def take(self, count: int) -> Raw:
+        """The next `count` bytes."""
+        require(count <= self.left, self.problem)
+        self.place += count
+        return self.data[self.place - count : self.place]
+
+    def number(self) -> int:
+        """The next number(), below 2^63."""
+        found = 0
+        for shift in range(0, 63, 7):
+            (byte,) = self.take(1).tolist()
+            found |= (byte & 127) << shift
+            if byte < 128:
+                return found
+        raise Damaged(f"{self.problem}; write it anew")
+
+
+def decode_shared(entry: PackedTensor, part: Raw) -> Raw:
+    """The bytes of the elements of a tensor with shared values."""
+    values: NDArray[Any]
+    damaged = f"the shared values of tensor {entry.name!r} are damaged"
+    payload = Reader(part, damaged)
+    found = shared_places(entry, Reader(payload.take(payload.number()), damaged))
+    size = payload.number()
+    require(size <= MOST_TOKENS, damaged)
+    form = BOOKS[entry.width]
+    book = payload.take(size * (entry.item if form is None else 2)).tobytes()
+    values = np.frombuffer(book, UNSIGNED[entry.item] if form is None else form)
+    if form == "<f2":  # of a float32, as below
+        values = values.astype("<f4").view("<u4")
+    elif form == "<u2":
+        values = values.astype("<u4") << np.uint32(16)
+    chosen = stream(payload, entry.entries)
+    require(payload.left == 0 and (entry.entries == 0 or int(chosen.max()) < size), damaged)
+    elements = np.zeros(entry.numel, UNSIGNED[entry.item])
+    elements[found] = values[chosen]
+    return elements.view(np.uint8)
+
+
+def shared_places(entry: PackedTensor, index: Reader) -> NDArray[np.int64]:
+    """The places of the shared values among the elements, in the order in which they are stored."""
+    (how,) = index.take(1).tolist()
+    require(how in (FLAT, BY_ROW, BY_COLUMN) and entry.numel > 0, index.problem)
+    rows = entry.shape[0]
+    columns = entry.numel // rows
+    lines = [np.flatnonzero(bits(index.take((size + 7) // 8), size)) for size in (rows, columns) if how != FLAT]
+    room = math.prod(map(len, lines)) if lines else entry.numel
+    gaps = stream(index, entry.entries)
+    last = gaps.sum(dtype=np.float64) + entry.entries  # where int64 could overflow, this is still large
+    require(index.left == 0 and last <= room, f"an index of tensor {entry.name!r} is out of bounds")
+    found: NDArray[np.int64] = np.cumsum(gaps, dtype=np.int64) + np.arange(entry.entries)
+    if not lines:
+        return found
+    if how == BY_ROW:
+        row, column = np.divmod(found, max(1, len(lines[1])))
+    else:
+        column, row = np.divmod(found, max(1, len(lines[0])))
+    return lines[0][row] * columns + lines[1][column]
+
+
+def stream(part: Reader, count: int) -> NDArray[np.int64]:
+    """The next stream of `count` numbers."""
+    if count == 0:
+        return np.zeros(0, np.int64)
+    fine, scale = part.take(2).tolist()
+    tokens = part.number()
+    require(fine <= MOST_FINE and scale <= MOST_SCALE and 0 < tokens <= MOST_TOKENS, part.problem)
+    found = rans(part, count, frequencies(part, tokens, scale), scale)
+    every, direct = np.arange(tokens, dtype=np.int64), 2 << fine
+    low = np.where(every < direct, 0, (every - direct >> fine) + 1)  # the low bits of each token
+    require(int(low.max()) <= 36, part.problem)
+    base = np.where(every < direct, every, every % (1 << fine) + (1 << fine) << low)
+    widths = low[found]
+    ends = np.cumsum(widths)
+    total = int(ends[-1])
+    given = bits(part.take((total + 7) // 8), total)
+    numbers = base[found]
+    for bit in range(int(widths.max())):
+        there = np.flatnonzero(widths > bit)
+        numbers[there] |= given[(ends - widths)[there] + bit].astype(np.int64) << bit
+    return numbers
+
+
+def frequencies(part: Reader, tokens: int, scale: int) -> NDArray[np.int64]:
+    """How often in 2^scale each token comes: the next Elias gamma codes, of the frequencies + 1."""
+    found: list[int] = []
+    zeros, value, missing = 0, 0, 0
+    while len(found) < tokens:
+        (byte,) = part.take(1).tolist()
+        for bit in range(8):
+            one = byte >> bit & 1
+            if missing:
+                value, missing = 2 * value + one, missing - 1
+            elif one:
+                value, missing = 1, zeros
+            else:
+                zeros += 1
+                require(zeros <= MOST_SCALE, part.problem)
+                continue
+            if not missing:
+                found.append(value - 1)
+                zeros = 0
+                if len(found) == tokens:
+                    break
+    require(sum(found) == 1 << scale, part.problem)
+    return np.array(found, np.int64)
+
+
+def rans(part: Reader, count: int, often: NDArray[np.int64], scale: int) -> NDArray[np.int64]:
+    """The next `count` tokens, coded by range asymmetric numeral systems with these frequencies (Duda 2013)."""
+    if int(often.max()) == 1 << scale:  # only one token: nothing is stored
+        return np.full(count, int(often.argmax()), np.int64)
+    words_there, lanes = part.number(), 1 + count // LANE
+    state = np.frombuffer(part.take(4 * lanes).tobytes(), "<u4").astype(np.int64)
+    words = np.frombuffer(part.take(2 * words_there).tobytes(), "<u2").astype(np.int64)
+    require(bool((state >= LOWEST).all()), part.problem)
+    token = np.repeat(np.arange(len(often)), often)  # of each of the 2^scale numbers
+    within = np.arange(1 << scale) - (np.cumsum(often) - often)[token]
+    width = often[token]
+    found = np.empty(count, np.int64)
+    place, mask = 0, (1 << scale) - 1
+    for start in range(0, count, lanes):
+        here = state[: count - start]  # fewer in the last step
+        slot = here & mask
+        found[start : start + lanes] = token[slot]
+        here[:] = width[slot] * (here >> scale) + within[slot]
+        short = np.flatnonzero(here < LOWEST)
+        require(place + len(short) <= len(words), part.problem)
+        here[short] = here[short] << 16 | words[place : place + len(short)]
+        place += len(short)
+    require(place == len(words) and bool((state == LOWEST).all()), part.problem)
     return found
 
 

@@ -87,14 +87,20 @@ def flops(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
     return count(module, input_shape).by_tensor
 
 
-def packed_bytes(weights: int, kept: int) -> int:
+def packed_bytes(weights: int, kept: int, codebook_bits: int | None = None) -> int:
     """Predicted size of a packed tensor: fp32 values, and the smaller of a bitmask and Rice-coded gaps.
 
+    With a codebook: so many bits a value, the entropy of the mask, and a codebook in half precision. Uneven values and
+    empty rows make the file smaller than that, tables a little larger.
     With random positions a gap is geometric with q = 1 - density; Rice's code of width w takes 1 + w bits and
     one more for each 2^w that the gap holds, q^(2^w) / (1 - q^(2^w)) on average.
     """
     if kept == 0:
         return 0
+    if codebook_bits is not None:
+        density = kept / weights
+        mask = -sum(weights * share * math.log2(share) for share in (density, 1 - density) if share)
+        return math.ceil(min(4 * weights, (kept * codebook_bits + mask) / 8 + 2 * min(kept, 2**codebook_bits)))
 
     def bits(width: int) -> float:
         beyond = (1.0 - kept / weights) ** (2**width)

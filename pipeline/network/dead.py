@@ -57,6 +57,30 @@ def remove(
     return left, []
 
 
+@torch.no_grad()
+def silence(model: nn.Module, example: Tensor) -> tuple[int, list[str]]:
+    """Set to 0 the bias of each unit that nothing reads, which changes no output; pruned weights must be exactly 0.
+
+    Returns how many there were, and notes that say why the network cannot be followed. `example` is as for `remove`.
+    """
+    graph = traced(copy.deepcopy(model).eval(), example)
+    if not isinstance(graph, Traced):
+        return 0, graph
+    found = Follower(graph)
+    wanted = settle(found.layers, found.units)  # what is pinned, and what its layers need
+    for layer in found.layers:
+        if not layer.depthwise:
+            wanted[found.units.roots(layer.inputs)[layer.reads.any(1).flatten().numpy()]] = True
+    silenced = 0
+    for layer in found.layers:
+        bias = model.get_submodule(layer.name).bias
+        if isinstance(bias, Tensor):
+            unread = torch.from_numpy(~wanted[found.units.roots(layer.outputs)]).to(bias.device)
+            silenced += int((unread & (bias != 0)).sum())
+            bias.masked_fill_(unread, 0.0)
+    return silenced, []
+
+
 def _connected(layer: Layer, inputs: Alive, outputs: Alive) -> Tensor:
     """Which entries of a layer's weight join two living units; bool, broadcastable to the weight."""
     groups, rows, columns = layer.reads.shape

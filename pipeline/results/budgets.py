@@ -11,10 +11,11 @@ import numpy as np
 from pipeline.base.errors import UserError
 from pipeline.network import cost
 from pipeline.network.build import build_network
+from pipeline.network.survey import survey
 from pipeline.prune import damage, limits, patterns, round_plan, schedules
 from pipeline.prune.budget import Solution
 from pipeline.results.tables import TextTable, percent
-from pipeline.rounds import preflight
+from pipeline.rounds import preflight, sharing
 from pipeline.run import state
 from pipeline.run.records import Scan
 from pipeline.settings.config import Config
@@ -82,6 +83,7 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     if missing := weights.keys() - flops.keys():
         raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")
     preflight.require_counted(counted, weights, config.target.budget)
+    shared = sharing.bits(config, model, survey(model, config.prune.include, config.prune.exclude)[0])
     prune, unit, started = config.prune, config.target.budget, time.perf_counter()
     scanned = round_plan.scanned(unit, scan, classes, flops)
     living = patterns.most(prune, {name: model.get_parameter(name).shape for name in weights})
@@ -101,7 +103,8 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
         def amount(of: cost.Quantity) -> int:
             return sum(cost.price(of, weights[name], flops[name])(count) for name, count in found.keep.items())
 
-        return Option(compression, money, found, amount("weights"), amount("flops"), amount("bytes"), seconds)
+        packed = sum(cost.packed_bytes(weights[name], kept, shared.get(name)) for name, kept in found.keep.items())
+        return Option(compression, money, found, amount("weights"), amount("flops"), packed, seconds)
 
     asked = [option(each) for each in compressions]
     between = np.geomspace(1.0, max(*compressions, 1.01), CURVE)

@@ -22,8 +22,9 @@ from pipeline.network.survey import Prunable
 from pipeline.network.weights import stored_once
 from pipeline.results import card, report
 from pipeline.rounds import attempts, branch
-from pipeline.run.layout import DENSE, standing, trail
+from pipeline.run.layout import CODEBOOK, DENSE, handed_over, standing, trail
 from pipeline.run.records import (
+    CodebookMetrics,
     DataFacts,
     DenseMetrics,
     Histograms,
@@ -63,19 +64,21 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
 
     `started` is of time.monotonic().
     """
-    kept = attempts.standing_checkpoint(here, prunable, config)
+    kept = attempts.standing_checkpoint(here, prunable, config, handed_over(here))
     dense = checkpoint.load(here, "dense/checkpoint")
     model_bytes = save_safetensors(kept.weights)
     here.commit_bytes(model_bytes, "final", "model.safetensors")
     model = build_network(config.model, here.load(DataFacts, "data.json").classes, config.seed)
     once = stored_once(model, kept.weights)
     same = once.keys() == kept.weights.keys()  # nothing is tied
-    sizes = packed.write(here.path("final", "model.packed"), once, check=here.check_fence)
+    shared = handed_over(here) == CODEBOOK
+    sizes = packed.write(here.path("final", "model.packed"), once, check=here.check_fence, shared_values=shared)
     here.commit(histograms(prunable, dense.weights, kept), "final", "histograms.json")
     stored = StoredBytes(
         dense_fp32=sum(tensor.numel() * tensor.element_size() for tensor in once.values()),
         packed=sizes.total,
         packed_index=sizes.index,
+        packed_bound=sizes.bound,
         dense_gzip=len(gzip.compress(model_bytes if same else save_safetensors(once), 6, mtime=0)),
     )
     counted = cost.count(model, Feed.of(config).shape)
@@ -105,7 +108,7 @@ def write_result(here: Run, result: Result) -> None:
 def assemble(config: Config, here: Run, layers: Sequence[LayerResult], stored: StoredBytes) -> Result:
     """The content of result.json; what is not built or not measured is None."""
     test = here.load(TestMetrics, "final", "test.json")
-    folder = standing(here)
+    folder = handed_over(here)
     on_test = of_test(here, test)
     known = [
         (row.flops, row.flops_density, row.density)
@@ -149,9 +152,11 @@ def assemble(config: Config, here: Run, layers: Sequence[LayerResult], stored: S
 
 
 def val_scores(here: Run, folder: str) -> Scores:
-    """How the network in `folder` answers val: the dense one, or that of a round."""
+    """How the network in `folder` answers val: the dense one, that of a round, or that with shared values."""
     if folder == DENSE:
         return Scores.of(here.load(DenseMetrics, folder, "metrics.json").val)
+    if folder == CODEBOOK:
+        return Scores.of(here.load(CodebookMetrics, folder, "metrics.json").val)
     return Scores.of(here.load(RoundMetrics, folder, "metrics.json").val)
 
 
@@ -214,6 +219,8 @@ def layer_rows(
             else read * density[tensor.name],
             threshold=thresholds.get(tensor.name),
             packed_bits_per_kept=sizes.bits_per_kept.get(tensor.name),
+            packed_index_bits_per_kept=sizes.index_bits_per_kept.get(tensor.name),
+            packed_bound_bits_per_kept=sizes.bound_per_kept.get(tensor.name),
         )
         for tensor in prunable
     ]

@@ -108,6 +108,7 @@ def summary_rows(result: Result) -> list[tuple[str, str]]:
         ("size, dense fp32", size(stored.dense_fp32)),
         ("size, pruned and gzipped", _smaller(stored.dense_gzip, stored.dense_fp32)),
         ("size, packed", _smaller(stored.packed, stored.dense_fp32)),
+        *_bits(result),
         ("latency", _latency(result.latency_ms)),
         ("looks at test", str(result.test_looks)),
     ]
@@ -119,6 +120,21 @@ def _against_given(test: OnTest) -> list[tuple[str, str]]:
         return []
     lost, (low, high) = test.dense.top1 - test.pruned.top1, test.against_dense.drop_ci95
     return [("drop against the dense network as given", f"{points(lost)} (95%: {span(low, high)})")]
+
+
+def _bits(result: Result) -> list[tuple[str, str]]:
+    """Where values are shared, the packed bits of a kept weight: its value, its place, and the entropy of both."""
+    if result.bytes.packed_bound is None or not result.weights_kept:
+        return []
+    total, index = (
+        sum((getattr(layer, name) or 0.0) * layer.kept for layer in result.layers) / result.weights_kept
+        for name in ("packed_bits_per_kept", "packed_index_bits_per_kept")
+    )
+    bounds = [(layer.packed_bound_bits_per_kept, layer.kept) for layer in result.layers if layer.kept]
+    known = [bound * kept for bound, kept in bounds if bound is not None]
+    entropy = number(sum(known) / result.weights_kept) if len(known) == len(bounds) else NOT_MEASURED
+    text = f"{number(total)}: value {number(total - index)}, place {number(index)} (entropy of both {entropy})"
+    return [("bits of a kept weight, packed", text)]
 
 
 def drop(result: Result) -> float:

@@ -40,9 +40,11 @@ SPARSE = 0.01  # share of zeros; a few come about by chance
 ANSWERS = "dense_val.npz"  # the dense network's answers on val; a campaign compares rounds with them
 
 
-def standing_checkpoint(run: Run, prunable: Sequence[Prunable], config: Config) -> Checkpoint:
-    """The network of the last accepted round, or of the run's start with its `first_masks`."""
-    saved = checkpoint.load(run, f"{standing(run)}/checkpoint")
+def standing_checkpoint(
+    run: Run, prunable: Sequence[Prunable], config: Config, folder: str | None = None
+) -> Checkpoint:
+    """The network of the last accepted round, or of the run's start with its `first_masks`; or that in `folder`."""
+    saved = checkpoint.load(run, f"{folder or standing(run)}/checkpoint")
     if not saved.masks:
         saved.masks = first_masks(saved.weights, prunable, config)
     return saved

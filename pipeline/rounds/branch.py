@@ -32,7 +32,7 @@ from pipeline.train import checkpoint, session
 # Settings in which a branch may differ from its source. data.root may differ, since the shards' hashes are compared.
 OWN = (
     *state.OPERATIONAL, "name", "threads", "device", "reproducible", "compile", "exchange_precision", "data.root",
-    "data.class_index", "scan", "prune", "retrain", "target", "start",
+    "data.class_index", "scan", "prune", "retrain", "target", "export", "start",
 )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.network.survey import survey
-from pipeline.rounds import before_retraining, branch
-from pipeline.run.layout import control_folder, round_folder, standing
+from pipeline.rounds import before_retraining, sharing
+from pipeline.run.layout import control_folder, handed_over, round_folder
 from pipeline.run.records import DenseMetrics, Epoch, TestMetrics
 from pipeline.run.state import now_ms
 from pipeline.task.answers import Answers, save_marks
@@ -29,10 +29,12 @@ GIVES = ("final/test.json", "final/test_answers.npz")  # what the look at test l
 def control(session: Session) -> None:
     """Train the dense network further, with the same steps, recipe and batches as all accepted rounds together.
 
+    Where values are shared, it also gets the training that the shared values got.
+
     A branch's control also gets the training of the rounds before the branch, or copies the result from the source.
     """
     run = session.run
-    recipes = branch.retrainings(session.config.retrain, run)
+    recipes = sharing.trainings(session.config, run)
     if run.has("rounds", "control.json") or not recipes:
         return
     model, clock = session.new_model(), time.monotonic()
@@ -69,8 +71,8 @@ def look_at_test(session: Session) -> None:
     run, config = session.run, session.config
     if all(run.has(file) for file in GIVES):
         return
-    states = {"dense": "dense/checkpoint", "pruned": f"{standing(run)}/checkpoint"}
-    trained = len(branch.retrainings(config.retrain, run))
+    states = {"dense": "dense/checkpoint", "pruned": f"{handed_over(run)}/checkpoint"}
+    trained = len(sharing.trainings(config, run))
     if config.prune.dense_control and trained:
         states["dense_control"] = f"{control_folder(trained)}/checkpoint"
     answers: dict[str, Answers] = {}

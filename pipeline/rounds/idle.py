@@ -101,6 +101,7 @@ ROWS = (
     Row("target.tolerance", lambda c: c.target.no_loss, "target.mode=no-loss"),
     Row("target.confidence", lambda c: c.target.no_loss, "target.mode=no-loss"),
     Row("target.max_rounds", lambda c: c.target.no_loss, "target.mode=no-loss"),
+    Row("export.codebook_epochs", lambda c: bool(c.export.codebook_bits), "export.codebook_bits"),
     Row("cluster.resize_seconds", lambda c: not isinstance(c.cluster.workers, int), "cluster.workers=[min, max]"),
     Row("cluster.lease_seconds", lambda c: not storage.is_local(c.runs_dir), "runs_dir on S3"),
     Row("tracking.uri", lambda c: c.tracking.enabled, "tracking.enabled=true"),

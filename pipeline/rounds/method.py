@@ -22,11 +22,11 @@ from pipeline.network.survey import Prunable, survey
 from pipeline.prune import masks, round_plan
 from pipeline.prune.gradual import Gradual
 from pipeline.prune.round_plan import Goal, Standing
-from pipeline.rounds import attempts, before_retraining, campaign, comparison
+from pipeline.rounds import attempts, before_retraining, campaign, comparison, sharing
 from pipeline.rounds.before_retraining import Pruned
 from pipeline.rounds.subject import Subject, open_subject
 from pipeline.run.events import Noted, RoundBegun
-from pipeline.run.layout import DENSE, round_folder, standing
+from pipeline.run.layout import DENSE, handed_over, round_folder
 from pipeline.run.records import (
     BeforeRetraining,
     DenseMetrics,
@@ -96,7 +96,7 @@ def about_dense(session: Session, top1: float, alive: dict[str, Tensor]) -> list
 
 
 def prune(session: Session) -> None:
-    """Run all rounds, the dense control, and the one look at test; finished parts are skipped."""
+    """Run all rounds, share values, train the dense control, look at test once; finished parts are skipped."""
     if session.config.start.source is not None:  # no dense network was trained here
         first_step.on_workers(session, round_folder(1))
     subject = open_subject(session)
@@ -107,6 +107,7 @@ def prune(session: Session) -> None:
         alive = one_round(subject, alive, goal)
         if not attempts.settle(session):
             alive = stand(subject)
+    sharing.share(subject)
     if session.config.prune.dense_control:
         comparison.control(session)
     comparison.look_at_test(session)
@@ -274,7 +275,7 @@ def guard(subject: Subject, kept: dict[str, Tensor], plan: RoundPlan) -> None:
 def measure_activity(session: Session, prunable: list[Prunable]) -> None:
     """Activation density of the pruned network on some of val, for the paper's Act% and FLOP% (tables 2-5)."""
     model = session.new_model().eval()
-    model.load_state_dict(checkpoint.load(session.run, f"{standing(session.run)}/checkpoint").weights)
+    model.load_state_dict(checkpoint.load(session.run, f"{handed_over(session.run)}/checkpoint").weights)
     data = EvalLoader(session.split("val"), session.config.data, limit=ACTIVITY_SAMPLES, seed=session.config.seed)
     with ActivationMeter(model, [tensor.name for tensor in prunable]) as meter, torch.inference_mode():
         for batch in data.batches(0, 1):

@@ -16,7 +16,7 @@ from pipeline.network.groups import Groups
 from pipeline.network.survey import LeftOut, Prunable
 from pipeline.prune import allocation, criteria, limits, round_plan
 from pipeline.prune.round_plan import Basis, Goal, Scanned, Standing
-from pipeline.rounds import branch, campaign, preflight
+from pipeline.rounds import branch, campaign, preflight, sharing
 from pipeline.rounds.subject import prunable_weights
 from pipeline.run import state
 from pipeline.run.records import RoundPlan, Scan
@@ -76,7 +76,9 @@ def make(config: Config) -> RunPlan:
     notes = [*known.notes, *target_notes(config.target)]
     sizes = {tensor.name: tensor.weights for tensor in prunable}
     total = sum(sizes.values())
-    other = 4 * sum(math.prod(tensor.shape) for tensor in checked.left_out)
+    shared = sharing.bits(config, model, prunable)
+    left_out = {tensor.name: math.prod(tensor.shape) for tensor in checked.left_out}
+    other = sum(cost.packed_bytes(size, size, shared.get(name)) for name, size in left_out.items())
     steps = {
         name: recipe.total_steps(part, placement.steps_per_epoch(counts.train, config.data.lanes, part.batch_size))
         for name, part in (("dense", config.dense), ("retrain", config.retrain))
@@ -95,7 +97,7 @@ def make(config: Config) -> RunPlan:
                 density=(sum(keep.values()) or round(share * total)) / total,
                 kept=sum(keep.values()) or round(share * total),
                 flops=sum(round(flops[t.name] * spent[t.name] / t.weights) for t in prunable),
-                bytes=other + sum(cost.packed_bytes(t.weights, spent[t.name]) for t in prunable),
+                bytes=other + sum(cost.packed_bytes(t.weights, spent[t.name], shared.get(t.name)) for t in prunable),
                 steps=steps["retrain"],
                 rise=last.predicted.rise if last and last.predicted else None,
             )
@@ -112,6 +114,8 @@ def make(config: Config) -> RunPlan:
                 else "; totals assume equal densities until then"
             )
         )
+    if shared:
+        notes.append(f"export.codebook_bits: {len(shared)} tensors share values in the end; bytes are with that")
     notes += checked.groups.notes if checked.groups is not None else ()
     if checked.unattributed:
         notes.append(

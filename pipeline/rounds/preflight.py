@@ -18,7 +18,7 @@ from pipeline.network.build import build_network
 from pipeline.network.groups import Groups
 from pipeline.network.survey import LeftOut, Prunable, survey
 from pipeline.prune import axes, patterns, round_plan
-from pipeline.rounds import attempts, before_retraining, branch, campaign
+from pipeline.rounds import attempts, before_retraining, branch, campaign, sharing
 from pipeline.rounds.campaign import Origin
 from pipeline.rounds.subject import channels_of
 from pipeline.run.records import DataFacts
@@ -127,6 +127,7 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     campaign.require_room(config.prune, config.target, begin, fewest, config.start.source)
     phases.require_layers(model, config.retrain.phases)
     before_retraining.check(model, config.prune, [*sizes], counted.outside)
+    sharing.bits(config, model, prunable)
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
         if samples and not batch_norm.norms(model):
             warnings.warn(f"{name}.bn_samples={samples} is ignored: the network has no batch norm", stacklevel=2)

@@ -10,6 +10,7 @@ from pipeline.run.state import Run
 DENSE = "dense"
 
 
+CODEBOOK = "rounds/codebook"  # the network whose values are shared, after the last round
 START = "start"  # what a run that branched off from another begins with; `pipeline.rounds.branch` fills it
 
 
@@ -57,3 +58,8 @@ def standing(run: Run) -> str:
     if number:
         return round_folder(number)
     return START if run.has(START, "checkpoint", "manifest.json") else DENSE
+
+
+def handed_over(run: Run) -> str:
+    """The folder whose checkpoint is the network that is handed over: that with shared values, or as it stands."""
+    return CODEBOOK if run.has(CODEBOOK, "metrics.json") else standing(run)

@@ -233,6 +233,34 @@ class RoundMetrics(Record):
 
 
 @dataclass(frozen=True)
+class SharedTensor(Record):
+    """A tensor with shared values: so many `weights` (those kept) take `values` values, which `bits` allow."""
+
+    name: str
+    bits: int
+    values: int
+    weights: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookMetrics(Record):
+    """rounds/codebook/metrics.json: the network whose values are shared.
+
+    `val_before` is of the last round's network, `val_shared` after k-means, `val` after the fine-tuning.
+    """
+
+    val_before: Evaluation
+    val_shared: Evaluation
+    val: Evaluation
+    tensors: tuple[SharedTensor, ...]
+    history: tuple[Epoch, ...]
+    steps: int
+    seconds: float
+    finished_ms: int = 0
+    data: str | None = optional()
+
+
+@dataclass(frozen=True)
 class Ancestor(Record):
     """A run that a branch descends from, and the round at which the branch left it."""
 

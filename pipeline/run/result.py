@@ -110,6 +110,12 @@ class LayerResult(Part):
         "prune.pattern has no one threshold."
     )
     packed_bits_per_kept: Amount | None
+    packed_index_bits_per_kept: Amount | None = Field(None, description="Of these, the bits for the weights' places.")
+    packed_bound_bits_per_kept: Amount | None = Field(
+        None,
+        description="The entropy of order zero of places and shared values; null where the tensor shares none. Rows "
+        "and columns without weights can bring the file below it.",
+    )
 
 
 class StoredBytes(Part):
@@ -118,6 +124,9 @@ class StoredBytes(Part):
     dense_fp32: Count
     packed: Count | None
     packed_index: Count | None
+    packed_bound: Count | None = Field(
+        None, description="The entropy of all tensors with shared values, in bytes, and the rest of the file as it is."
+    )
     dense_gzip: Count | None
 
 

@@ -17,6 +17,7 @@ from pipeline.base.hiding import hide
 from pipeline.settings.base import Section, Text, is_default, short
 from pipeline.settings.cluster import Cluster, Tracking, asked
 from pipeline.settings.data import Data
+from pipeline.settings.export import Export
 from pipeline.settings.model import Model
 from pipeline.settings.pruning import Prune, Scan, Start, Target
 from pipeline.settings.training import Retrain, Train
@@ -32,7 +33,7 @@ _INSTEAD = (
 ADDED = (
     "prune.pattern", "task", "model.checkpoint_key", "model.trained", "data.follow_links", "cluster.hang_seconds",
     "data.decoder", "reproducible", "dense.accumulate", "retrain.accumulate",
-    "eval_precision", "exchange_precision", "compile",
+    "eval_precision", "exchange_precision", "compile", "export.codebook_bits", "export.codebook_epochs",
 )  # fmt: skip
 # What such a setting stands at in a run that is older than it, where that is not its default.
 EARLIER = {"data.decoder": "pillow"}
@@ -85,6 +86,7 @@ class Config(Section):
         default_factory=lambda: Retrain.model_validate({}), description="Retraining in each round."
     )
     target: Target = Field(default_factory=lambda: Target.model_validate({}))
+    export: Export = Field(default_factory=lambda: Export.model_validate({}))
     start: Start = Field(default_factory=lambda: Start.model_validate({}))
     cluster: Cluster = Field(default_factory=lambda: Cluster.model_validate({}))
     tracking: Tracking = Field(default_factory=lambda: Tracking.model_validate({}))
@@ -125,6 +127,11 @@ class Config(Section):
             raise ValueError(
                 f"target.budget={self.target.budget} counts from the dense network, and start.from="
                 f"{self.start.source} is another beginning: leave one of the two out"
+            )
+        if self.target.budget == "bytes" and self.export.codebook_bits:
+            raise ValueError(
+                "target.budget=bytes prices weights of four bytes, and export.codebook_bits stores fewer: leave one of "
+                "the two out"
             )
         if self.cluster.max_workers > self.data.lanes:
             raise ValueError(

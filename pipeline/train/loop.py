@@ -28,6 +28,7 @@ from pipeline.train.looks import Looks
 from pipeline.train.pace import Pace
 from pipeline.train.session import Session, require_same_data
 from pipeline.train.tally import Tally
+from pipeline.train.tied import Sharing, Tied
 
 KEPT_CHECKPOINTS = 2
 TELL_EVERY_S = 5.0  # between reports of a step within an epoch; an epoch of ImageNet takes an hour
@@ -47,7 +48,7 @@ class Training:
 
     `phase` names its folder in the run. `order` names its stream of batches and random numbers, so that the dense
     control can get exactly those of the pruned network. `masks` stay fixed, or are those that `gradual` pruning starts
-    from. The network also learns from the `teacher`'s answers, if there is one.
+    from. The network also learns from the `teacher`'s answers, if there is one. `shared`: which weights share values.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Training:
         masks: dict[str, Tensor] | None = None,
         gradual: Gradual | None = None,
         teacher: nn.Module | None = None,
+        shared: dict[str, Sharing] | None = None,
     ) -> None:
         self.session, self.model, self.phase, self.order = session, model, phase, order
         self.world, self.config, self.feed = session.world, session.config, session.feed
@@ -79,6 +81,7 @@ class Training:
         self.parameters = dict(model.named_parameters())
         self.weights = [self.parameters[name] for name in prunable]
         self.gradual = gradual
+        self.tied = Tied(self.parameters, shared or {})
         self.gradients = Gradients(self.feed, self.settings, teacher, self.world)
         self._use(masks or {})
         self.trainable = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
@@ -199,6 +202,7 @@ class Training:
         total = self.gradients.of(wrapped, batch, f"the exchange of gradients in step {step} of {self.phase}")
         if self.settings.l1:
             recipe.add_l1(self.weights, self.settings.l1)
+        self.tied.gather()
         if self.settings.clip_norm is not None:  # else pruned weights would count, unless the hook zeroed them
             self.applier.zero([self.parameters[name].grad for name in self.masks])
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
@@ -209,6 +213,7 @@ class Training:
         self.world.at(f"the end of step {step} of {self.phase}")
         self.optimizer.step()
         self.applier.apply()
+        self.tied.tie()
         self.tally.add(step, batch.indices.numpy(), total, batch.weights)
 
     def _require_finite(self, lag: int = 0) -> None:

@@ -407,7 +407,7 @@ def test_mutated_files_give_an_error_or_tensors(file: Path) -> None:
 
 def test_each_kind_of_damage_has_its_message(file: Path) -> None:
     whole = file.read_bytes()
-    version, name = struct.pack("<I", 3), unpack.PRELUDE.size + unpack.ENTRY.size
+    version, name = struct.pack("<I", 4), unpack.PRELUDE.size + unpack.ENTRY.size
     cases = {
         "it was cut: its payload is": whole[:-1],
         r"it was cut, or the length of its header \(197 bytes\) is false": whole[:100],
@@ -419,7 +419,7 @@ def test_each_kind_of_damage_has_its_message(file: Path) -> None:
         "it was cut: its payload is .* bytes of 18,446,744,073,709,551,615": whole[:16] + b"\xff" * 8 + whole[24:],
         "its header was altered: its SHA-256 differs": whole[:name] + b"v" + whole[name + 1 :],
         "tensor 'b' was altered: its SHA-256 differs from the header's": whole[:-1] + bytes([whole[-1] ^ 1]),
-        "its version 3 is newer than 2, the newest known; update secateur": whole[:8] + version + whole[12:],
+        "its version 4 is newer than 3, the newest known; update secateur": whole[:8] + version + whole[12:],
         "its version 1 is no longer read": whole[:8] + struct.pack("<I", 1) + whole[12:],
         "it is not a packed file; give a file that": b"PK\x03\x04" + bytes(100),
     }

@@ -42,6 +42,14 @@ def test_an_input_that_does_not_fit_is_refused_and_modes_are_put_back() -> None:
     assert network.training
 
 
+def test_bytes_with_a_codebook_by_hand() -> None:
+    # half of 800: a bit of mask each, 400 values of 5 bits, 32 centroids of 2 bytes
+    assert cost.packed_bytes(800, 400, 5) == 100 + 250 + 64
+    assert cost.packed_bytes(800, 800, 8) == 800 + 512
+    assert cost.packed_bytes(10, 10, 8) == 10 + 20
+    assert cost.packed_bytes(10, 0, 8) == 0
+
+
 def test_packed_bytes_are_values_and_the_smaller_index() -> None:
     assert cost.packed_bytes(1000, 0) == 0
     assert cost.packed_bytes(1000, 1000) == 4000  # dense: no index

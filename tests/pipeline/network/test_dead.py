@@ -93,3 +93,26 @@ def test_outputs_stay_and_nothing_more_can_go(seed: int) -> None:
         torch.testing.assert_close(masked(model, left)(images), expected, rtol=1e-9, atol=1e-9)
         again, _ = dead.remove(masked(model, left), left, images[:1], 0)
     assert all(torch.equal(again[name], left[name]) for name in left)
+
+
+def test_the_bias_of_a_unit_that_nobody_reads_becomes_0() -> None:
+    first = linear([[1, 2], [0, 0], [3, 4]], [0.5, 2, 1])  # unit 1 is a constant that is read, unit 2 is not read
+    second = linear([[1, 10, 0], [0, 0, 0]], [0.25, 0.75])  # the outputs of the network are always read
+    model = nn.Sequential(first, nn.ReLU(), second)
+    assert dead.silence(model, torch.zeros(2, 2, dtype=torch.double)) == (1, [])
+    assert first.bias.tolist() == [0.5, 2, 0]
+    assert second.bias.tolist() == [0.25, 0.75]
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), density=st.sampled_from([0.05, 0.3]))
+def test_silencing_changes_no_bit_of_the_output(seed: int, density: float) -> None:
+    whole = random_network(seed)
+    chance = torch.Generator().manual_seed(seed)
+    kept = {n: torch.rand(p.shape, generator=chance) < density for n, p in whole.named_parameters() if p.ndim > 1}
+    model = masked(whole, kept)
+    images = torch.randn(3, 2, 9, 9, dtype=torch.double, generator=chance)
+    with torch.no_grad():
+        before = model(images)
+        dead.silence(model, images[:1])
+        assert torch.equal(model(images), before)

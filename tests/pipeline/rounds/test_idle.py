@@ -30,7 +30,7 @@ IDLE: dict[str, Any] = {
     "scan.tolerance": 0.1, "scan.max_levels": 5, "scan.hopeless": 0.7, "scan.together": [0.5],
     "prune.statistics_samples": 50, "prune.densities": {"a": 0.5}, "prune.list": [0.5], "prune.gradual_every": 7,
     "target.step": 0.7, "target.smallest_step": 0.9, "target.tolerance": 0.01, "target.confidence": 0.9,
-    "target.max_rounds": 3, "cluster.resize_seconds": 5.0, "cluster.lease_seconds": 5.0,
+    "target.max_rounds": 3, "export.codebook_epochs": 7, "cluster.resize_seconds": 5.0, "cluster.lease_seconds": 5.0,
 }  # fmt: skip
 # Those that count beside the defaults, with what makes them idle.
 BESIDE: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -71,6 +71,8 @@ def test_settings_are_frozen() -> None:
         (["retrain.lr=0.1", "retrain.lr_scale=0.01"], ["retrain: lr=0.1 and lr_scale=0.01", "leave one out"]),
         (["retrain.phases=[fc,cnv]"], ["retrain.phases.1='cnv'", "'fc', 'conv' or 'all'"]),
         (["retrain.phases=[]"], ["retrain.phases=[]", "at least 1"]),
+        (["export.codebook_bits={fc: 9}"], ["export.codebook_bits.fc=9", "less than or equal to 8"]),
+        (["export.codebook_bits={fc: 5}", "target.budget=bytes"], ["target.budget=bytes", "leave one of the two out"]),
         (["dense.phases=[fc]"], ["unknown setting 'dense.phases'"]),
     ],
 )
