@@ -11,16 +11,18 @@ from pipeline.base.errors import UserError
 from pipeline.cli.console import Display, show_plan, show_result, show_tables
 from pipeline.cli.messages import make_console
 from pipeline.engine import Engine
+from pipeline.network.build import build_network
 from pipeline.results import budgets, figures, final, plots
-from pipeline.rounds import capacity, idle, outlook, preflight
+from pipeline.rounds import capacity, idle, outlook, preflight, timing
 from pipeline.run import lease
 from pipeline.run.result import Result
 from pipeline.run.state import Run, as_begun, config_of, run_root
 from pipeline.settings import trust
 from pipeline.settings.config import Config, dump_config, load_config, parse_config
+from pipeline.task.feed import Feed
 from pipeline.tracking import tracking
 from pipeline.tracking.tracking import Synced
-from pipeline.train.world import configure_process
+from pipeline.train.world import choose_device, configure_process
 
 
 def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True, trust_code: bool = False) -> Config:
@@ -60,7 +62,8 @@ def load(path: str | Path, overrides: list[str] | None, *, needs_data: bool = Tr
     start = config.start
     if start.source is not None and "/" in start.run:  # else it is a name under runs_dir
         start = start.model_copy(update={"source": absolute(start.source)})
-    parts = {"data": data, "model": model, "start": start}
+    target = config.target.model_copy(update={"latency_table": absolute(config.target.latency_table)})
+    parts = {"data": data, "model": model, "start": start, "target": target}
     return as_begun(config.model_copy(update={"runs_dir": absolute(config.runs_dir), **parts}))
 
 
@@ -120,6 +123,22 @@ def show_options(config: Config, compressions: str, figure: str | None) -> None:
             storage.write_bytes(figure, made)
         except OSError as error:
             raise UserError(f"--figure {figure}: cannot be written: {error.strerror}") from error
+
+
+def bench_table(path: str, overrides: list[str], out: str, *, trust_code: bool = False) -> str:
+    """Measure a table of latencies of a config's network on this machine and write it into `out`; what it tells."""
+    config = load(path, overrides, needs_data=False, trust_code=trust_code)
+    config = config.model_copy(update={"target": config.target.model_copy(update={"latency_table": None})})
+    configure_process(config.threads, config.reproducible)
+    counts = preflight.count_samples(config.data, config.seed)
+    device = choose_device(config.device)
+    model = Feed.of(config).place(build_network(config.model, counts.classes, config.seed), device)
+    made, groups = timing.of_model(model, config, device)
+    try:
+        storage.write_json(out, made.to_json())
+    except OSError as error:
+        raise UserError(f"--table {out}: cannot be written: {error.strerror}") from error
+    return f"{out}: {timing.told(made, groups)}"
 
 
 def sync(run_dir: str | Path, uri: str | None = None) -> Synced:

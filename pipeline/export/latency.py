@@ -77,7 +77,7 @@ def measure(
     assert passes.repeats >= 1
     models = {name: network.to(where).eval() for name, network in networks.items()}
     found = []
-    with _threads(threads), torch.inference_mode():
+    with with_threads(threads), torch.inference_mode():
         for batch in batches:
             inputs = torch.randn(batch, *sample_shape, generator=torch.Generator().manual_seed(batch)).to(where)
             times = _interleaved(models, inputs, passes)
@@ -164,7 +164,6 @@ def _interleaved(models: Mapping[str, nn.Module], inputs: Tensor, passes: Passes
             break
         for model in models.values():
             model(inputs)
-    clock = _cuda_ms if inputs.is_cuda else _cpu_ms
     times: dict[str, list[float]] = {name: [] for name in names}
     draw = random.Random(0)
     started = time.perf_counter()
@@ -172,8 +171,13 @@ def _interleaved(models: Mapping[str, nn.Module], inputs: Tensor, passes: Passes
         if repeat >= 5 and time.perf_counter() - started > passes.seconds:
             break
         for name in draw.sample(names, len(names)):  # a fixed order would let one always follow the same other
-            times[name].append(clock(models[name], inputs))
+            times[name].append(once(models[name], inputs))
     return times
+
+
+def once(model: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
+    """Milliseconds of one pass."""
+    return _cuda_ms(model, inputs) if inputs.is_cuda else _cpu_ms(model, inputs)
 
 
 def _cpu_ms(model: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
@@ -202,7 +206,8 @@ def _compared(row: Latency, reference: Latency) -> str:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def with_threads(count: int) -> Iterator[None]:
+    """torch has so many threads in this block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

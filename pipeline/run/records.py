@@ -165,6 +165,29 @@ class RoundPlan(Record):
 
 
 @dataclass(frozen=True)
+class Timed(Record):
+    """A network that keeps so many channels of each group: ms of a forward pass, and of each step alone (medians)."""
+
+    keep: dict[str, int]
+    ms: float
+    steps: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LatencyTable(Record):
+    """latency/table.json, or a file that `secateur bench --table` wrote: how long networks of some widths take.
+
+    `network` is a hash of the steps and their widths, without weights; `batch` is the samples of a pass. The first of
+    `timed` is the whole network.
+    """
+
+    device: str
+    batch: int
+    network: str
+    timed: tuple[Timed, ...]
+
+
+@dataclass(frozen=True)
 class BeforeRetraining(Record):
     """A pruned network's answers on val before it was retrained."""
 
@@ -326,7 +349,7 @@ class Difference(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Level(Difference):
-    """The network with one tensor at one density.
+    """The network with one tensor, or one group of channels, at one density.
 
     `density` is kept / alive, `absolute` kept / weights; they differ only after a round. quality = threshold / std of
     the tensor (paper section 3). `method` is how the forward passes of levels were shared.
@@ -341,7 +364,7 @@ class Level(Difference):
 
 @dataclass(frozen=True, kw_only=True)
 class Joint(Difference):
-    """The network with all tensors pruned together, to `keep` weights each: a line of scan/together."""
+    """The network with all tensors pruned together, to `keep` weights (or groups, to channels): of scan/together."""
 
     keep: dict[str, int]
 
@@ -408,7 +431,11 @@ class JointTrials(Record):
 
 @dataclass(frozen=True)
 class TensorScan(Record):
-    """One tensor's curve; `quality` is the largest whose drop stays within delta (paper section 3)."""
+    """One tensor's curve; `quality` is the largest whose drop stays within delta (paper section 3).
+
+    Where whole channels are pruned it is a group's: `kind` is "channels", `weights` and `alive` count channels, and
+    sigma and quality are 0, since a group has no threshold of single weights.
+    """
 
     name: str
     kind: str
