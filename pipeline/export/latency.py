@@ -164,6 +164,7 @@ def _interleaved(models: Mapping[str, nn.Module], inputs: Tensor, passes: Passes
             break
         for model in models.values():
             model(inputs)
+    clock = _cuda_ms if inputs.is_cuda else _cpu_ms
     times: dict[str, list[float]] = {name: [] for name in names}
     draw = random.Random(0)
     started = time.perf_counter()
@@ -171,13 +172,8 @@ def _interleaved(models: Mapping[str, nn.Module], inputs: Tensor, passes: Passes
         if repeat >= 5 and time.perf_counter() - started > passes.seconds:
             break
         for name in draw.sample(names, len(names)):  # a fixed order would let one always follow the same other
-            times[name].append(once(models[name], inputs))
+            times[name].append(clock(models[name], inputs))
     return times
-
-
-def once(model: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
-    """Milliseconds of one pass."""
-    return _cuda_ms(model, inputs) if inputs.is_cuda else _cpu_ms(model, inputs)
 
 
 def _cpu_ms(model: Callable[[Tensor], Tensor], inputs: Tensor) -> float:

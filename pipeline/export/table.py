@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ FILE = "latency/table.json"  # in a run's folder
 CENTRES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)  # shares of channels around which widths are drawn
 DRAWS = 2  # networks for each
 SPREAD = 0.3  # standard deviation of the logarithm of a group's share
-USUAL = latency.Passes(repeats=25, warmup=3, seconds=60.0)
+USUAL = latency.Passes(repeats=20, warmup=2, seconds=60.0)
 
 
 def measure(
@@ -40,12 +40,14 @@ def measure(
     """Time the whole network and some smaller ones, whose widths are always the same, step by step and as a whole.
 
     `shape` is a sample's, `where` names the device. Weights do not matter. Repeats are interleaved, each in another
-    order, so that other load on the machine affects all networks alike.
+    order, so that other load on the machine affects all networks alike. On one thread of a CPU the times are those of
+    the thread's own work: what other processes take does not count.
     """
     keeps = widths(groups)
     example = torch.zeros(2, *shape)
     small = [shrunk(model, groups, keep, example).to(device).eval() for keep in keeps]
-    stepwise = [_Stepwise(each) for each in small]
+    clock = _clock(device, threads)
+    stepwise = [_Runner(graph_of(each)[0], clock) for each in small]
     inputs = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch)).to(device)
     whole: list[list[float]] = [[] for _ in small]
     draw, order = random.Random(0), range(len(small))
@@ -55,10 +57,13 @@ def measure(
             if repeat >= 5 and time.perf_counter() - started > passes.seconds:
                 break
             for number in draw.sample(order, len(order)):
-                milliseconds = latency.once(small[number], inputs)
-                stepwise[number].time(inputs, keep=repeat >= 0)
+                begin = clock()
+                small[number](inputs)
+                milliseconds = _between(begin, clock())
+                stepwise[number].run(inputs)
                 if repeat >= 0:
                     whole[number].append(milliseconds)
+                    stepwise[number].note()
     timed = [
         Timed(keep, float(np.median(times)), each.medians())
         for keep, times, each in zip(keeps, whole, stepwise, strict=True)
@@ -100,54 +105,49 @@ def shrunk(model: nn.Module, groups: Groups, keep: Mapping[str, int], example: T
     return compact(work, example).model
 
 
-class _Stepwise:
-    """Times each step of a network's graph."""
-
-    def __init__(self, model: nn.Module) -> None:
-        graph, notes = graph_of(model)
-        assert graph is not None, notes  # else it has no groups
-        self._runner = _Runner(graph)
-
-    def time(self, inputs: Tensor, *, keep: bool) -> None:
-        """A pass; without `keep` its times are left out."""
-        self._runner.spans.clear()
-        self._runner.run(inputs)
-        found = self._runner.milliseconds()
-        if keep:
-            for name, ms in found.items():
-                self._runner.times.setdefault(name, []).append(ms)
-
-    def medians(self) -> dict[str, float]:
-        """The median time of each step, in ms."""
-        return {name: float(np.median(times)) for name, times in self._runner.times.items()}
-
-
 class _Runner(fx.Interpreter):
-    """Runs a graph and notes when each step begins and ends."""
+    """Runs a network's graph and notes how long each step takes."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule | None, clock: Callable[[], Any]) -> None:
+        assert module is not None, "a network without a graph has no groups"
         super().__init__(module)
-        self.times: dict[str, list[float]] = {}
-        self.spans: dict[str, tuple[Any, Any]] = {}
-        self._cuda = next((p.is_cuda for p in module.parameters()), False)
+        self._clock = clock
+        self._spans: dict[str, tuple[Any, Any]] = {}
+        self._times: dict[str, list[float]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        begin = self._mark()
+        begin = self._clock()
         result = super().run_node(n)
         if n.op.startswith("call_"):
-            self.spans[n.name] = begin, self._mark()
+            self._spans[n.name] = begin, self._clock()
         return result
 
-    def milliseconds(self) -> dict[str, float]:
-        """How long each step of the last pass took."""
-        if self._cuda:
-            torch.cuda.synchronize()
-            return {name: float(begin.elapsed_time(end)) for name, (begin, end) in self.spans.items()}
-        return {name: (end - begin) / 1e6 for name, (begin, end) in self.spans.items()}
+    def note(self) -> None:
+        """Take the times of the last pass."""
+        for name, span in self._spans.items():
+            self._times.setdefault(name, []).append(_between(*span))
 
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter_ns()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def medians(self) -> dict[str, float]:
+        """The median time of each step over the passes that were noted, in ms."""
+        return {name: float(np.median(times)) for name, times in self._times.items()}
+
+
+def _clock(device: torch.device, threads: int) -> Callable[[], Any]:
+    """What marks a moment: an event of a GPU, or ns of this thread's own work, or ns."""
+    if device.type != "cuda":
+        return time.thread_time_ns if threads == 1 else time.perf_counter_ns
+
+    def event() -> torch.cuda.Event:
+        made = torch.cuda.Event(enable_timing=True)
+        made.record()
+        return made
+
+    return event
+
+
+def _between(begin: Any, end: Any) -> float:
+    """Milliseconds between two marks."""
+    if isinstance(begin, int):
+        return float(end - begin) / 1e6
+    end.synchronize()
+    return float(begin.elapsed_time(end))
