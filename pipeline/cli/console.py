@@ -233,7 +233,8 @@ def show_scan(scan: Scan, console: Console | None = None) -> None:
             pairs = zip(levels, cells, strict=True)
             cells = ["  ".join(f"{100 * level.density:.3g}%: {cell}" for level, cell in pairs)]
         samples = sum(level.samples for level in levels) / len(levels)
-        table.add_row(tensor.name, *cells, f"{samples:,.0f}", tensor.method, f"{tensor.quality:.3f}")
+        quality = "-" if tensor.of_channels else f"{tensor.quality:.3f}"
+        table.add_row(tensor.name, *cells, f"{samples:,.0f}", tensor.method, quality)
     console.print(table)
 
 

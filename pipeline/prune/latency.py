@@ -3,7 +3,8 @@
 Each step of the network reads and makes some channels. Its time is taken for a sum of a constant, a part in proportion
 to each of the two numbers, and one to their product; the four are fitted to the times that were measured at several
 widths, none below 0 (non-negative least squares on relative errors). So fewer channels never take longer. The steps'
-times add up, and two further numbers, fitted to whole passes, turn the sum into the time of a pass. Pure functions.
+times without their constants add up, and two further numbers, fitted to whole passes, turn the sum into the time of a
+pass: a factor, and the time that a pass takes at any width. Pure functions.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def predictor(groups: Groups, table: LatencyTable) -> Callable[[Mapping[str, int
         _fit(parts[:, number], np.array([each.steps.get(step.name, 0.0) for each in table.timed]))
         for number, step in enumerate(groups.steps)
     ])  # fmt: skip
+    fitted[:, 0] = 0.0  # the constants hold what reading the clock takes; whole passes have one of their own
     sums = (parts * fitted).sum((1, 2))
     times = np.array([each.ms for each in table.timed])
     scale, base = _fit(np.stack([sums, np.ones_like(sums)], 1), times)

@@ -13,6 +13,8 @@ from typing import Any
 
 from pipeline.base.record import Record, optional
 
+CHANNELS = "channels"  # the kind of a group of channels in scan.json
+
 
 @dataclass(frozen=True)
 class RunFacts(Record):
@@ -445,6 +447,11 @@ class TensorScan(Record):
     method: str
     levels: tuple[Level, ...]
     quality: float
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether it is of a group of channels."""
+        return self.kind == CHANNELS
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pipeline.prune.allocation import sigma
 from pipeline.run.events import LevelMeasured, Progress, TogetherMeasured
 from pipeline.run.layout import round_folder
 from pipeline.run.records import (
+    CHANNELS,
     DenseFigures,
     Figures,
     Joint,
@@ -38,7 +39,6 @@ from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import load_data
 
 DENSE = "dense/checkpoint"
-CHANNELS = "channels"  # the kind of a group in scan.json
 # Settings that change what a level measures; those that only choose levels and tensors may differ between machines.
 KEY_SETTINGS = {
     "data": ("channels", "resize", "size", "mean", "std", "decoder"),

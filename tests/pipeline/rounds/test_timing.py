@@ -15,6 +15,7 @@ from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.cli import commands
 from pipeline.export import table
+from pipeline.export.bench import bench_run
 from pipeline.network.build import build_network
 from pipeline.network.groups import Groups
 from pipeline.network.survey import survey
@@ -71,6 +72,11 @@ def test_a_run_reaches_its_milliseconds_and_keeps_its_table(tiny: Callable[..., 
         times.append(ms_of({group.name: group.keep for group in plan.groups}))
     assert times[0] == pytest.approx((10.5 * 2.0) ** 0.5, abs=0.05)  # halfway in the logarithm
     assert times[1] <= 2.0 < times[1] + 0.05
+    predicted = bench_run(run.root, repeats=5, batches=(1,)).predicted
+    assert predicted is not None
+    assert predicted.dense_ms == pytest.approx(10.5)
+    assert predicted.compact_ms == pytest.approx(times[1])
+    assert predicted.error is None  # this machine is no phone
     weights = final_weights(config)
     (tmp_path / "table.json").unlink()  # the run's own copy is what counts from here on
     for part in ("rounds", "final"):
