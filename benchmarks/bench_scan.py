@@ -39,7 +39,7 @@ from pipeline.network.trace import graph_of
 from pipeline.prune.masks import top_mask
 from pipeline.scan import racing, suffix
 from pipeline.scan.inputs import ScanInputs, shuffled
-from pipeline.scan.levels import against, scan_tensor
+from pipeline.scan.levels import against, scan_part
 from pipeline.settings.config import Config, parse_config
 from pipeline.settings.pruning import Scan
 from pipeline.task.answers import Answers
@@ -147,7 +147,7 @@ def same_grid(given: ScanInputs, tensors: list[Prunable], dense: Answers) -> tup
         found, seconds = timed(lambda tensor=tensor: straightforward(given, tensor.name))
         theirs.answers[tensor.name] = found
         theirs.seconds += seconds
-        levels, seconds = timed(lambda tensor=tensor: list(scan_tensor(given, dense, tensor.name)))
+        levels, seconds = timed(lambda tensor=tensor: list(scan_part(given, dense, tensor.name)))
         ours += seconds
         for level in levels:
             figures = found[level.density].figures()
@@ -206,7 +206,7 @@ def race(data: str, count: int, every: int) -> Table:
         found, spent = timed(lambda name=tensor.name: straightforward(plain, name))
         theirs.answers[tensor.name] = found
         theirs.seconds += spent * len(LEVELS) / len(POINTS)
-        made, spent = timed(lambda name=tensor.name: list(scan_tensor(raced, dense, name)))
+        made, spent = timed(lambda name=tensor.name: list(scan_part(raced, dense, name)))
         levels += made
         seconds += spent
     widest = max((level.drop_high - level.drop_low) / 2 for level in levels)

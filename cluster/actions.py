@@ -55,7 +55,14 @@ def report(run_dir: str) -> str:
     return reports.write(run_dir)
 
 
-def bench(run_dir: str, repeats: int, batches: str, trust_code: bool) -> None:
+def bench_table(given: str, overrides: list[str], path: str, trust_code: bool) -> None:
+    """The latency table of the network of a config, or of a run, on this machine."""
+    if storage.exists(storage.join(given, "config.yaml")):
+        given = storage.join(given, "config.yaml")
+    print(commands.bench_table(given, overrides, path, trust_code=trust_code))
+
+
+def bench(run_dir: str, overrides: list[str], repeats: int, batches: str, trust_code: bool) -> None:
     """Latency of a finished run's networks on this machine."""
     show_bench(commands.bench(run_dir, repeats, parse_batches(batches), trust_code))
 

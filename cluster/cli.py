@@ -76,7 +76,17 @@ def report(run_dir: RunPath) -> None:
 
 @app.command()
 def bench(
-    run_dir: RunPath,
+    run_dir: Annotated[
+        str, typer.Argument(metavar="RUN", help="Folder of a finished run; with --table, a run or a config.")
+    ],
+    overrides: Overrides = None,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Only measure how long the network takes at some widths: target.latency_table.",
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed passes of each network.", min=5)] = 100,
     batches: Annotated[
         str, typer.Option(metavar="1,64", help="Samples in a pass; the first is the report's.")
@@ -86,7 +96,10 @@ def bench(
     """Measure dense, pruned, compact and CSR networks of a finished run on this machine, and export ONNX."""
     from cluster import actions
 
-    actions.bench(run_dir, repeats, batches, trust_code)
+    if table is not None:
+        actions.bench_table(run_dir, overrides or [], table, trust_code)
+    else:
+        actions.bench(run_dir, overrides or [], repeats, batches, trust_code)
 
 
 @app.command()

@@ -315,6 +315,7 @@ def in_job() -> bool:
 def require_shared_paths(config: Config, reason: str) -> None:
     """Raise UserError if state would land in a folder that the next driver, or another node, does not see."""
     paths = {"runs_dir": config.runs_dir, "data.root": config.data.root, "model.checkpoint": config.model.checkpoint}
+    paths["target.latency_table"] = config.target.latency_table
     if config.start.source is not None and "/" in config.start.run:
         paths["start.from"] = config.start.source
     for setting, value in paths.items():

@@ -1,4 +1,7 @@
-"""Ray Tune: the sensitivity scan, one trial a tensor. Each level is reported as soon as it is measured."""
+"""Ray Tune: the sensitivity scan, one trial a tensor, or a group of channels.
+
+Each level is reported as soon as it is measured.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from pipeline.base.errors import Away, Lost, RunStopped, UserError
 from pipeline.data.loader import Batch
 from pipeline.engine import Levels, OnLevel, Together
 from pipeline.network.build import build_network
+from pipeline.network.groups import Groups
 from pipeline.prune.budget import Keep
 from pipeline.run.events import unheard
 from pipeline.run.records import Difference, Figures, Level
@@ -204,6 +208,7 @@ class Shared:
     alive: dict[str, NDArray[Any]]
     calibration: list[tuple[NDArray[Any], ...]]
     statistics: dict[str, NDArray[Any]]
+    groups: Groups | None
 
 
 def shared_inputs(config: Config, run: Run, source: str) -> Shared:
@@ -219,6 +224,7 @@ def shared_inputs(config: Config, run: Run, source: str) -> Shared:
         alive={name: mask.numpy() for name, mask in given.alive.items()},
         calibration=[_arrays(batch) for batch in given.calibration],
         statistics={name: statistic.numpy() for name, statistic in given.statistics.items()},
+        groups=given.groups,
     )
 
 
@@ -241,6 +247,7 @@ def trial_inputs(shared: Shared) -> ScanInputs:
         alive={name: _readonly_tensor(mask) for name, mask in shared.alive.items()},
         calibration=[Batch(*map(_readonly_tensor, arrays)) for arrays in shared.calibration],
         statistics={name: _readonly_tensor(array).to(device) for name, array in shared.statistics.items()},
+        groups=shared.groups,
     )
 
 
@@ -268,7 +275,7 @@ def make_trial(ray: Any, tune: Any) -> type:
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.tensor = new_config["tensor"]
             measured = ray.get(self.known[self.tensor]) if self.tensor in self.known else ()
-            self.levels = levels.scan_tensor(self.given, self.dense, self.tensor, measured)
+            self.levels = levels.scan_part(self.given, self.dense, self.tensor, measured)
             return True
 
         def step(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class LocalEngine:
         given = self._inputs(config, run, source)
         dense = given.answers()
         for name, known in todo.items():
-            for level in levels.scan_tensor(given, dense, name, known):
+            for level in levels.scan_part(given, dense, name, known):
                 on_level(name, level)
         return dense.figures()
 

@@ -12,14 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from pipeline.data import shards, sources
 from pipeline.engine import Engine, Work
 from pipeline.network.build import build_network
 from pipeline.network.survey import Prunable
 from pipeline.network.survey import survey as survey_network
-from pipeline.prune import axes, round_plan
+from pipeline.prune import channels, round_plan
 from pipeline.results import final
-from pipeline.rounds import branch, comparison, preflight, same_data
+from pipeline.rounds import branch, comparison, preflight, same_data, timing
 from pipeline.run import log
 from pipeline.run.events import Event, Mirrored, Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.records import DataFacts, Scan
@@ -27,6 +30,7 @@ from pipeline.run.result import Result
 from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
 from pipeline.settings.config import Config, hashed
+from pipeline.task.feed import Feed
 from pipeline.tracking.mirror import Mirror, patience_s
 from pipeline.train import session
 
@@ -44,12 +48,22 @@ class Driver:
     progress: Progress
     merged: tuple[str, ...] = ()
 
-    def prunable(self) -> list[Prunable]:
+    def network(self) -> nn.Module:
+        """The run's network, as it is initialised."""
+        manifest = session.load_data(self.config, self.run)
+        return build_network(self.config.model, manifest.num_classes, self.config.seed)
+
+    def prunable(self, network: nn.Module | None = None) -> list[Prunable]:
         """The prunable tensors of the run's network."""
-        config = self.config
-        manifest = session.load_data(config, self.run)
-        model = build_network(config.model, manifest.num_classes, config.seed)
-        return survey_network(model, config.prune.include, config.prune.exclude)[0]
+        prune = self.config.prune
+        return survey_network(network or self.network(), prune.include, prune.exclude)[0]
+
+    def scan(self, after: int | None = None) -> Scan:
+        """Measure the levels of a scan that are not known yet; returns the scan."""
+        model = self.network()
+        prunable, example = self.prunable(model), Feed.of(self.config).zeros(2, torch.device("cpu"))
+        groups = channels.groups_of(model, prunable, example, self.config.prune)
+        return scans.measure(prunable, groups, self.config, self.engine, self.run, self.progress, self.merged, after)
 
 
 @dataclass(frozen=True)
@@ -101,7 +115,7 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
         driver.progress(StageBegun(stage.name, stage.title))
         stage.drive(driver)
         run.finish(stage.name, made_from[0], time.monotonic() - started)
-        if stage is SHARDS:
+        if stage in (SHARDS, LATENCY):
             preflight.check_again(config, run)
 
 
@@ -175,6 +189,14 @@ def _dense(driver: Driver) -> None:
     driver.progress(Noted(text))
 
 
+def _latency_settings(driver: Driver) -> list[Any]:
+    """What a table is measured of. A table that a file gives is made anew where the file is another one."""
+    everything, target = hashed(driver.config), driver.config.target
+    prune = {key: everything["prune"][key] for key in ("include", "exclude")}
+    device = [driver.config.device, driver.config.threads, target.latency_batch, target.latency_table]
+    return [everything["model"], {key: everything["data"][key] for key in ("channels", "size")}, prune, device]
+
+
 def _scan_settings(driver: Driver) -> list[Any]:
     everything = hashed(driver.config)
     given = {key: value for key, value in everything["prune"].items() if key in SCAN_SETTINGS}
@@ -184,8 +206,10 @@ def _scan_settings(driver: Driver) -> list[Any]:
 
 
 def _scan(driver: Driver) -> None:
-    """Scan every prunable tensor; levels already known, here or in the files `merged`, are not measured again."""
-    scans.measure(driver.prunable(), driver.config, driver.engine, driver.run, driver.progress, driver.merged)
+    """Scan every prunable tensor, or group of channels; levels already known, here or in the files `merged`, are not
+    measured again.
+    """
+    driver.scan()
 
 
 def rounds_settings(driver: Driver) -> list[Any]:
@@ -219,6 +243,9 @@ SCAN = Stage(
     gives=("scan/scan.json",),
     again=lambda driver: bool(driver.merged),
 )
+LATENCY = on_workers(
+    "latency", "latency table", _latency_settings, "pipeline.rounds.timing:measure", gives=(timing.FILE,)
+)
 ROUNDS = on_workers(
     "rounds",
     "rounds",
@@ -230,9 +257,13 @@ FINAL = Stage("final", "final", _final_settings, _final, gives=final.GIVES)
 
 
 def up_to(config: Config, *ends: Stage) -> list[Stage]:
-    """The stages of a run that ends with `ends`, in their order; the scan is one of them where something needs it."""
+    """The stages of a run that ends with `ends`, in their order; the scan is one of them where something needs it.
+
+    So is the latency table, before the dense network is trained: it tells which targets can be reached.
+    """
     scan = [SCAN] if round_plan.needs_scan(config.prune, config.target) or SCAN in ends else []
-    return [SHARDS, DENSE, *scan, *(stage for stage in ends if stage is not SCAN)]
+    table = [LATENCY] if config.target.budget == "latency" and ROUNDS in ends else []
+    return [SHARDS, *table, DENSE, *scan, *(stage for stage in ends if stage is not SCAN)]
 
 
 def run(config: Config, engine: Engine, progress: Progress) -> Result:
@@ -273,12 +304,11 @@ def scan(
     config: Config, engine: Engine, here: Run, progress: Progress, merged: Sequence[str] = (), after: int | None = None
 ) -> Scan:
     """Only the scan, with the stages before it, or of a finished round's model."""
-    axes.require_scannable(config.prune)
     with logged(engine, here, progress) as heard:
         driver = Driver(config, engine, here, heard, tuple(merged))
         if after is not None:
             scans.require_round(after, here)
             heard(StageBegun(SCAN.name, SCAN.title))
-            return scans.measure(driver.prunable(), config, engine, here, heard, merged, after)
+            return driver.scan(after)
         carry_out(up_to(config, SCAN), driver)
         return here.load(Scan, "scan", "scan.json")

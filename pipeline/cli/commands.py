@@ -14,16 +14,18 @@ from pipeline.cli.messages import make_console
 from pipeline.engine import Engine
 from pipeline.export.bench import Bench, bench_run
 from pipeline.network import given
+from pipeline.network.build import build_network
 from pipeline.results import budgets, figures, final, plots
-from pipeline.rounds import capacity, idle, outlook, preflight
+from pipeline.rounds import capacity, idle, outlook, preflight, timing
 from pipeline.run import lease
 from pipeline.run.result import Result
 from pipeline.run.state import Run, as_begun, config_of, open_run, run_root
 from pipeline.settings import trust
 from pipeline.settings.config import Config, dump_config, load_config, parse_config
+from pipeline.task.feed import Feed
 from pipeline.tracking import tracking
 from pipeline.tracking.tracking import Synced
-from pipeline.train.world import configure_process
+from pipeline.train.world import choose_device, configure_process
 
 
 def read(path: str | Path, overrides: list[str] | None, *, needs_data: bool = True, trust_code: bool = False) -> Config:
@@ -80,7 +82,8 @@ def absolute(config: Config) -> Config:
     start = config.start
     if start.source is not None and "/" in start.run:  # else it is a name under runs_dir
         start = start.model_copy(update={"source": whole(start.source)})
-    parts = {"data": data, "model": model, "start": start}
+    target = config.target.model_copy(update={"latency_table": whole(config.target.latency_table)})
+    parts = {"data": data, "model": model, "start": start, "target": target}
     return config.model_copy(update={"runs_dir": whole(config.runs_dir), **parts})
 
 
@@ -152,6 +155,22 @@ def bench(run_dir: str | Path, repeats: int, batches: Sequence[int], trust_code:
         found = bench_run(here.root, repeats, batches=batches, trust_code=trust_code, check=here.check_fence)
         final.update(here, latency_ms=found.summary)
     return found
+
+
+def bench_table(path: str, overrides: list[str], out: str, *, trust_code: bool = False) -> str:
+    """Measure a table of latencies of a config's network on this machine and write it into `out`; what it tells."""
+    config = load(path, overrides, needs_data=False, trust_code=trust_code)
+    config = config.model_copy(update={"target": config.target.model_copy(update={"latency_table": None})})
+    configure_process(config.threads, config.reproducible)
+    counts = preflight.count_samples(config.data, config.seed)
+    device = choose_device(config.device)
+    model = Feed.of(config).place(build_network(config.model, counts.classes, config.seed), device)
+    made, groups = timing.of_model(model, config, device)
+    try:
+        storage.write_json(out, made.to_json())
+    except OSError as error:
+        raise UserError(f"--table {out}: cannot be written: {error.strerror}") from error
+    return f"{out}: {timing.told(made, groups)}"
 
 
 def sync(run_dir: str | Path, uri: str | None = None) -> Synced:

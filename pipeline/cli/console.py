@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipeline.base.hiding import hide
 from pipeline.cli.messages import make_console
-from pipeline.export.bench import Bench
+from pipeline.export.bench import Bench, Foreseen
 from pipeline.network.groups import INPUTS, OUTPUTS, Groups
 from pipeline.results import report
 from pipeline.results.tables import TextTable
@@ -233,7 +233,8 @@ def show_scan(scan: Scan, console: Console | None = None) -> None:
             pairs = zip(levels, cells, strict=True)
             cells = ["  ".join(f"{100 * level.density:.3g}%: {cell}" for level, cell in pairs)]
         samples = sum(level.samples for level in levels) / len(levels)
-        table.add_row(tensor.name, *cells, f"{samples:,.0f}", tensor.method, f"{tensor.quality:.3f}")
+        quality = "-" if tensor.of_channels else f"{tensor.quality:.3f}"
+        table.add_row(tensor.name, *cells, f"{samples:,.0f}", tensor.method, quality)
     console.print(table)
 
 
@@ -254,6 +255,18 @@ def show_bench(found: Bench, console: Console | None = None) -> None:
     for note in found.notes:
         console.print(f"note: {note}", markup=False)
     console.print(found.verdict, markup=False)
+    if found.predicted is not None:
+        console.print(_foreseen(found.predicted), markup=False)
+
+
+def _foreseen(predicted: Foreseen) -> str:
+    said = (
+        f"by the run's latency table (of {predicted.device}, batch {predicted.batch}) the compact network takes "
+        f"{predicted.compact_ms:.3g} ms where the dense one takes {predicted.dense_ms:.3g}"
+    )
+    if predicted.error is None:
+        return f"{said}; that was not measured here: it needs the same device and batch"
+    return f"{said}: {abs(predicted.error):.1%} {'more' if predicted.error > 0 else 'less'} than was measured here"
 
 
 def show_tables(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,18 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.base.environment import processor
 from pipeline.base.errors import UserError
 from pipeline.base.record import Record
 from pipeline.data import loader
 from pipeline.data.images import normalize
 from pipeline.data.split import Split
-from pipeline.export import export, latency
+from pipeline.export import export, latency, table
 from pipeline.export.latency import Latency
 from pipeline.export.load import masked_of
 from pipeline.network.build import FOREIGN
 from pipeline.network.compact import Compacted, compact
+from pipeline.network.survey import survey
+from pipeline.prune import channels
+from pipeline.prune.latency import predictor
+from pipeline.run.records import LatencyTable
 from pipeline.run.result import LatencySummary
 from pipeline.run.state import Run, config_of
+from pipeline.settings.config import Config
 from pipeline.settings.data import Data
 from pipeline.task.feed import Feed
 from pipeline.train import checkpoint, session
@@ -39,12 +44,29 @@ TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that p
 
 
 @dataclass(frozen=True)
+class Foreseen(Record):
+    """Where the run had a budget of latency: what its table says of the dense and the compact network, in ms.
+
+    `device` and `batch` are the table's. `error` is the predicted share of the dense network's time over the measured
+    one, minus 1: both networks are measured side by side, so other load on the machine does not count. It is None
+    where another device or batch was measured.
+    """
+
+    device: str
+    batch: int
+    dense_ms: float
+    compact_ms: float
+    error: float | None
+
+
+@dataclass(frozen=True)
 class Bench(Record):
     """final/latency.json: what was measured, and the files that were checked on the way.
 
     `rows` are of the networks dense, pruned, compact, and CSR (the pruned network with CSR matrices). `differences` has
     the largest difference from the pruned network's outputs, by file. `removed` counts units by layer, and `notes` say
-    what compaction left alone. `summary` is result.json's latency_ms, at batch 1. `missing` says, by form or file, why
+    what compaction left alone. `summary` is result.json's latency_ms, at batch 1. `predicted` is
+    what the run's latency table says. `missing` says, by form or file, why
     this network has none.
     """
 
@@ -55,6 +77,7 @@ class Bench(Record):
     notes: tuple[str, ...]
     summary: LatencySummary
     missing: dict[str, str] = field(default_factory=dict)
+    predicted: Foreseen | None = None
 
 
 def bench_run(
@@ -96,10 +119,32 @@ def bench_run(
         compact=single.get("compact"),
         verdict=verdict,
     )
+    predicted = _foreseen(here, pruned, inputs[:2], config, where, rows)
     removed, notes = ({}, ()) if found is None else (found.removed, tuple(found.notes))
-    made = Bench(tuple(rows), verdict, differences, removed, notes, summary, missing)
+    made = Bench(tuple(rows), verdict, differences, removed, notes, summary, missing, predicted)
     storage.write_json(here.path("final", "latency.json"), made.to_json(), check)
     return made
+
+
+def _foreseen(
+    here: Run, pruned: nn.Module, example: Tensor, config: Config, where: str, rows: Sequence[Latency]
+) -> Foreseen | None:
+    """What the run's latency table says of its networks, beside what was measured; None without a table."""
+    if not here.has(table.FILE):
+        return None
+    known = here.load(LatencyTable, table.FILE)
+    prunable, _ = survey(pruned, config.prune.include, config.prune.exclude)
+    groups = channels.groups_of(pruned, prunable, example, config.prune)
+    assert groups is not None, "a run with a table prunes channels"
+    milliseconds = predictor(groups, known)
+    masks = {each.name: pruned.get_parameter(each.name) != 0 for each in prunable}
+    kept = {name: int(flags.sum()) for name, flags in groups.alive(masks).items()}
+    whole, small = milliseconds(groups.sizes), milliseconds(kept)
+    measured = {row.name: row.median_ms for row in rows if row.batch == known.batch}
+    error = None
+    if where == known.device and "compact" in measured:
+        error = small / whole / (measured["compact"] / measured["dense"]) - 1
+    return Foreseen(known.device, known.batch, whole, small, error)
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -211,4 +256,4 @@ def device_name(device: torch.device, threads: int) -> str:
     """The device in words: a GPU's name, or the processor's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
+    return f"cpu ({processor()}, {threads} thread{'s' if threads > 1 else ''})"

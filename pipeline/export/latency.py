@@ -77,7 +77,7 @@ def measure(
     assert passes.repeats >= 1
     models = {name: network.to(where).eval() for name, network in networks.items()}
     found = []
-    with _threads(threads), torch.inference_mode():
+    with with_threads(threads), torch.inference_mode():
         for batch in batches:
             inputs = torch.randn(batch, *sample_shape, generator=torch.Generator().manual_seed(batch)).to(where)
             times = _interleaved(models, inputs, passes)
@@ -202,7 +202,8 @@ def _compared(row: Latency, reference: Latency) -> str:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def with_threads(count: int) -> Iterator[None]:
+    """torch has so many threads in this block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -15,7 +15,7 @@ from pipeline.network.layers import weights_by_tensor
 from pipeline.network.modes import evaluating
 from pipeline.network.operators import Operators, Product, watching
 
-Quantity = Literal["weights", "flops", "bytes"]  # what a budget is of
+Quantity = Literal["weights", "flops", "bytes", "latency"]  # what a budget is of; latency in ns
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,18 @@ def packed_bytes(weights: int, kept: int, codebook_bits: int | None = None) -> i
     return math.ceil(min(4 * weights, 4 * kept + min(gaps, weights / 8)))
 
 
+def amount(number: int, quantity: Quantity) -> str:
+    """A number of these in words, but for the word of weights, FLOPs and bytes."""
+    return f"{number / 1e6:.3g} ms" if quantity == "latency" else f"{number:,}"
+
+
 def price(quantity: Quantity, weights: int, flops: int) -> Callable[[int], int]:
     """The cost of a tensor as a function of its kept weights, in weights, FLOPs or bytes; `flops` are the dense
     tensor's.
     """
     if quantity == "flops":
         return lambda kept: kept * flops // weights
+    assert quantity != "latency", "layers have no latency alone"
     if quantity == "bytes":
         return lambda kept: packed_bytes(weights, kept)
     return lambda kept: kept

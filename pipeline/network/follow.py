@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from pipeline.network.layers import ACTIVATIONS, LAYERS
@@ -68,6 +69,10 @@ class Follower:
         for name, part in graph.module.named_modules():
             if isinstance(part, LAYERS) and not any(f"{name}.".startswith(f"{target}.") for target in self._calls):
                 self.notes.append(f"{name} is never called in evaluation: it is left alone")
+
+    def made(self, node: fx.Node) -> NDArray[np.int64]:
+        """The units of the channels that a step makes; none where it makes no tensor that has channels."""
+        return self._signals[node].units if node in self._signals else np.zeros(0, np.int64)
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "output":

@@ -8,14 +8,16 @@ other, so only how many of a group stay decides how large each tensor is.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pipeline.network.follow import Follower
 from pipeline.network.modes import evaluating
@@ -49,12 +51,38 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Width:
+    """A number of channels: `fixed` of them, and for each group those of all its units."""
+
+    fixed: int
+    whole: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation of the network: the channels that it reads, of all its inputs, and those that it makes."""
+
+    name: str
+    reads: Width
+    makes: Width
+
+
+@dataclass(frozen=True)
 class Groups:
-    """The groups of a network by name, and notes on what is left alone. `shapes` are those of all prunable tensors."""
+    """The groups of a network by name, and notes on what is left alone. `shapes` are those of all prunable tensors.
+
+    `steps` are the operations of the network in their order.
+    """
 
     by_name: dict[str, Group]
     shapes: dict[str, tuple[int, ...]]
     notes: tuple[str, ...]
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The units of each group."""
+        return {name: group.units for name, group in self.by_name.items()}
 
     @property
     def whole(self) -> dict[str, Flags]:
@@ -86,8 +114,7 @@ class Groups:
 
     def at_stake(self, name: str) -> int:
         """The weights of all tensors that go where one unit of this group stays, and all of the others."""
-        units = {other: group.units for other, group in self.by_name.items()}
-        return sum(self.counts(units).values()) - sum(self.counts(units | {name: 1}).values())
+        return sum(self.counts(self.sizes).values()) - sum(self.counts(self.sizes | {name: 1}).values())
 
     def alive(self, masks: Mapping[str, Tensor]) -> dict[str, Flags]:
         """Which units of each group stay in these masks, (units,): those whose rows and columns hold a kept weight."""
@@ -129,6 +156,7 @@ def find(model: nn.Module, example: Tensor, prunable: Mapping[str, Sequence[int]
         if root not in pinned:
             alike.setdefault(tuple((*side, len(places)) for side, places in sorted(sides.items())), []).append(root)
     groups: dict[str, Group] = {}
+    of_root: dict[int, str] = {}
     for signature, roots in alike.items():
         members = tuple(
             Member(_weight(followed.layers[number]), axis, np.array([at[root][number, axis] for root in roots]))
@@ -136,7 +164,24 @@ def find(model: nn.Module, example: Tensor, prunable: Mapping[str, Sequence[int]
         )
         name = _free(members[0].tensor, groups)
         groups[name] = Group(name, members)
-    return Groups(groups, shapes, (*graph.notes, *followed.notes, *notes))
+        of_root |= dict.fromkeys(roots, name)
+    return Groups(groups, shapes, (*graph.notes, *followed.notes, *notes), _steps(graph, followed, of_root))
+
+
+def _steps(graph: Traced, followed: Follower, of_root: Mapping[int, str]) -> tuple[Step, ...]:
+    """The operations of a graph, with their widths; `of_root` has the group of each unit that can go."""
+
+    def width(nodes: Sequence[fx.Node]) -> Width:
+        units = [followed.units.roots(followed.made(node)).tolist() for node in nodes]
+        named = Counter(of_root.get(root) for root in itertools.chain(*units))
+        fixed = named.pop(None, 0)
+        return Width(fixed, {name: count for name, count in sorted(named.items()) if name is not None})
+
+    return tuple(
+        Step(node.name, width(node.all_input_nodes), width([node]))
+        for node in graph.module.graph.nodes
+        if node.op.startswith("call_")
+    )
 
 
 def _weight(layer: Layer) -> str:

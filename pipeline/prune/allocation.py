@@ -130,7 +130,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Allocation(uniform, shares_channels=True),
     "erk": Allocation(erk),
     "explicit": Allocation(explicit, fixes_densities=True, shares_channels=True),
-    "budget": Allocation(budgeted, needs_scan=True, needs_together=True, spends_costs=True),
+    "budget": Allocation(budgeted, needs_scan=True, needs_together=True, spends_costs=True, shares_channels=True),
 }
 
 

@@ -27,11 +27,15 @@ def require_fitting(prune: Prune, target: Target) -> None:
     pattern = patterns.of(prune)
     if pattern.channels:
         _require_channels(prune, target)
+    elif target.budget == "latency":
+        raise UserError(
+            f"target.budget={target.budget} needs prune.pattern=channels: single weights that go make nothing faster"
+        )
     elif target.budget != "weights" and not (chosen.spends_costs and target.to_size):
         able = " or ".join(name for name, each in allocation.ALLOCATIONS.items() if each.spends_costs)
         raise UserError(
             f"target.budget={target.budget} needs prune.allocation={able} and target.mode=compression: others count "
-            "weights (with prune.pattern=channels also flops)"
+            "weights (with prune.pattern=channels also flops and latency)"
         )
     if not pattern.free and not pattern.channels and not target.to_size:
         raise UserError(
@@ -50,15 +54,6 @@ def require_fitting(prune: Prune, target: Target) -> None:
                 )
 
 
-def require_scannable(prune: Prune) -> None:
-    """Raise UserError where a scan would measure what no round prunes: it prunes the weights of one tensor alone."""
-    if patterns.of(prune).channels:
-        raise UserError(
-            f"prune.pattern={prune.pattern} removes channels from several tensors at once, and the scan prunes single "
-            "tensors: leave prune.pattern out to scan"
-        )
-
-
 def _require_channels(prune: Prune, target: Target) -> None:
     """Raise UserError for settings that have no meaning where whole channels go."""
     named = f"prune.pattern={prune.pattern}"
@@ -71,7 +66,8 @@ def _require_channels(prune: Prune, target: Target) -> None:
         raise UserError(f"target.mode={target.mode} compares single weights with thresholds: leave {named} out")
     if target.budget == "bytes":
         raise UserError(
-            f"target.budget={target.budget} counts the bytes of scattered weights: with {named} use weights or flops"
+            f"target.budget={target.budget} counts the bytes of scattered weights: with {named} use weights, "
+            "flops or latency"
         )
     if target.budget != "weights" and not target.to_size:
         raise UserError(f"target.budget={target.budget} needs target.mode=compression: campaigns count weights")

@@ -167,6 +167,14 @@ class Composed:
         """What each tensor costs."""
         return {name: each.cost for name, each in next(iter(self.by_power.values())).items()}
 
+    def at_prices(self, costs: Mapping[str, Cost]) -> Composed:
+        """The same damages at other prices."""
+        changed = {
+            power: {name: replace(each, cost=costs[name]) for name, each in priced.items()}
+            for power, priced in self.by_power.items()
+        }
+        return replace(self, by_power=changed)
+
     def at(self, density: float) -> Held:
         """The power and scale at the nearest measured density, in log density."""
         return self.best[min(self.best, key=lambda known: abs(math.log(known / max(density, FREE))))]

@@ -57,7 +57,7 @@ class Scanned:
 class Basis:
     """What every plan of a run rests on: settings, the dense network's weights by tensor, and the scan, if used.
 
-    Where whole channels are pruned also their groups; `prices` then say what tensors cost, in the unit target.budget.
+    Where whole channels are pruned also their groups; `price` then says what they cost, in the unit target.budget.
     """
 
     prune: Prune
@@ -66,7 +66,7 @@ class Basis:
     dense: dict[str, Tensor]
     scan: Scanned | None
     groups: Groups | None = None
-    prices: Mapping[str, Cost] = dataclasses.field(default_factory=dict)
+    price: channels.Price | None = None
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,15 @@ def require_possible(
     living: Mapping[str, int],
     flops: Mapping[str, int],
     groups: Groups | None = None,
+    price: channels.Price | None = None,
 ) -> None:
     """Raise UserError, before any training, if a round would keep no weight, or limits rule out the last budget.
 
     `living` are the most weights of each tensor that the pattern allows; `groups` are those of the channels, where the
-    pattern is of whole channels.
+    pattern is of whole channels, and `price` what they cost, None where that is not known yet.
     """
     if groups is not None:
-        _require_possible_channels(prune, target, groups, costs(target.budget, weights, flops))
+        _require_possible_channels(prune, target, groups, price)
         return
     if target.no_loss:  # it stops where no more can go
         return
@@ -142,16 +143,19 @@ def _budgets(prune: Prune, target: Target, total: int) -> list[int]:
     return [budget(prune, target, number, total) for number in range(1, len(densities(prune, target)) + 1)]
 
 
-def _require_possible_channels(prune: Prune, target: Target, groups: Groups, prices: Mapping[str, Cost]) -> None:
+def _require_possible_channels(prune: Prune, target: Target, groups: Groups, price: channels.Price | None) -> None:
     """Raise UserError where there are no channels to prune, a name fits no group, or the last budget is too small."""
+    channels.require_some(groups, f"prune.pattern={prune.pattern}")
     whole = groups.whole
     least, most = channels.bounds(prune, whole)
     if allocation.of(prune).fixes_densities:
         limits.by_name(prune.densities, whole, "prune.densities")
     fixed = target.no_loss or allocation.of(prune).fixes_densities
-    total = limits.spent({name: math.prod(shape) for name, shape in groups.shapes.items()}, prices)
-    last = channels.cost(groups, most, prices) if fixed else _budgets(prune, target, total)[-1]
-    channels.require_possible(groups, least, last, prices, prune.pattern)
+    if price is None:
+        return
+    total = price(groups.sizes)
+    last = price(most) if fixed else _budgets(prune, target, total)[-1]
+    channels.require_possible(groups, least, last, price, prune.pattern, target.budget)
 
 
 def _require_different(prune: Prune, target: Target, total: int, most: int) -> None:
@@ -184,9 +188,15 @@ def require_within_pattern(prune: Prune, weights: Mapping[str, int], living: Map
                 )
 
 
-def scanned(unit: cost.Quantity, scan: Scan, classes: int, flops: Mapping[str, int]) -> Scanned:
-    """What plans take from a scan. `classes` gives the loss at chance; `flops` are the dense tensors' FLOPs."""
-    prices = costs(unit, {tensor.name: tensor.weights for tensor in scan.tensors}, flops)
+def scanned(
+    unit: cost.Quantity, scan: Scan, classes: int, flops: Mapping[str, int], groups: Groups | None = None
+) -> Scanned:
+    """What plans take from a scan. `classes` gives the loss at chance; `flops` are the dense tensors' FLOPs.
+
+    A scan of `groups` gives no prices: a group's cost depends on the others, and `channels.solve` finds it.
+    """
+    sizes = {tensor.name: tensor.weights for tensor in scan.tensors}
+    prices = costs(unit, sizes, flops) if groups is None else dict.fromkeys(sizes, int)
     best = damage.best_together(scan.together or ())
     by_power = {
         power: {name: Priced(curve, prices[name]) for name, curve in damage.curves(scan, classes, power).items()}
@@ -264,18 +274,44 @@ def _of_channels(basis: Basis, groups: Groups, goal: Goal, standing: Standing) -
     densities = explicit_densities(prune, basis.target, goal.density) if fixed else None
     ranking, alive = channels.scores(groups, scores(basis, standing)), groups.alive(standing.alive)
     channels.require_whole(groups, alive, standing.alive, prune.pattern)
-    keep = channels.plan(prune, groups, ranking, alive, goal.budget, basis.prices, densities)
+    damages, unit, price = basis.scan.damages if basis.scan else None, basis.target.budget, basis.price
+    assert price is not None
+    keep = channels.plan(prune, groups, ranking, alive, goal.budget, price, densities, damages, unit)
     counts = groups.counts(keep)
     return RoundPlan(
         round=goal.round,
         attempt=goal.attempt,
         planned_density=goal.density,
         budget=sum(counts.values()),
+        predicted=_predicted_channels(basis, keep, channels.bounds(prune, alive), goal.budget),
         tensors=tuple(
             TensorPlan(name=name, weights=weight.numel(), keep=counts[name], threshold=None)
             for name, weight in standing.weights.items()
         ),
         groups=tuple(GroupPlan(name, group.units, keep[name]) for name, group in groups.by_name.items()),
+    )
+
+
+def _predicted_channels(
+    basis: Basis, keep: Mapping[str, int], within: tuple[dict[str, int], dict[str, int]], budget: int
+) -> Prediction | None:
+    """The scan's prediction for so many units of each group, as `prediction` for weights.
+
+    Its `least` holds at the prices by which the groups were weighed.
+    """
+    if basis.scan is None or not allocation.of(basis.prune).spends_costs:
+        return None
+    assert basis.price is not None
+    damages = basis.scan.damages
+    best = channels.solve(damages, *within, budget, basis.price)
+    return Prediction(
+        unit=basis.target.budget,
+        budget=budget,
+        spent=basis.price(keep),
+        rise=best.rise_of(budgeting.predicted(damages.by_power[best.held.power], keep)),
+        least=best.least,
+        power=best.held.power,
+        scale=best.held.scale,
     )
 
 

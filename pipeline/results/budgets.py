@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from pipeline.base.errors import UserError
 from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.network.survey import survey
-from pipeline.prune import damage, limits, patterns, round_plan, schedules
+from pipeline.prune import channels, damage, limits, patterns, round_plan, schedules
 from pipeline.prune.budget import Solution
 from pipeline.results.tables import TextTable, percent
 from pipeline.rounds import preflight, sharing
+from pipeline.rounds.subject import price_of
 from pipeline.run import state
 from pipeline.run.records import Scan
 from pipeline.settings.config import Config
@@ -42,13 +44,14 @@ class Option:
 class Options:
     """Budgets asked for, and a curve of others between none and the largest of them.
 
-    `weights` are each tensor's; `chance` is the rise of the loss (nats) at which the network guesses; `seconds` the
-    time of making the curves and their hulls, once for all budgets; `together` says whether the scan also pruned all
-    tensors together.
+    `weights` are each tensor's, or the channels of each group, and `total` the weights of all of them; `chance` is the
+    rise of the loss (nats) at which the network guesses; `seconds` the time of making the curves and their hulls, once
+    for all budgets; `together` says whether the scan also pruned all tensors together.
     """
 
     unit: cost.Quantity
     weights: dict[str, int]
+    total: int
     asked: list[Option]
     curve: list[Option]
     chance: float
@@ -78,18 +81,30 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     scan, classes = run.load(Scan, "scan", "scan.json"), preflight.count_samples(config.data, config.seed).classes
     model = build_network(config.model, classes, config.seed)
     counted = cost.count(model, Feed.of(config).shape)
-    flops = counted.by_tensor
+    flops, prune, unit = counted.by_tensor, config.prune, config.target.budget
+    prunable, _ = survey(model, prune.include, prune.exclude)
+    groups = channels.groups_of(model, prunable, Feed.of(config).zeros(2, torch.device("cpu")), prune)
     weights = {tensor.name: tensor.weights for tensor in scan.tensors}
-    if missing := weights.keys() - flops.keys():
+    if missing := weights.keys() - (flops if groups is None else groups.by_name).keys():
         raise UserError(f"the scan in '{run.root}' is of another network: it has {', '.join(sorted(missing)[:3])}")
-    preflight.require_counted(counted, weights, config.target.budget)
-    shared = sharing.bits(config, model, survey(model, config.prune.include, config.prune.exclude)[0])
-    prune, unit, started = config.prune, config.target.budget, time.perf_counter()
-    scanned = round_plan.scanned(unit, scan, classes, flops)
-    living = patterns.most(prune, {name: model.get_parameter(name).shape for name in weights})
-    floors, caps = limits.bounds(weights, living, prune.min_weights, prune.floors, prune.ceilings)
-    total, least, most = (limits.spent(counts, scanned.prices) for counts in (weights, floors, caps))
-    spend = scanned.damages.within(floors, caps)
+    sizes = {tensor.name: tensor.weights for tensor in prunable}
+    preflight.require_counted(counted, sizes, unit)
+    shared = sharing.bits(config, model, prunable)
+    started = time.perf_counter()
+    scanned = round_plan.scanned(unit, scan, classes, flops, groups)
+    price = price_of(unit, groups, sizes, flops)
+    if groups is None or price is None:
+        living = patterns.most(prune, {name: model.get_parameter(name).shape for name in weights})
+        floors, caps = limits.bounds(weights, living, prune.min_weights, prune.floors, prune.ceilings)
+        total, least, most = (limits.spent(counts, scanned.prices) for counts in (weights, floors, caps))
+        spend = scanned.damages.within(floors, caps)
+    else:
+        floors, caps = channels.bounds(prune, groups.whole)
+        total, least, most = price(groups.sizes), price(floors), price(caps)
+
+        def spend(budget: int) -> Solution:
+            return channels.solve(scanned.damages, floors, caps, budget, price)
+
     spend(most)
     ready = time.perf_counter() - started
 
@@ -100,21 +115,25 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
         found = spend(min(money, most))
         seconds = time.perf_counter() - clock
 
-        def amount(of: cost.Quantity) -> int:
-            return sum(cost.price(of, weights[name], flops[name])(count) for name, count in found.keep.items())
+        kept = found.keep if groups is None else groups.counts(found.keep)
 
-        packed = sum(cost.packed_bytes(weights[name], kept, shared.get(name)) for name, kept in found.keep.items())
+        def amount(of: cost.Quantity) -> int:
+            return sum(cost.price(of, sizes[name], flops[name])(count) for name, count in kept.items())
+
+        packed = sum(cost.packed_bytes(sizes[name], count, shared.get(name)) for name, count in kept.items())
         return Option(compression, money, found, amount("weights"), amount("flops"), packed, seconds)
 
     asked = [option(each) for each in compressions]
     between = np.geomspace(1.0, max(*compressions, 1.01), CURVE)
     curve = [option(float(each)) for each in between]
-    return Options(unit, weights, asked, curve, damage.chance_rise(scan, classes), ready, bool(scan.together))
+    everything = sum(weights.values()) if groups is None else sum(sizes.values())
+    chance = damage.chance_rise(scan, classes)
+    return Options(unit, weights, everything, asked, curve, chance, ready, bool(scan.together))
 
 
 def table(options: Options) -> TextTable:
     """A column a budget: its size, the damage that the scan predicts, and the density of each tensor."""
-    asked, total = options.asked, sum(options.weights.values())
+    asked, total = options.asked, options.total
     rows = [
         ["weights kept", *(f"{each.kept:,}" for each in asked)],
         ["compression in weights", *(f"{total / each.kept:.2f}x" for each in asked)],

@@ -249,13 +249,16 @@ def measured_on(activity: Iterable[LayerActivity]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Cut:
-    """The scan's results for a tensor; `within` is the smallest density tried whose drop stays within delta, if any."""
+    """The scan's results for a tensor; `within` is the smallest density tried whose drop stays within delta, if any.
+
+    A group of channels has no threshold of single weights, and so neither sigma nor quality.
+    """
 
     name: str
     weights: int
-    sigma: float
-    quality: float
-    threshold: float
+    sigma: float | None
+    quality: float | None
+    threshold: float | None
     within: float | None
 
 
@@ -271,6 +274,9 @@ def scan_rows(scan: Scan | None) -> list[Cut]:
             if level.top1 < floor:
                 break
             within = level.density
+        if tensor.of_channels:
+            rows.append(Cut(tensor.name, tensor.weights, None, None, None, within))
+            continue
         threshold = tensor.quality * tensor.sigma
         rows.append(Cut(tensor.name, tensor.weights, tensor.sigma, tensor.quality, threshold, within))
     return rows

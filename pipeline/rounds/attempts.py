@@ -18,8 +18,7 @@ from pipeline import storage
 from pipeline.network.cost import Quantity
 from pipeline.network.groups import Groups
 from pipeline.network.survey import Prunable
-from pipeline.prune import channels, limits, patterns
-from pipeline.prune.budget import Cost
+from pipeline.prune import channels, patterns
 from pipeline.prune.round_plan import Goal
 from pipeline.rounds import campaign
 from pipeline.rounds.before_retraining import PRUNED
@@ -76,22 +75,20 @@ def origin(run: Run, prunable: Sequence[Prunable]) -> Origin:
     return Origin(start.kept, total, start.generation)
 
 
-def priced(unit: Quantity, begin: Origin, sizes: Mapping[str, int], prices: Mapping[str, Cost]) -> Origin:
-    """Where the first round begins, in `unit`. A run with a budget in FLOPs or bytes begins at the dense network.
+def priced(unit: Quantity, begin: Origin, total: int) -> Origin:
+    """Where the first round begins, in `unit`, of which the whole network costs `total`.
 
-    `sizes` and `prices` are those of the prunable tensors.
+    A run whose budget is not of weights begins at the dense network.
     """
     if unit == "weights":
         return begin
-    total = limits.spent(sizes, prices)
     return Origin(total, total, begin.generation)
 
 
 def beginning(subject: Subject) -> Origin:
     """Where the first round of the run begins, in the unit of target.budget."""
-    sizes = {tensor.name: tensor.weights for tensor in subject.prunable}
     begin = origin(subject.session.run, subject.prunable)
-    return priced(subject.session.config.target.budget, begin, sizes, subject.prices)
+    return priced(subject.session.config.target.budget, begin, subject.total)
 
 
 def outlook(subject: Subject) -> list[Goal]:

@@ -100,6 +100,7 @@ def prune(session: Session) -> None:
     if session.config.start.source is not None:  # no dense network was trained here
         first_step.on_workers(session, round_folder(1))
     subject = open_subject(session)
+    session = subject.session
     attempts.note_dense_answers(session, subject.model)
     attempts.settle(session)
     alive = stand(subject)

@@ -71,8 +71,14 @@ def make(config: Config) -> RunPlan:
     run = state.Run(state.run_root(config), 0)
     checked = preflight.check_network(config, counts, run)
     model, prunable, flops = checked.model, checked.prunable, checked.flops
+    if config.target.budget == "latency" and checked.price is None:
+        raise UserError(
+            "target.budget=latency: how long this network takes is not known yet: `secateur bench CONFIG --table FILE` "
+            "measures it, and target.latency_table=FILE takes it; a run measures it by itself"
+        )
+    config = config.model_copy(update={"target": checked.target})
     source = branch.find(config, prunable) if config.start.source is not None else None
-    known = look_up(config, prunable_weights(model, prunable), source, counts.classes, flops)
+    known = look_up(config, prunable_weights(model, prunable), source, counts.classes, flops, checked.groups)
     notes = [*known.notes, *target_notes(config.target)]
     sizes = {tensor.name: tensor.weights for tensor in prunable}
     total = sum(sizes.values())
@@ -84,10 +90,12 @@ def make(config: Config) -> RunPlan:
         for name, part in (("dense", config.dense), ("retrain", config.retrain))
     }
     rows, keep, last = [], {}, None
-    prices = round_plan.costs(config.target.budget, sizes, flops)
-    basis = Basis(config.prune, config.target, config.seed, known.dense, known.scan, checked.groups, prices)
+    basis = Basis(config.prune, config.target, config.seed, known.dense, known.scan, checked.groups, checked.price)
+    most = checked.begin.total  # of channels, all may stay
+    if checked.groups is None:
+        most = limits.spent(checked.most, round_plan.costs(config.target.budget, sizes, flops))
     for goal in campaign.outlook(config.prune, config.target, checked.begin, checked.fewest):
-        share = min(goal.budget, limits.spent(checked.most, prices)) / checked.begin.total
+        share = min(goal.budget, most) / checked.begin.total
         last = plan_at(basis, goal, known)
         keep = last.keep if last else {}
         spent = keep or {name: round(share * size) for name, size in sizes.items()}
@@ -158,15 +166,16 @@ class Known(NamedTuple):
 
 
 def look_up(
-    config: Config, fresh: dict[str, Tensor], source: branch.Source | None, classes: int, flops: dict[str, int]
-) -> Known:
+    config: Config, fresh: dict[str, Tensor], source: branch.Source | None, classes: int, flops: dict[str, int],
+    groups: Groups | None,
+) -> Known:  # fmt: skip
     """The run's scan, if finished, and the weights of its source, of its dense network if finished, or else `fresh`."""
     run = state.Run(state.run_root(config), 0)
     scan = None
     if run.has("scan", "finished.json"):
         found = run.load(Scan, "scan", "scan.json")
-        if fresh.keys() == {tensor.name for tensor in found.tensors}:
-            scan = round_plan.scanned(config.target.budget, found, classes, flops)
+        if (fresh if groups is None else groups.by_name).keys() == {tensor.name for tensor in found.tensors}:
+            scan = round_plan.scanned(config.target.budget, found, classes, flops, groups)
     everything = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in fresh.items()}
     if source is not None:
         saved = checkpoint.load(source.run, source.checkpoint)

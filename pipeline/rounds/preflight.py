@@ -17,10 +17,10 @@ from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.network.groups import Groups
 from pipeline.network.survey import LeftOut, Prunable, survey
-from pipeline.prune import axes, patterns, round_plan
-from pipeline.rounds import attempts, before_retraining, branch, campaign, sharing
+from pipeline.prune import axes, channels, latency, patterns, round_plan
+from pipeline.prune.channels import Price
+from pipeline.rounds import attempts, before_retraining, branch, campaign, sharing, subject, timing
 from pipeline.rounds.campaign import Origin
-from pipeline.rounds.subject import channels_of
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run, run_root
 from pipeline.settings.config import Config
@@ -49,7 +49,8 @@ class Checked:
     `flops` holds each tensor's FLOPs for one sample, `unattributed` those of no single tensor. The first round begins
     at `begin`, in the unit of target.budget. `fewest` is the smallest number of weights that prune.min_weights allows,
     and `most` the largest of each tensor that the pattern allows. `groups` are those of the channels, where whole
-    channels are pruned.
+    channels are pruned, and `price` what they cost; `target` has
+    target.latency_ms, where it is given and a table is known, as target.compression.
     """
 
     model: nn.Module
@@ -61,6 +62,8 @@ class Checked:
     fewest: int
     most: dict[str, int]
     groups: Groups | None
+    price: Price | None
+    target: Target
 
 
 def check(config: Config, run: Run | None = None) -> None:
@@ -119,10 +122,14 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     flops = counted.by_tensor
     require_counted(counted, sizes, config.target.budget)
     living = patterns.most(config.prune, {tensor.name: tensor.shape for tensor in prunable})
-    groups = channels_of(model, prunable, feed.zeros(2, torch.device("cpu")), config.prune)
-    round_plan.require_possible(config.prune, config.target, sizes, living, flops, groups)
-    begin = branch.origin(config, run, prunable)
-    begin = attempts.priced(config.target.budget, begin, sizes, round_plan.costs(config.target.budget, sizes, flops))
+    groups = channels.groups_of(model, prunable, feed.zeros(2, torch.device("cpu")), config.prune)
+    unit = config.target.budget
+    price = subject.price_of(unit, groups, sizes, flops, timing.known(config, run, groups))
+    total = subject.whole(unit, groups, price, sizes, flops)
+    if price is not None:
+        config = config.model_copy(update={"target": latency.aimed(config.target, total)})
+    round_plan.require_possible(config.prune, config.target, sizes, living, flops, groups, price)
+    begin = attempts.priced(unit, branch.origin(config, run, prunable), total)
     fewest = attempts.floor(config.prune, prunable, groups)
     campaign.require_room(config.prune, config.target, begin, fewest, config.start.source)
     phases.require_layers(model, config.retrain.phases)
@@ -137,7 +144,9 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
                 f"train has {counts.train} samples, too few for one step of {name}.batch_size={training.batch_size} in "
                 f"data.lanes={config.data.lanes} lanes: lower batch_size, or add data"
             )
-    return Checked(model, prunable, left_out, flops, counted.unattributed, begin, fewest, living, groups)
+    return Checked(
+        model, prunable, left_out, flops, counted.unattributed, begin, fewest, living, groups, price, config.target
+    )
 
 
 def require_counted(counted: cost.Counted, names: Collection[str], budget: cost.Quantity) -> None:

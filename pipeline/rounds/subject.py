@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.network import cost
-from pipeline.network.groups import Groups, find
+from pipeline.network.groups import Groups
 from pipeline.network.survey import Prunable, survey
-from pipeline.prune import patterns, round_plan
-from pipeline.prune.budget import Cost
+from pipeline.prune import channels, latency, limits, round_plan
+from pipeline.prune.channels import Price
 from pipeline.prune.round_plan import Basis, Scanned
-from pipeline.run.records import Scan
-from pipeline.settings.pruning import Prune
+from pipeline.rounds import timing
+from pipeline.run.records import LatencyTable, Scan
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.session import Session
@@ -27,7 +27,8 @@ class Subject:
 
     `prunable` lists its prunable tensors, `dense` holds their weights in the dense network by name. `scan` holds the
     scan's results for them if the config's allocation needs a scan, `groups` the groups of its channels if whole
-    channels are pruned. `prices` say what each tensor costs, in the unit target.budget, where there is one of them.
+    channels are pruned. `total` is what the whole network costs, in the unit target.budget; `price` says what
+    channels do.
     """
 
     session: Session
@@ -35,8 +36,9 @@ class Subject:
     prunable: list[Prunable]
     dense: dict[str, Tensor]
     scan: Scanned | None
-    groups: Groups | None = None
-    prices: dict[str, Cost] = field(default_factory=dict)
+    groups: Groups | None
+    price: Price | None
+    total: int
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -47,7 +49,7 @@ class Subject:
     def basis(self) -> Basis:
         """What its rounds are planned from, besides their goals and the current weights."""
         config = self.session.config
-        return Basis(config.prune, config.target, config.seed, self.dense, self.scan, self.groups, self.prices)
+        return Basis(config.prune, config.target, config.seed, self.dense, self.scan, self.groups, self.price)
 
     @property
     def everything(self) -> dict[str, Tensor]:
@@ -61,30 +63,53 @@ class Subject:
 
 
 def open_subject(session: Session) -> Subject:
-    """The dense network of the session's run, as a subject for the rounds."""
+    """The dense network of the session's run, as a subject for the rounds.
+
+    Its own session has target.latency_ms, where it is given, as target.compression.
+    """
     config = session.config
     model = session.new_model()
     model.load_state_dict(checkpoint.load(session.run, "dense/checkpoint").weights)
     prunable, _ = survey(model, config.prune.include, config.prune.exclude)
     dense = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
-    unit, scan, prices = config.target.budget, None, {}
-    groups = channels_of(model, prunable, session.feed.zeros(2, session.world.device), config.prune)
+    unit, scan = config.target.budget, None
+    sizes, flops = {tensor.name: tensor.weights for tensor in prunable}, cost.flops(model, session.feed.shape)
+    groups = channels.groups_of(model, prunable, session.feed.zeros(2, session.world.device), config.prune)
     if round_plan.needs_scan(config.prune, config.target):
         found = session.run.load(Scan, "scan", "scan.json")
-        flops = cost.flops(model, session.feed.shape)
-        scan = round_plan.scanned(unit, found, session.manifest.num_classes, flops)
-        prices = scan.prices
-    elif groups is not None:
-        sizes = {tensor.name: tensor.weights for tensor in prunable}
-        prices = round_plan.costs(unit, sizes, cost.flops(model, session.feed.shape))
-    return Subject(session, model, prunable, dense, scan, groups, prices)
+        scan = round_plan.scanned(unit, found, session.manifest.num_classes, flops, groups)
+    price = price_of(unit, groups, sizes, flops, timing.known(config, session.run, groups))
+    total = whole(unit, groups, price, sizes, flops)
+    target = latency.aimed(config.target, total)
+    session = replace(session, config=config.model_copy(update={"target": target}))
+    return Subject(session, model, prunable, dense, scan, groups, price, total)
 
 
-def channels_of(model: nn.Module, prunable: Sequence[Prunable], example: Tensor, prune: Prune) -> Groups | None:
-    """The groups of a network's channels, where the settings prune whole channels; `example` is a batch of inputs."""
-    if not patterns.of(prune).channels:
+def price_of(
+    unit: cost.Quantity,
+    groups: Groups | None,
+    sizes: Mapping[str, int],
+    flops: Mapping[str, int],
+    table: LatencyTable | None = None,
+) -> Price | None:
+    """What the channels of groups cost, in `unit`; None without groups, or for a latency without a table.
+
+    `sizes` and `flops` are the dense tensors'.
+    """
+    if groups is None or (unit == "latency" and table is None):
         return None
-    return find(model, example, {tensor.name: tensor.shape for tensor in prunable})
+    if table is not None:
+        return latency.price(groups, table)
+    return channels.by_tensor(groups, round_plan.costs(unit, sizes, flops))
+
+
+def whole(
+    unit: cost.Quantity, groups: Groups | None, price: Price | None, sizes: Mapping[str, int], flops: Mapping[str, int]
+) -> int:
+    """What the whole network costs, in `unit`; in weights as long as the price of channels is not known."""
+    if groups is not None:
+        return sum(sizes.values()) if price is None else price(groups.sizes)
+    return limits.spent(sizes, round_plan.costs(unit, sizes, flops))
 
 
 def prunable_weights(model: nn.Module, prunable: Sequence[Prunable]) -> dict[str, Tensor]:

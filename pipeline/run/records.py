@@ -13,6 +13,8 @@ from typing import Any
 
 from pipeline.base.record import Record, optional
 
+CHANNELS = "channels"  # the kind of a group of channels in scan.json
+
 
 @dataclass(frozen=True)
 class RunFacts(Record):
@@ -162,6 +164,29 @@ class RoundPlan(Record):
             replace(tensor, keep=left[tensor.name], dead=tensor.keep - left[tensor.name]) for tensor in self.tensors
         )
         return replace(self, tensors=tensors, budget=sum(left.values()))
+
+
+@dataclass(frozen=True)
+class Timed(Record):
+    """A network that keeps so many channels of each group: ms of a forward pass, and of each step alone (medians)."""
+
+    keep: dict[str, int]
+    ms: float
+    steps: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LatencyTable(Record):
+    """latency/table.json, or a file that `secateur bench --table` wrote: how long networks of some widths take.
+
+    `network` is a hash of the steps and their widths, without weights; `batch` is the samples of a pass. The first of
+    `timed` is the whole network.
+    """
+
+    device: str
+    batch: int
+    network: str
+    timed: tuple[Timed, ...]
 
 
 @dataclass(frozen=True)
@@ -354,7 +379,7 @@ class Difference(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Level(Difference):
-    """The network with one tensor at one density.
+    """The network with one tensor, or one group of channels, at one density.
 
     `density` is kept / alive, `absolute` kept / weights; they differ only after a round. quality = threshold / std of
     the tensor (paper section 3). `method` is how the forward passes of levels were shared.
@@ -369,7 +394,7 @@ class Level(Difference):
 
 @dataclass(frozen=True, kw_only=True)
 class Joint(Difference):
-    """The network with all tensors pruned together, to `keep` weights each: a line of scan/together."""
+    """The network with all tensors pruned together, to `keep` weights (or groups, to channels): of scan/together."""
 
     keep: dict[str, int]
 
@@ -436,7 +461,11 @@ class JointTrials(Record):
 
 @dataclass(frozen=True)
 class TensorScan(Record):
-    """One tensor's curve; `quality` is the largest whose drop stays within delta (paper section 3)."""
+    """One tensor's curve; `quality` is the largest whose drop stays within delta (paper section 3).
+
+    Where whole channels are pruned it is a group's: `kind` is "channels", `weights` and `alive` count channels, and
+    sigma and quality are 0, since a group has no threshold of single weights.
+    """
 
     name: str
     kind: str
@@ -446,6 +475,11 @@ class TensorScan(Record):
     method: str
     levels: tuple[Level, ...]
     quality: float
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether it is of a group of channels."""
+        return self.kind == CHANNELS
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from pipeline.base.seeding import generator
 from pipeline.calibrate import batch_norm
 from pipeline.calibrate.statistics import statistics_for
 from pipeline.data.loader import Batch, EvalLoader
+from pipeline.network.groups import Groups
 from pipeline.network.survey import survey
-from pipeline.prune import criteria, patterns
+from pipeline.prune import channels, criteria, patterns
 from pipeline.prune.patterns import Pattern
 from pipeline.scan import racing
 from pipeline.settings.pruning import Prune, Scan
@@ -33,7 +34,8 @@ class ScanInputs:
     `batches` are the val batches (uint8) that levels are measured on. With racing, their order must be random and they
     must end at the looks (`shuffled`). `alive` are the masks that stay applied, by tensor; a tensor without a mask is
     wholly alive. If there are `calibration` batches (of train), batch norm's statistics are estimated on them at each
-    level. `statistics` are the criterion's statistics of each weight, by tensor.
+    level. `statistics` are the criterion's statistics of each weight, by tensor. Where whole channels are pruned,
+    `groups` are theirs.
     """
 
     scan: Scan
@@ -45,6 +47,7 @@ class ScanInputs:
     alive: Mapping[str, Tensor] = field(default_factory=dict)
     calibration: Sequence[Batch] = ()
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: Groups | None = None
 
     @property
     def pattern(self) -> Pattern:
@@ -104,6 +107,7 @@ def scan_inputs(opened: Session, source: str) -> ScanInputs:
         alive=saved.masks,
         calibration=calibration,
         statistics=statistics,
+        groups=channels.groups_of(model, prunable, opened.feed.zeros(2, opened.world.device), config.prune),
     )
 
 

@@ -1,5 +1,7 @@
 """The sensitivity scan: each tensor pruned alone at several densities, on val, without retraining (figure 6).
 
+With prune.pattern=channels each group of channels stands where a tensor stands otherwise.
+
 The outer loop is over batches, the inner one over levels. What a level cannot change is computed once for a batch
 (`suffix`), and a level that is decided sees no more batches (`racing`). Every level is compared with the dense
 network's answers, sample by sample.
@@ -20,27 +22,27 @@ from pipeline.data.loader import Batch
 from pipeline.network.trace import State, nbytes
 from pipeline.run.records import Difference, Level
 from pipeline.scan import racing, suffix
+from pipeline.scan.alone import Alone
 from pipeline.scan.inputs import ScanInputs
-from pipeline.scan.one_tensor import OneTensor
 from pipeline.task.answers import Answers
 
-CHUNK_BYTES = 2**28  # of shared states held at a time; a tensor is masked anew for each level and chunk
+CHUNK_BYTES = 2**28  # of shared states held at a time; what is pruned is masked anew for each level and chunk
 PROBE = 2  # samples on which a cut is tried
 
 
-def scan_tensor(given: ScanInputs, dense: Answers, name: str, known: Sequence[Level] = ()) -> Generator[Level]:
-    """Yield the levels of one tensor that are not `known` yet. The network is restored before each yield.
+def scan_part(given: ScanInputs, dense: Answers, name: str, known: Sequence[Level] = ()) -> Generator[Level]:
+    """Yield the levels of one tensor, or group, that are not `known` yet. The network is restored before each yield.
 
     `dense` are the answers of the network as given, to the same batches.
     """
     given.model.eval()
-    tensor = OneTensor(given, name)
+    part = Alone(given, name)
     prefixes: _Prefixes | None = None
     levels = list(known)
-    while wanted := racing.next_levels(levels, given.scan, tensor.count):
-        tensor.plan(wanted)
+    while wanted := racing.next_levels(levels, given.scan, part.count):
+        part.plan(wanted)
         if prefixes is None:
-            prefixes = _Prefixes(given, tensor)
+            prefixes = _Prefixes(given, part)
         for level in _measure(prefixes, dense):
             levels.append(level)
             yield level
@@ -52,14 +54,14 @@ class _Prefixes:
     In mode adaptive, the first CHUNK_BYTES are kept for levels that are added later.
     """
 
-    def __init__(self, given: ScanInputs, tensor: OneTensor) -> None:
-        self.given, self.tensor = given, tensor
+    def __init__(self, given: ScanInputs, part: Alone) -> None:
+        self.given, self.part = given, part
         self.ends = np.cumsum([len(batch.labels) for batch in given.batches])
         self.kept: dict[int, State] | None = {} if given.scan.mode == "adaptive" else None
         self.kept_bytes = 0
-        with torch.no_grad(), tensor.shared(), given.computing():
+        with torch.no_grad(), part.shared(), given.computing():
             example = given.prepared(0)[:PROBE]
-            self.suffix = suffix.choose(given.model, tensor.weight, example, tensor.at_first_level)
+            self.suffix = suffix.choose(given.model, [*part.weights.values()], example, part.at_first_level)
 
     def chunks(self, start: int, stop: int) -> Iterator[list[tuple[Batch, State]]]:
         """The batches that hold samples start to stop, with their states."""
@@ -78,7 +80,7 @@ class _Prefixes:
     def _state(self, number: int) -> State:
         if self.kept is not None and number in self.kept:
             return self.kept[number]
-        with self.tensor.shared(), self.given.computing():
+        with self.part.shared(), self.given.computing():
             state = self.suffix.prepare(self.given.prepared(number))
         size = nbytes(state)
         if self.kept is not None and self.kept_bytes + size <= CHUNK_BYTES:
@@ -90,21 +92,21 @@ class _Prefixes:
 @torch.no_grad()
 def _measure(prefixes: _Prefixes, dense: Answers) -> list[Level]:
     """The planned levels, in turn, each on as many samples as it takes."""
-    tensor, settings, judge = prefixes.tensor, prefixes.given.scan, prefixes.given.feed.task.judge
+    part, settings, judge = prefixes.part, prefixes.given.scan, prefixes.given.feed.task.judge
     looks = racing.looks(len(dense.right), settings.interval is not None)
     z, dense_top1 = racing.critical(len(looks)), dense.figures().top1
-    rows: list[list[Tensor]] = [[] for _ in tensor.densities]
+    rows: list[list[Tensor]] = [[] for _ in part.densities]
     found: dict[int, Level] = {}
     for start, look in itertools.pairwise([0, *looks]):
         for chunk in prefixes.chunks(start, look):
             undecided = [i for i in range(len(rows)) if i not in found]
-            with prefixes.given.computing(), tensor.pruned(undecided) as turns:
+            with prefixes.given.computing(), part.pruned(undecided) as turns:
                 for i in turns:
                     rows[i] += [judge(prefixes.suffix.finish(s).float(), batch, None).cpu() for batch, s in chunk]
         for i in [i for i in range(len(rows)) if i not in found]:
             seen = against(Answers.of(torch.cat(rows[i], 1), present=False), dense, z)
             if look == looks[-1] or racing.decided(seen.drop_low, seen.drop_high, dense_top1, settings):
-                found[i] = tensor.level(i, seen, prefixes.suffix.method)
+                found[i] = part.level(i, seen, prefixes.suffix.method)
         if len(found) == len(rows):
             break
     return [found[i] for i in range(len(rows))]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import torch
 
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.data.manifest import held_out
 from pipeline.engine import Engine
+from pipeline.network.groups import Groups
 from pipeline.network.survey import Prunable
-from pipeline.prune import allocation, damage
+from pipeline.prune import allocation, channels, damage, patterns
 from pipeline.prune.allocation import sigma
 from pipeline.run.events import LevelMeasured, Progress, TogetherMeasured
 from pipeline.run.layout import round_folder
 from pipeline.run.records import (
+    CHANNELS,
     DenseFigures,
     Figures,
     Joint,
@@ -44,8 +48,30 @@ KEY_SETTINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Part:
+    """What the scan prunes alone: a tensor with its weights, or a group with its channels; `size` counts them.
+
+    `tensor` is None for a group.
+    """
+
+    name: str
+    kind: str
+    size: int
+    tensor: Prunable | None = None
+
+
+def parts(prunable: Sequence[Prunable], groups: Groups | None) -> list[Part]:
+    """What a scan measures: the groups where whole channels are pruned, else the tensors."""
+    if groups is None:
+        return [Part(tensor.name, tensor.kind, tensor.weights, tensor) for tensor in prunable]
+    channels.require_some(groups, "the scan")
+    return [Part(name, CHANNELS, group.units) for name, group in groups.by_name.items()]
+
+
 def measure(
     prunable: list[Prunable],
+    groups: Groups | None,
     config: Config,
     engine: Engine,
     here: Run,
@@ -57,14 +83,15 @@ def measure(
 
     Levels of a scan that was stopped are known, and so are the levels in the files `merged`. These files must be of the
     same weights, data and settings. `after` scans the model of that finished round, whose masks stay applied. Raises
-    UserError for a file that does not fit.
+    UserError for a file that does not fit. `groups` are those of whole channels, where these are pruned.
     """
     source = DENSE if after is None else f"{round_folder(after)}/checkpoint"
     older = "trials.json" if after is None else f"after-{after}.trials.json"
     made_of = origin(source, config, here)
-    names = [tensor.name for tensor in prunable]
+    scanned = parts(prunable, groups)
+    names = [part.name for part in scanned]
     saved = checkpoint.load(here, source)
-    living = {t.name: int(saved.masks[t.name].sum()) if t.name in saved.masks else t.weights for t in prunable}
+    living = _living(scanned, groups, saved)
     with known(here, made_of, older) as levels:
         for path in merged:
             _merge(path, made_of, names, levels)
@@ -75,7 +102,10 @@ def measure(
         split="val",
         dense=DenseFigures(dense.top1, dense.loss),
         delta=config.scan.delta,
-        tensors=tuple(tensor_scan(t, curves[t.name], saved, dense.top1, config.scan.delta) for t in prunable),
+        tensors=tuple(
+            part_scan(part, curves[part.name], saved, living[part.name], dense.top1, config.scan.delta)
+            for part in scanned
+        ),
         after=after,
         key=fingerprint(made_of.to_json()),
         made_of=made_of,
@@ -85,6 +115,15 @@ def measure(
         found = replace(found, together=measure_together(found, config, engine, here, progress))
     here.commit(found, "scan", "scan.json" if after is None else f"after-{after}.json")
     return found
+
+
+def _living(scanned: Sequence[Part], groups: Groups | None, saved: Checkpoint) -> dict[str, int]:
+    """How many weights, or channels, of each part are alive in a checkpoint; without masks all are."""
+    if groups is None:
+        return {each.name: int(saved.masks[each.name].sum()) if each.name in saved.masks else each.size
+                for each in scanned}  # fmt: skip
+    everything = {name: torch.ones(shape, dtype=torch.bool) for name, shape in groups.shapes.items()}
+    return {name: int(flags.sum()) for name, flags in groups.alive({**everything, **saved.masks}).items()}
 
 
 def _measure_missing(
@@ -157,7 +196,9 @@ def origin(source: str, config: Config, here: Run) -> ScanOrigin:
     shards = manifest.splits["train" if manifest.holdout else "val"]
     held = held_out(shards) if manifest.holdout else None
     skipped = [shards.rows(number).skipped.tolist() for number, shard in enumerate(shards) if shard.skipped]
-    everything = hashed(config)
+    everything, keys = hashed(config), KEY_SETTINGS
+    if patterns.of(config.prune).channels:  # what stays dense decides what is a group
+        keys = {**keys, "prune": (*keys["prune"], "include", "exclude")}
     return ScanOrigin(
         weights=fingerprint(weights, masks),
         data=fingerprint([shard.sha256 for shard in shards], held, *skipped),
@@ -165,8 +206,8 @@ def origin(source: str, config: Config, here: Run) -> ScanOrigin:
             **{key: everything[key] for key in ("seed", "task", "eval_precision") if key in everything},
             **{
                 f"{part}.{key}": everything[part][key]
-                for part, keys in KEY_SETTINGS.items()
-                for key in keys
+                for part, names in keys.items()
+                for key in names
                 if key in everything[part]
             },
         },
@@ -239,25 +280,32 @@ def quality(levels: Sequence[Level], dense_top1: float, delta: float) -> float:
     return previous_quality
 
 
-def tensor_scan(
-    tensor: Prunable, measured: Sequence[Level], saved: Checkpoint, dense_top1: float, delta: float
+def part_scan(
+    part: Part, measured: Sequence[Level], saved: Checkpoint, living: int, dense_top1: float, delta: float
 ) -> TensorScan:
-    """A tensor's curve from its levels; `saved` has the masks that stayed applied.
+    """A part's curve from its levels; `saved` has the masks that stayed applied, of which `living` are True.
 
-    The quality is 0 where the very first level already loses more than delta. |w| / (q * std) needs q > 0, so half the
-    lowest positive level is used instead.
+    A group of channels has no quality and no sigma. A tensor's quality is 0 where the very first level already loses
+    more than delta. |w| / (q * std) needs q > 0, so half the lowest positive level is used instead.
     """
     levels = sorted(measured, key=lambda level: -level.density)
+    if part.tensor is None:
+        return _curve(part, levels, living, sigma=0.0, quality=0.0)
     found = quality(levels, dense_top1, delta)
     floor = next((level.quality / 2 for level in levels if level.quality > 0), 1e-6)
-    weight, alive = saved.weights[tensor.name], saved.masks.get(tensor.name)
+    weight, alive = saved.weights[part.name], saved.masks.get(part.name)
+    std = sigma(weight if alive is None else weight[alive])
+    return _curve(part, levels, living, sigma=std, quality=found if found > 0 else floor)
+
+
+def _curve(part: Part, levels: Sequence[Level], living: int, *, sigma: float, quality: float) -> TensorScan:
     return TensorScan(
-        name=tensor.name,
-        kind=tensor.kind,
-        weights=tensor.weights,
-        alive=tensor.weights if alive is None else int(alive.sum()),
-        sigma=sigma(weight if alive is None else weight[alive]),
+        name=part.name,
+        kind=part.kind,
+        weights=part.size,
+        alive=living,
+        sigma=sigma,
         method=", ".join(sorted({level.method for level in levels})),
         levels=tuple(levels),
-        quality=found if found > 0 else floor,
+        quality=quality,
     )

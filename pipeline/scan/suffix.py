@@ -1,12 +1,12 @@
-"""Runs again only the part of the network that one weight tensor influences; the rest is computed once a batch.
+"""Runs again only the part of the network that some weight tensors influence; the rest is computed once a batch.
 
 The answers are the whole forward pass's to the bit: the same operations on the same tensors in the same order. Each way
-of cutting the network is tested on some samples, with the tensor pruned, before it is used.
+of cutting the network is tested on some samples, with the tensors pruned, before it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch.utils._pytree import tree_leaves, tree_map  # noqa: PLC2701 (torch ha
 
 from pipeline.network.trace import State, graph_of
 
+Weights = Sequence[nn.Parameter]
+
 
 class Suffix:
     """No cut: runs the whole network. The base of the other ways of cutting.
 
-    `prepare` computes what does not depend on the tensor. `finish` computes the rest with the tensor's present values,
+    `prepare` computes what does not depend on the tensors. `finish` computes the rest with the tensors' present values,
     any number of times. The network is in evaluation mode and gradients are off.
     """
 
@@ -44,15 +46,15 @@ class Suffix:
 
 
 class Graph(Suffix):
-    """Cut in the torch.fx graph: every step that the tensor's layers do not reach is shared, parallel branches
+    """Cut in the torch.fx graph: every step that the tensors' layers do not reach is shared, parallel branches
     included.
     """
 
     method = "fx"
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, weight: nn.Parameter) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, weights: Weights) -> None:
         super().__init__(model)
-        after = _reached(model, graph, weight)
+        after = _reached(model, graph, weights)
         border = [n for n in graph.nodes if n not in after and any(user in after for user in n.users)]
         self.before = fx.GraphModule(model, _before(graph, after, border))
         self.after = fx.GraphModule(model, _after(graph, after, border))
@@ -81,16 +83,16 @@ class Graph(Suffix):
 class Borders(Suffix):
     """Cut between the network's top-level modules, where its own code cannot be followed.
 
-    What modules returned before the first use of the tensor cannot depend on it. These outputs are kept, and returned
-    again when the network's own code is run again. Code between the modules thus sees the same values.
+    What modules returned before the first use of any of the tensors cannot depend on them. These outputs are kept,
+    and returned again when the network's own code is run again. Code between the modules thus sees the same values.
     """
 
     method = "borders"
 
-    def __init__(self, model: nn.Module, weight: nn.Parameter) -> None:
+    def __init__(self, model: nn.Module, weights: Weights) -> None:
         super().__init__(model)
         self.children = list(dict.fromkeys(model.children()))
-        self.users = [part for part in model.modules() if any(held is weight for held in part._parameters.values())]
+        self.users = [part for part in model.modules() if _among(part._parameters.values(), weights)]
 
     def prepare(self, inputs: Tensor) -> State:
         returned: list[tuple[int, Any]] = []
@@ -121,16 +123,16 @@ class Borders(Suffix):
 
 
 def choose(
-    model: nn.Module, weight: nn.Parameter, example: Tensor, pruned: Callable[[], AbstractContextManager[None]]
+    model: nn.Module, weights: Weights, example: Tensor, pruned: Callable[[], AbstractContextManager[None]]
 ) -> Suffix:
     """The finest cut that gives the whole network's answers on `example`, (n, ...), to the bit.
 
-    In the `pruned()` block the weight is pruned to some level. Gradients must be off.
+    In the `pruned()` block the weights are pruned to some level. Gradients must be off.
     """
     graph, _ = graph_of(model)
-    ways: list[Callable[[], Suffix]] = [lambda: Borders(model, weight)]
+    ways: list[Callable[[], Suffix]] = [lambda: Borders(model, weights)]
     if graph is not None:
-        ways.insert(0, lambda: Graph(model, graph.graph, weight))
+        ways.insert(0, lambda: Graph(model, graph.graph, weights))
     for make in ways:
         found = make()
         if _agrees(found, model, example, pruned):
@@ -139,7 +141,7 @@ def choose(
 
 
 class _Reached(BaseException):  # no Exception, which the network's code might catch
-    """Ends a forward pass at the first use of the tensor."""
+    """Ends a forward pass at the first use of a tensor."""
 
 
 def _agrees(
@@ -151,9 +153,9 @@ def _agrees(
         return all(torch.equal(found.finish(state), expected) for _ in range(2))
 
 
-def _reached(model: nn.Module, graph: fx.Graph, weight: nn.Parameter) -> set[fx.Node]:
-    """The steps that use the tensor, or anything that was computed from it."""
-    held = {name for name, value in model.named_parameters(remove_duplicate=False) if value is weight}
+def _reached(model: nn.Module, graph: fx.Graph, weights: Weights) -> set[fx.Node]:
+    """The steps that use one of the tensors, or anything that was computed from it."""
+    held = {name for name, value in model.named_parameters(remove_duplicate=False) if _among([value], weights)}
     found: set[fx.Node] = set()
     for node in graph.nodes:
         uses = node.op == "get_attr" and node.target in held
@@ -209,6 +211,10 @@ def _replayed(children: list[nn.Module], returned: Iterator[tuple[int, Any]]) ->
                 child.forward = original
             else:
                 child.__dict__.pop("forward", None)
+
+
+def _among(held: Iterable[Any], weights: Weights) -> bool:
+    return any(value is weight for value in held for weight in weights)
 
 
 def _copy(value: Any) -> Any:

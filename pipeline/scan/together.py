@@ -4,6 +4,8 @@ No one rule for adding them up holds for every network and every size (`pipeline
 power than LeNet-300-100, and a density of 2% another one than 20%. So the scan tries several powers. For each density
 and power it solves the allocation of least predicted damage, prunes all tensors to it and measures the loss. Near that
 density `budget` then uses the power that raised the loss least. The measured rise also corrects the predictions there.
+
+With prune.pattern=channels, groups stand where tensors stand, and densities are of all channels.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from pipeline.calibrate import batch_norm
-from pipeline.prune import damage
+from pipeline.prune import channels, damage
 from pipeline.prune.budget import Keep, Priced, solve
 from pipeline.run.records import Difference, Scan
 from pipeline.scan import racing
@@ -48,13 +51,13 @@ def measure(given: ScanInputs, dense: Answers, keeps: Sequence[Keep]) -> Iterato
     """
     parameters = dict(given.model.named_parameters())
     for keep in keeps:
-        weights = {name: parameters[name].detach().clone() for name in keep}
+        names = keep if given.groups is None else given.groups.shapes
+        weights = {name: parameters[name].detach().clone() for name in names}
         norms = batch_norm.statistics(given.model)
         ranking = given.scores(weights)
         try:
-            for name, count in keep.items():
-                everything = torch.ones_like(weights[name], dtype=torch.bool)
-                parameters[name].mul_(given.pattern.mask(ranking[name], everything, count))
+            for name, mask in _masks(given, ranking, keep).items():
+                parameters[name].mul_(mask)
             given.calibrate()
             answers = given.answers()
         finally:
@@ -62,3 +65,13 @@ def measure(given: ScanInputs, dense: Answers, keeps: Sequence[Keep]) -> Iterato
                 parameters[name].copy_(weight)
             batch_norm.put_back(given.model, norms)
         yield against(answers, dense, racing.critical(1))
+
+
+def _masks(given: ScanInputs, ranking: dict[str, Tensor], keep: Keep) -> dict[str, Tensor]:
+    """The masks of all tensors where each tensor, or each group, keeps so many."""
+    if given.groups is not None:
+        units = channels.scores(given.groups, ranking)
+        made = channels.masks(given.groups, units, given.groups.whole, keep)
+        return {name: mask.to(ranking[name].device) for name, mask in made.items()}
+    everything = {name: torch.ones_like(score, dtype=torch.bool) for name, score in ranking.items()}
+    return {name: given.pattern.mask(ranking[name], everything[name], count) for name, count in keep.items()}

@@ -196,10 +196,28 @@ class Target(Section):
         "end of its one-sided interval); 0.5 takes the measured drop as it is.",
     )
     max_rounds: Annotated[int, Field(ge=1, le=1000)] = Field(16, description="no-loss: accepted rounds, at the most.")
-    budget: Literal["weights", "flops", "bytes"] = Field(
+    budget: Literal["weights", "flops", "bytes", "latency"] = Field(
         "weights",
         description="What target.compression, and the density of each round, count in the prunable tensors: weights; "
-        "with allocation=budget also flops (of one sample) or bytes (predicted, packed), with pattern=channels flops.",
+        "with allocation=budget also flops (of one sample) or bytes (predicted, packed), with pattern=channels flops "
+        "or latency (of a pass of the whole network).",
+    )
+    latency_ms: Annotated[float, Field(gt=0.0)] | None = Field(
+        None,
+        description="budget=latency: the milliseconds that a pass of the small network is to take; it stands in place "
+        "of `compression`.",
+    )
+    latency_table: Text | None = Field(
+        None,
+        description="budget=latency: a table that `secateur bench --table` wrote, on this device or another; by "
+        "default each run measures its own.",
+    )
+    latency_device: Text | None = Field(
+        None,
+        description="budget=latency: the device that latency_table is of, where that is not the one of this run.",
+    )
+    latency_batch: Annotated[int, Field(ge=1, le=2**20)] = Field(
+        1, description="budget=latency: samples of the pass whose time counts."
     )
     margin: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.003,

@@ -14,7 +14,7 @@ from pipeline.prune import criteria
 from pipeline.prune.masks import top_mask
 from pipeline.run.events import unheard
 from pipeline.run.state import open_run
-from pipeline.scan import one_tensor, scan
+from pipeline.scan import alone, scan
 from pipeline.scan.inputs import scan_inputs
 from pipeline.settings.config import Config
 from pipeline.train.session import open_session
@@ -36,8 +36,9 @@ def test_trials_prune_by_the_statistics_that_a_scan_measures_once(tiny: Callable
     again = statistics_for(session, given.model, [*expected])
     assert all(torch.equal(statistic, again[name]) for name, statistic in expected.items())
 
-    tensor = one_tensor.OneTensor(given, "fc3.weight")
+    tensor = alone.Alone(given, "fc3.weight")
+    name = "fc3.weight"
     tensor.plan([0.5])
-    ranking = criteria.scores("taylor", {"fc3.weight": tensor.dense}, 0, expected)["fc3.weight"]
-    assert torch.equal(tensor.steps > 0, top_mask(ranking, tensor.alive, 500))
-    assert not torch.equal(tensor.steps > 0, top_mask(tensor.dense.abs(), tensor.alive, 500))
+    ranking = criteria.scores("taylor", tensor.dense, 0, expected)["fc3.weight"]
+    assert torch.equal(tensor.steps[name] > 0, top_mask(ranking, tensor.alive, 500))
+    assert not torch.equal(tensor.steps[name] > 0, top_mask(tensor.dense[name].abs(), tensor.alive, 500))

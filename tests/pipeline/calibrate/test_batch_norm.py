@@ -13,7 +13,7 @@ from pipeline.calibrate import batch_norm
 from pipeline.data.loader import Batch
 from pipeline.rounds import preflight
 from pipeline.scan.inputs import scan_inputs
-from pipeline.scan.levels import scan_tensor
+from pipeline.scan.levels import scan_part
 from pipeline.settings.config import Config
 from pipeline.task.feed import Feed
 from pipeline.train import checkpoint
@@ -72,7 +72,7 @@ def test_each_level_of_a_scan_has_its_own_statistics(small_session: Session) -> 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def losses(batches: Sequence[Batch]) -> list[float]:
-        levels = scan_tensor(replace(given, calibration=batches), dense, "conv1.weight")
+        levels = scan_part(replace(given, calibration=batches), dense, "conv1.weight")
         return [level.loss for level in levels]
 
     def whole_forward(density: float) -> float:

@@ -14,7 +14,7 @@ FIXES = "fixes densities, which target.mode=no-loss finds itself: leave"
 STEP = "out; target.step says how much a round removes"
 UNITS = (
     "needs prune.allocation=budget and target.mode=compression: others count weights (with prune.pattern=channels also "
-    "flops)"
+    "flops and latency)"
 )
 CHANNELS = ["prune.pattern=channels", "prune.allocation=uniform"]
 CASES = [
@@ -68,7 +68,7 @@ CASES = [
     (
         ["prune.pattern=channels", "prune.allocation=erk"],
         "prune.allocation=erk shares out weights, not channels: with prune.pattern=channels use pooled, uniform, "
-        "explicit",
+        "explicit, budget",
     ),
     (
         [*CHANNELS, "target.mode=thresholds"],
@@ -76,7 +76,8 @@ CASES = [
     ),
     (
         [*CHANNELS, "target.budget=bytes"],
-        "target.budget=bytes counts the bytes of scattered weights: with prune.pattern=channels use weights or flops",
+        "target.budget=bytes counts the bytes of scattered weights: with prune.pattern=channels use weights, "
+        "flops or latency",
     ),
     (
         [*CHANNELS, "target.budget=flops", "target.mode=no-loss", "target.compression=null"],

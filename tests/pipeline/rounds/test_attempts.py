@@ -233,9 +233,8 @@ def test_a_branch_counts_from_what_it_took(run: Run) -> None:
     goal = attempts.following(subject)
     assert goal is not None
     assert (goal.round, goal.density, goal.budget, goal.generation) == (1, 0.375, 1, 3)
-    prices = {"0.weight": lambda count: 10 * count}
-    assert attempts.priced("bytes", Origin(3, 4, 2), {"0.weight": 4}, prices) == Origin(40, 40, 2)
-    assert attempts.priced("weights", Origin(3, 4, 2), {"0.weight": 4}, prices) == Origin(3, 4, 2)
+    assert attempts.priced("bytes", Origin(3, 4, 2), 40) == Origin(40, 40, 2)
+    assert attempts.priced("weights", Origin(3, 4, 2), 40) == Origin(3, 4, 2)
 
 
 def test_the_fewest_weights_are_no_more_than_there_are(run: Run) -> None:

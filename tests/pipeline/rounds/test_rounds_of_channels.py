@@ -19,14 +19,17 @@ from pipeline.network.build import build_network
 from pipeline.network.compact import compact
 from pipeline.network.groups import Groups
 from pipeline.network.survey import survey
+from pipeline.prune import channels
+from pipeline.prune.channels import groups_of as groups_of_network
+from pipeline.results import budgets
 from pipeline.rounds import outlook
-from pipeline.rounds.subject import channels_of
 from pipeline.run.events import unheard
 from pipeline.run.layout import round_folder
-from pipeline.run.records import RoundPlan
-from pipeline.run.state import Run, run_root
+from pipeline.run.records import RoundPlan, Scan
+from pipeline.run.state import Run, open_run, run_root
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
+from pipeline.train.session import open_session
 
 SMALL: dict[str, Any] = {
     "tracking.enabled": False, "prune.pattern": "channels", "prune.allocation": "uniform", "prune.rounds": 2,
@@ -37,7 +40,7 @@ GROUPS = ["fc1.weight", "fc2.weight"]
 
 def groups_of(config: Config) -> Groups:
     model = build_network(config.model, 10, 0)
-    groups = channels_of(model, survey(model)[0], torch.zeros(2, 1, 8, 8), config.prune)
+    groups = groups_of_network(model, survey(model)[0], torch.zeros(2, 1, 8, 8), config.prune)
     assert groups is not None
     return groups
 
@@ -115,10 +118,50 @@ def test_the_plan_lists_groups_and_channels(tiny: Callable[..., Config]) -> None
     assert made.kept_units == {"fc1.weight": 118, "fc2.weight": 39}  # of 300 and 100: 39% of each
 
 
-def test_the_scan_is_refused(tiny: Callable[..., Config]) -> None:
-    config = tiny(**SMALL)
-    with pytest.raises(UserError, match=r"the scan prunes single tensors: leave prune.pattern out to scan"):
-        stages.scan(config, LocalEngine(ALONE), Run(run_root(config), 0), unheard)
+def test_the_scan_measures_each_group_alone_and_its_budget_is_met(tiny: Callable[..., Config]) -> None:
+    given = {"prune.allocation": "budget", "target.budget": "flops", "scan.together": [0.8, 0.5], "prune.rounds": 1}
+    config = tiny(**SMALL | given)
+    result = carry_out(config)
+    run, groups = Run(run_root(config), 0), groups_of(config)
+    found = run.load(Scan, "scan", "scan.json")
+    assert [(each.name, each.kind, each.weights) for each in found.tensors] == [
+        ("fc1.weight", "channels", 300),
+        ("fc2.weight", "channels", 100),
+    ]
+    assert [[level.kept for level in each.levels] for each in found.tensors] == [[150, 30], [50, 10]]
+    assert found.together is not None
+    assert {sum(row.keep.values()) for row in found.together} == {320, 200}  # of 400 channels
+    plan = run.load(RoundPlan, round_folder(1), "plan.json")
+    kept = {group.name: group.keep for group in plan.groups}
+    assert plan.predicted is not None
+    assert plan.predicted.unit == "flops"
+    assert plan.predicted.spent == 2 * sum(groups.counts(kept).values()) <= plan.predicted.budget == 2 * 50_200 // 4
+    for name in kept:  # no further channel would fit
+        more = kept | {name: kept[name] + 1}
+        assert 2 * sum(groups.counts(more).values()) > plan.predicted.budget
+    assert result["compression"] >= 4
+    options = budgets.solve(config, [4.0])
+    assert options.asked[0].solution.keep == kept
+    assert options.total / options.asked[0].kept == pytest.approx(result["compression"])
+
+
+def test_a_group_alone_is_pruned_as_its_channels_score(tiny: Callable[..., Config]) -> None:
+    """The levels of fc2's group, against the network with the same channels masked by hand."""
+    config = tiny(**SMALL | {"scan.levels": [0.5], "dense.epochs": 1})
+    with open_run(config) as here:
+        found = stages.scan(config, LocalEngine(ALONE), here, unheard)
+        session = open_session(config, ALONE, here, unheard)
+        model, groups = session.new_model().eval(), groups_of(config)
+        model.load_state_dict(checkpoint.load(here, "dense/checkpoint").weights)
+        weights = {name: model.get_parameter(name).detach() for name in groups.shapes}
+        units = channels.scores(groups, {name: weight.abs() for name, weight in weights.items()})
+        masks = channels.masks(groups, units, groups.whole, {"fc1.weight": 300, "fc2.weight": 50})
+        for name, mask in masks.items():
+            weights[name].mul_(mask)
+        answers = session.evaluate(model, "val").metrics()
+    [level] = found.tensors[1].levels
+    assert level.top1 == answers.top1
+    assert level.loss == pytest.approx(answers.loss, rel=1e-6)
 
 
 def test_an_older_plan_has_no_groups() -> None:

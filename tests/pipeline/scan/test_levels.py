@@ -22,7 +22,7 @@ from pipeline.prune.masks import nested, top_mask
 from pipeline.run.records import Level
 from pipeline.scan import racing
 from pipeline.scan.inputs import shuffled
-from pipeline.scan.levels import scan_tensor
+from pipeline.scan.levels import scan_part
 from pipeline.scan.suffix import Suffix
 from pipeline.settings.config import Config, parse_config
 from pipeline.task.answers import Answers
@@ -88,7 +88,7 @@ def run(
     model: nn.Module, name: str, batches: list[Batch], config: Config, known: Sequence[Level] = (), **more: Any
 ) -> list[Level]:
     given = scan_of(config, CPU, model, batches, **more)
-    return list(scan_tensor(given, given.answers(), name, known))
+    return list(scan_part(given, given.answers(), name, known))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -181,7 +181,7 @@ def test_an_error_puts_the_tensor_back() -> None:
     dense = scan_of(config(), CPU, model, batches).answers()
     broken = Batch(batches[1].images[:, :, :4], batches[1].labels, batches[1].weights, batches[1].indices)
     with pytest.raises(RuntimeError):
-        list(scan_tensor(scan_of(config(), CPU, model, [batches[0], broken]), dense, "3.weight"))
+        list(scan_part(scan_of(config(), CPU, model, [batches[0], broken]), dense, "3.weight"))
     assert torch.equal(model[3].weight, before)
 
 

@@ -111,7 +111,7 @@ def cut(model: nn.Module, name: str, images: Tensor) -> tuple[suffix.Suffix, Cal
         yield
         prune(0.0)
 
-    return suffix.choose(model, weight, images[:2], pruned), prune
+    return suffix.choose(model, [weight], images[:2], pruned), prune
 
 
 @pytest.mark.parametrize("network", NETWORKS)
