@@ -106,7 +106,13 @@ def describe(client: Any, run: Any) -> dict[str, Any]:
 
 
 def named(held: dict[str, Any]) -> dict[str, Any]:
-    return {run["info"][0]: run for run in held.values()}
+    """Runs by the part of their names that stays the same: a run's own name, or "round 2 (attempt 2)"."""
+
+    def part(name: str) -> str:
+        first, second, *_ = [*name.split(" · "), ""]
+        return second if second.startswith("round ") else first
+
+    return {part(run["info"][0]): run for run in held.values()}
 
 
 def same_everywhere(held: dict[str, Any]) -> dict[str, Any]:

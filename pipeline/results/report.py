@@ -12,8 +12,8 @@ from markupsafe import Markup
 
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.results import outcome
 from pipeline.results.words import (
-    NOT_MEASURED,
     count,
     duration,
     moment,
@@ -22,11 +22,10 @@ from pipeline.results.words import (
     points,
     short,
     size,
-    span,
 )
 from pipeline.run.contents import Contents, read
 from pipeline.run.records import LayerActivity, Scan
-from pipeline.run.result import LatencySummary, OnTest, Result, Scores
+from pipeline.run.result import Result
 
 if TYPE_CHECKING:  # matplotlib is loaded where a figure is drawn: it takes most of a second
     from matplotlib.figure import Figure
@@ -73,108 +72,21 @@ def render(run_dir: str | Path) -> str:
     return environment.get_template("report.html").render(
         run=run,
         result=result,
-        verdict=verdict(result, run.config.target.margin),
-        reference=reference_name(result),
-        rows=summary_rows(result),
+        verdict=outcome.verdict(result, run.config.target.margin),
+        reference=outcome.reference_name(result),
+        rows=outcome.summary_rows(result),
         rounds=run.finished_rounds,
-        unpruned=unpruned(result),
+        unpruned=outcome.unpruned(result),
         undone=not all(metrics.accepted for metrics in run.finished_rounds),
         predictions=predictions(run),
         totals=totals(result),
         measured=measured_on(run.activity),
         cuts=scan_rows(run.scan),
         plots=_plots(run, result),
-        command=f"secateur run {storage.join(run.path, 'config.yaml')}",
+        sentence=outcome.sentence(result),
+        command=outcome.repeat_command(run),
         seconds=dict(result.seconds),
     )
-
-
-def summary_rows(result: Result) -> list[tuple[str, str]]:
-    """What a run found, as (label, value) for the terminal and the top of the report."""
-    test, stored, start = result.test, result.bytes, result.lineage
-    low, high = test.mcnemar.drop_ci95
-    return [
-        *([("started from", f"round {start.round} of {start.run}")] if start else []),
-        ("verdict", result.verdict),
-        ("compression", f"{number(result.compression)}×"),
-        ("weights kept", f"{count(result.weights_kept)} of {count(result.weights_total)}"),
-        ("FLOPs left, by weights", percent(result.flops_density_weights, 1)),
-        ("FLOPs left, zero inputs skipped too", percent(result.flops_density, 1)),
-        ("test error, dense", error(test.dense)),
-        ("test error, dense control", error(test.dense_control) if test.dense_control else NOT_MEASURED),
-        ("test error, pruned", error(test.pruned)),
-        (f"drop against {reference_name(result)}", f"{points(drop(result))} (95%: {span(low, high)})"),
-        *_against_given(test),
-        ("size, dense fp32", size(stored.dense_fp32)),
-        ("size, pruned and gzipped", _smaller(stored.dense_gzip, stored.dense_fp32)),
-        ("size, packed", _smaller(stored.packed, stored.dense_fp32)),
-        ("latency", _latency(result.latency_ms)),
-        ("looks at test", str(result.test_looks)),
-    ]
-
-
-def _against_given(test: OnTest) -> list[tuple[str, str]]:
-    """The drop against the dense network as it was given, where the verdict rests on the dense control."""
-    if test.against_dense is None:
-        return []
-    lost, (low, high) = test.dense.top1 - test.pruned.top1, test.against_dense.drop_ci95
-    return [("drop against the dense network as given", f"{points(lost)} (95%: {span(low, high)})")]
-
-
-def drop(result: Result) -> float:
-    """Top-1 on test that pruning cost, a fraction; negative where the pruned network is better."""
-    return result.test.reference.top1 - result.test.pruned.top1
-
-
-def reference_name(result: Result) -> str:
-    """What the pruned network was judged against."""
-    return "dense control" if result.test.dense_control else "dense"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The verdict in plain words, and what it rests on."""
-
-    title: str
-    text: str
-
-
-def verdict(result: Result, margin: float) -> Verdict:
-    """The verdict in plain words; `margin` is the drop that the run was asked to stay within, a fraction."""
-    low, high = result.test.mcnemar.drop_ci95
-    limit, interval = f"the margin of {points(margin, sign='')}", span(low, high)
-    if result.test.guessing:
-        share = percent(result.test.largest_class, 1)
-        return Verdict(
-            "The dense network guesses",
-            f"It is right on {percent(result.test.dense.top1, 1)} of test, and always naming the largest class is "
-            f"right on {share}: its 95% interval does not lie above that. So there was no accuracy that pruning could "
-            "lose. Check model.checkpoint, data.mean and data.std, the order of the classes, or train for longer.",
-        )
-    if unpruned(result):
-        return Verdict(
-            "Nothing was pruned",
-            "No round was accepted: each one lost more on val than target.tolerance, down to the smallest step. The "
-            "network handed over is the dense one as it was.",
-        )
-    if result.verdict == "no loss":
-        text = f"Even the upper end of the drop's 95% interval ({interval}) is within {limit}."
-        if low > 0:
-            text += " The interval lies above zero: there is a drop, small enough to be within what was allowed."
-        return Verdict("No loss of accuracy", text)
-    if result.verdict == "loss":
-        text = f"The drop's 95% interval ({interval}) lies wholly above zero: the pruned network is less accurate."
-        return Verdict("Accuracy was lost", text)
-    return Verdict(
-        "Undecided",
-        f"The drop's 95% interval ({interval}) holds zero but reaches past {limit}: the test neither shows a loss "
-        "nor rules one out that matters. A larger test set, or less pruning, would decide.",
-    )
-
-
-def unpruned(result: Result) -> bool:
-    """Whether a campaign ended with the dense network: nothing is pruned, and no round was accepted."""
-    return result.weights_kept == result.weights_total and not any(row.accepted for row in result.rounds)
 
 
 @dataclass(frozen=True)
@@ -297,23 +209,3 @@ def _svg(figure: Figure, label: str) -> Markup:
     from pipeline.results import figures
 
     return Markup(figures.inline(figures.to_svg(figure, label)))
-
-
-def error(scores: Scores) -> str:
-    """Top-1 error, and top-5 error where it was measured."""
-    return percent(1 - scores.top1) + (f" (top-5 {percent(1 - scores.top5)})" if scores.top5 is not None else "")
-
-
-def _smaller(value: int | None, whole: int) -> str:
-    if value is None:
-        return NOT_MEASURED
-    return f"{size(value)} ({number(whole / value)}× smaller)" if value else size(value)
-
-
-def _latency(latency: LatencySummary | None) -> str:
-    if latency is None:
-        return NOT_MEASURED
-    measured = {"dense": latency.dense, "pruned": latency.pruned, "compact": latency.compact}
-    parts = [f"{name} {number(value)} ms" for name, value in measured.items() if value]
-    said = f"; {latency.verdict}" if latency.verdict else ""
-    return f"{', '.join(parts)} on {latency.device}, batch {latency.batch}{said}"

@@ -39,7 +39,7 @@ EARLIER = {"data.decoder": "pillow"}
 # Settings that change no result, and no fingerprint.
 UNHASHED = (
     "dense.checkpoint_minutes", "retrain.checkpoint_minutes", "data.build_workers", "data.decoded_cache",
-    "data.decoded_cache_bytes",
+    "data.decoded_cache_bytes", "tracking.register",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from run_files import (
 )
 
 from pipeline.base.errors import UserError
-from pipeline.results import figures, plots, report
+from pipeline.results import figures, outcome, plots, report
 from pipeline.run.records import DataFacts, DenseFigures, Histograms
 from pipeline.settings.config import dump_config
 
@@ -184,7 +184,7 @@ def test_user_mistakes_are_named(tmp_path: Path) -> None:
 
 
 def test_summary_rows(tmp_path: Path) -> None:
-    rows = dict(report.summary_rows(taken(result(config(tmp_path)))))
+    rows = dict(outcome.summary_rows(taken(result(config(tmp_path)))))
     assert rows["verdict"] == "no loss"
     assert rows["compression"] == "13.7×"
     assert rows["drop against dense control"] == "+0.03 points (95%: −0.15 to +0.21 points)"

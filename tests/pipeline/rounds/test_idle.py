@@ -48,6 +48,7 @@ BESIDE: dict[str, tuple[Any, dict[str, Any]]] = {
     "prune.sigma": ("renewed", {"prune.allocation": "uniform"}),
     "tracking.uri": ("http://x", {"tracking.enabled": False}),
     "tracking.experiment": ("mine", {"tracking.enabled": False}),
+    "tracking.register": ("small", {"tracking.enabled": False}),
 }
 
 

@@ -36,22 +36,27 @@ def test_a_whole_run_reads_back(tmp_path: Path) -> None:
     parts = named(held)
     assert sorted(parts) == ["lenet", "round 1", "round 2", "round 3", "round 4"]
     parent, child = parts["lenet"], parts["round 3"]
+    assert child["info"][0] == "lenet · round 3 · 6.67×"
     assert held[synced.run_id] is parent
-    assert parent["info"] == ("lenet", "FINISHED", CREATED, CREATED + 75_000 + 2_000)
+    assert parent["info"] == ("lenet · lenet_300_100 · 13.7× · no loss", "FINISHED", CREATED, CREATED + 75_000 + 2_000)
     assert parent["params"]["target.compression"] == "12.0"
-    assert parent["tags"]["secateur.verdict"] == "no loss"
-    assert [(step, when) for step, when, _ in parent["points"]["round.compression"]] == [
+    people = {"verdict": "no loss", "compression": "13.7×", "network": "lenet_300_100"}
+    assert people.items() <= parent["tags"].items()
+    assert [(step, when) for step, when, _ in parent["points"]["round/compression"]] == [
         (n, CREATED + 20_000 + 10_000 * n) for n in range(5)
     ]
-    assert parent["points"]["test.top1"][0][2] == 0.9838
-    assert len(parent["points"]["dense.loss"]) == 8
+    assert parent["points"]["test/accuracy"][0][2] == 0.9838
+    course = sorted(parent["points"]["train/loss"])
+    assert [step for step, *_ in course] == [*range(100, 900, 100), *range(900, 2500, 100)]
+    assert [step for step, *_ in sorted(parent["points"]["control/loss"])] == [*range(2500, 4100, 100)]
+    assert [step for step, *_ in sorted(parent["points"]["compression/val_accuracy"])] == [1, 2, 3, 7, 14]
     expected = {"report.html", "result.json", "config.yaml", "scan/scan.json", "final/model.packed", "layers.json"}
     assert expected <= parent["files"].keys()
     assert parent["files"]["final/model.safetensors"] == 7000
     assert {"figures/rounds.png", "figures/weights/fc1.weight.png"} <= parent["files"].keys()
     assert child["tags"]["mlflow.parentRunId"] == synced.run_id
     assert child["info"][1:] == ("FINISHED", CREATED + 40_000, CREATED + 50_000)
-    assert len(child["points"]["epoch.val_top1"]) == 4
+    assert len(child["points"]["val/accuracy"]) == 4
     assert child["files"].keys() == {"plan.json", "metrics.json", "layers.json"}
 
 
@@ -100,7 +105,7 @@ def test_grows_with_the_run_into_what_a_single_sync_makes(tmp_path: Path) -> Non
     parts = named(everything(settings))
     assert sorted(parts) == ["lenet", "round 1", "round 2", "round 2 (attempt 2)", "round 3", "round 4"]
     assert parts["lenet"]["info"][1] == "FINISHED"
-    assert len(parts["lenet"]["points"]["round.val_loss"]) == 5
+    assert len(parts["lenet"]["points"]["round/val_accuracy"]) == 5
 
 
 def test_an_interrupted_sync_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,9 +219,11 @@ def test_runs_at_once_into_one_server(tmp_path: Path, tracking_server: TrackingS
     for number, one in enumerate(synced, start=1):
         mine = [run for run in held.values() if run["tags"]["secateur.uid"] == f"uid{number}"]
         children = [run for run in mine if run["tags"].get("mlflow.parentRunId") == one.run_id]
-        assert sorted(run["info"][0] for run in children) == [f"round {n}" for n in range(1, number + 1)]
+        assert sorted(run["info"][0].split(" · ")[1] for run in children) == [
+            f"round {n}" for n in range(1, number + 1)
+        ]
         assert len(mine) == number + 1
-        assert {run["points"]["density"][0][2] for run in children} == {round(0.5 / number * TOTAL) / TOTAL}
+        assert {run["points"]["round/density"][0][2] for run in children} == {round(0.5 / number * TOTAL) / TOTAL}
 
 
 @pytest.mark.slow
