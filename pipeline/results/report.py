@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from pipeline.results.words import (
     short,
     size,
 )
-from pipeline.run.contents import Contents, read
+from pipeline.run.contents import Contents, mirrored_files, read
 from pipeline.run.records import LayerActivity, Scan
 from pipeline.run.result import Result
 
@@ -42,7 +42,7 @@ def write(run_dir: str | Path, check: storage.Check | None = None) -> str:
 
 
 def render(run_dir: str | Path) -> str:
-    """The report as HTML text: one self-contained page without scripts; the same run gives the same text.
+    """The report as HTML text: one self-contained page, the same for the same run. Its one script sorts a table.
 
     Raises UserError if the run is not finished or a file of it is damaged.
     """
@@ -84,6 +84,7 @@ def render(run_dir: str | Path) -> str:
         cuts=scan_rows(run.scan),
         plots=_plots(run, result),
         sentence=outcome.sentence(result),
+        loading=_loading(run),
         command=outcome.repeat_command(run),
         seconds=dict(result.seconds),
     )
@@ -174,7 +175,10 @@ def scan_rows(scan: Scan | None) -> list[Cut]:
 
 @dataclass(frozen=True)
 class Plots:
-    """SVG elements, `histograms` by tensor; None where the run does not hold what they show."""
+    """SVG elements, wide ones and narrow ones side by side, of which the page's width chooses; `histograms` by tensor.
+
+    None where the run does not hold what they show, or too little of it to draw.
+    """
 
     layers: Markup
     sensitivity: Markup | None
@@ -191,12 +195,22 @@ def _plots(run: Contents, result: Result) -> Plots:
     alone = f"of {network} against percent of weights kept, one tensor pruned at a time"
     by_round = "Validation accuracy against compression, before and after retraining, for each round"
     by_epoch = "Training loss and validation accuracy by epoch"
+    epochs = sum(len(part.history) for part in (dense, *rounds) if part is not None)
     return Plots(
-        layers=_svg(plots.layers(result.layers, result.density), f"Percent of weights kept in each layer of {network}"),
-        sensitivity=_svg(plots.sensitivity(scan), f"Accuracy {alone}") if scan else None,
-        sensitivity_loss=_svg(plots.sensitivity(scan, "loss"), f"Loss {alone}") if scan else None,
-        rounds=_svg(plots.rounds(dense, rounds, run.control), by_round) if dense and rounds else None,
-        training=_svg(plots.training(dense, rounds, run.control), by_epoch) if dense else None,
+        layers=_both(
+            lambda narrow: plots.layers(result.layers, result.density, narrow),
+            f"Percent of weights kept in each layer of {network}",
+        ),
+        sensitivity=_both(lambda narrow: plots.sensitivity(scan, narrow=narrow), f"Accuracy {alone}") if scan else None,
+        sensitivity_loss=_both(lambda narrow: plots.sensitivity(scan, "loss", narrow), f"Loss {alone}")
+        if scan
+        else None,
+        rounds=_both(lambda narrow: plots.rounds(dense, rounds, run.control, narrow), by_round)
+        if dense and rounds
+        else None,
+        training=_both(lambda narrow: plots.training(dense, rounds, run.control, narrow), by_epoch)
+        if dense and epochs > 1
+        else None,
         histograms={
             each.name: _svg(plots.histogram(each), f"Histogram of the weights of {each.name}, dense and after pruning")
             for each in (run.histograms.tensors if run.histograms else ())
@@ -204,8 +218,35 @@ def _plots(run: Contents, result: Result) -> Plots:
     )
 
 
+def _both(draw: Callable[[bool], Figure], label: str) -> Markup:
+    """A figure for wide pages, and one for narrow ones."""
+    made = [
+        Markup('<div class="{}">{}</div>').format(name, _svg(draw(narrow), label))
+        for name, narrow in (("wide", False), ("narrow", True))
+    ]
+    return Markup("").join(made)
+
+
 def _svg(figure: Figure, label: str) -> Markup:
     # Safe to leave unescaped: matplotlib escapes the text it draws, and to_svg escapes the label.
     from pipeline.results import figures
 
     return Markup(figures.inline(figures.to_svg(figure, label)))
+
+
+def _loading(run: Contents) -> list[tuple[str, str]]:
+    """How to load what the run made: a sentence, and a few lines of Python."""
+    final = f"{run.path}/final"
+    ways = [
+        (
+            "The weights, in the network's own layout; pruned ones are 0.",
+            f'from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file("{final}/model.safetensors"))',
+        ),
+    ]
+    there = mirrored_files(run.path)
+    for name, text in (("model.onnx", "The network as ONNX"), ("compact.onnx", "The same without its dead units")):
+        if f"final/{name}" in there:
+            lines = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{final}/{name}")\n'
+            lines += '(logits,) = session.run(["output"], {"input": images})  # float32, normalised'
+            ways.append((f"{text}, without its code.", lines))
+    return ways

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from pipeline.base.errors import one_line
 from pipeline.base.hiding import hide
@@ -22,7 +23,7 @@ def noted(run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        how = "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        how: Literal["killed", "failed"] = "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         why = hide(one_line(f"{type(error).__name__}: {error}".removesuffix(": ")))
         with contextlib.suppress(Exception):  # the error itself is the one to be told
             run.commit(Ended(how, why, now_ms()), FILE)

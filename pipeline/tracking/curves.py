@@ -58,8 +58,8 @@ def _trainings(run: Contents) -> Iterator[Point]:
     moments += run.course
     if run.control is not None and not any(phase.startswith(_CONTROL) for phase in told):
         moments += _told(run.control, control_folder(1), 1.0)
-    for each in placed(moments):
-        yield from _training(each.moment, each.at)
+    for stood in placed(moments):
+        yield from _training(stood.moment, stood.at)
 
 
 def _training(moment: Moment, step: int) -> Iterator[Point]:
@@ -131,7 +131,6 @@ def _outcome(result: Result) -> dict[str, float | None]:
         "final/compression": result.compression,
         "final/flops_left": result.flops_density_weights,
         "final/packed_bytes": result.bytes.packed,
-        "final/seconds": sum(value for _, value in result.seconds if value is not None),
         **on_test(result),
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.tracking.records import UID, Model
 
-_SHA = "secateur.onnx"  # of the ONNX file that a LoggedModel holds, once it is there
+_SHA = "mlflow.secateur.onnx"  # of the ONNX file that a LoggedModel holds, once it is there
 CHAMPION = "champion"
 
 
@@ -21,7 +21,7 @@ def store(client: Any, experiment: str, run_id: str, model: Model, register: str
     logged = _logged(client, experiment, run_id, model) or _make(client, experiment, run_id, model)
     _link(client, run_id, logged, model)
     if register is not None:
-        _register(client, run_id, logged.model_id, model, register)
+        _register(client, run_id, logged, model, register)
 
 
 def _logged(client: Any, experiment: str, run_id: str, model: Model) -> Any:
@@ -88,7 +88,7 @@ def _link(client: Any, run_id: str, logged: Any, model: Model) -> None:
         client.log_batch(run_id, metrics=missing)
 
 
-def _register(client: Any, run_id: str, model_id: str, model: Model, name: str) -> None:
+def _register(client: Any, run_id: str, logged: Any, model: Model, name: str) -> None:
     """A version of the registered model, and the alias: champion is the smallest network without loss."""
     from mlflow.exceptions import MlflowException
 
@@ -100,11 +100,15 @@ def _register(client: Any, run_id: str, model_id: str, model: Model, name: str) 
     versions = client.search_model_versions(f"name = '{name}'")
     mine = [each for each in versions if each.tags.get(_SHA) == model.onnx.digest and each.run_id == run_id]
     tags = {**model.tags, _SHA: model.onnx.digest}
-    mine = mine or [
-        client.create_model_version(
-            name, f"models:/{model_id}", run_id, tags=tags, description=model.note, model_id=model_id
-        )
-    ]
+    if not mine:
+        # Without a server mlflow would look models:/ up where its global settings point.
+        served = client.tracking_uri.startswith("http")
+        place = f"models:/{logged.model_id}" if served else logged.artifact_location
+        mine = [
+            client.create_model_version(
+                name, place, run_id, tags=tags, description=model.note, model_id=logged.model_id
+            )
+        ]
     if model.tags["verdict"] != "no loss":
         return
     aliases = client.get_registered_model(name).aliases

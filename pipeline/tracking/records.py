@@ -124,7 +124,7 @@ def _name(run: Contents) -> str:
     result = run.result
     if result is None:
         return f"{run.run.name} · {run.config.model.factory}"
-    return f"{run.run.name} · {result.network} · {number(result.compression)}× · {result.verdict}"
+    return f"{run.run.name} · {number(result.compression)}× · {result.verdict} · {result.network}"
 
 
 def _status(run: Contents, finished: bool) -> str:

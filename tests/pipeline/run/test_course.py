@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_after_what_an_older_program_did() -> None:
 def test_places_only_rise_and_stay_when_the_course_grows(drawn: list[tuple[str, int, float | None]]) -> None:
     moments = [at(phase, step, 30, val) for phase, step, val in drawn]
     whole = placed(moments)
-    assert all(a.at < b.at for a, b in zip(whole, whole[1:], strict=False))
+    assert all(a.at < b.at for a, b in itertools.pairwise(whole))
     for end in range(len(moments)):
         assert placed(moments[:end]) == whole[: len(placed(moments[:end]))]
 

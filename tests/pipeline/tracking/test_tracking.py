@@ -38,7 +38,7 @@ def test_a_whole_run_reads_back(tmp_path: Path) -> None:
     parent, child = parts["lenet"], parts["round 3"]
     assert child["info"][0] == "lenet · round 3 · 6.67×"
     assert held[synced.run_id] is parent
-    assert parent["info"] == ("lenet · lenet_300_100 · 13.7× · no loss", "FINISHED", CREATED, CREATED + 75_000 + 2_000)
+    assert parent["info"] == ("lenet · 13.7× · no loss · lenet_300_100", "FINISHED", CREATED, CREATED + 75_000 + 2_000)
     assert parent["params"]["target.compression"] == "12.0"
     people = {"verdict": "no loss", "compression": "13.7×", "network": "lenet_300_100"}
     assert people.items() <= parent["tags"].items()
