@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,17 +222,18 @@ def _plots(run: Contents, result: Result) -> Plots:
 def _both(draw: Callable[[bool], Figure], label: str) -> Markup:
     """A figure for wide pages, and one for narrow ones."""
     made = [
-        Markup('<div class="{}">{}</div>').format(name, _svg(draw(narrow), label))
+        Markup('<div class="{}">{}</div>').format(name, _svg(draw(narrow), label, name))
         for name, narrow in (("wide", False), ("narrow", True))
     ]
     return Markup("").join(made)
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def _svg(figure: Figure, label: str, width: str = "any") -> Markup:
     # Safe to leave unescaped: matplotlib escapes the text it draws, and to_svg escapes the label.
     from pipeline.results import figures
 
-    return Markup(figures.inline(figures.to_svg(figure, label)))
+    mark = f"{width}-{zlib.crc32(label.encode()):08x}"
+    return Markup(figures.inline(figures.to_svg(figure, label), mark))
 
 
 def _loading(run: Contents) -> list[tuple[str, str]]:

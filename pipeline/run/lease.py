@@ -116,13 +116,16 @@ def require(root: str, fence: int, token: str | None) -> None:
 def over(root: str) -> bool:
     """Whether a run's last writer is surely gone: its lease has ended, or its process on this machine is dead.
 
-    False where the run has no lease, or a local one that another machine holds.
+    False where the run has no lease, or a local one that was taken on another machine.
     """
     url = storage.join(root, NAME)
-    if storage.is_local(root):
-        return storage.exists(url) and _parsed(storage.read_bytes(url), url).over(0.0)
-    found = storage.read_versioned(url)
-    return found is not None and _parsed(found.data, url).over(found.age_s)
+    if not storage.is_local(root):
+        found = storage.read_versioned(url)
+        return found is not None and _parsed(found.data, url).over(found.age_s)
+    if not storage.exists(url):
+        return False
+    holder = _parsed(storage.read_bytes(url), url)
+    return holder.host == socket.gethostname() and not process.lives(holder.pid, None)
 
 
 @contextmanager
