@@ -121,7 +121,9 @@ def same_everywhere(held: dict[str, Any]) -> dict[str, Any]:
     assert len(found) == len(held), "two runs of one name"
     parent = {run_id for run_id, run in held.items() if "mlflow.parentRunId" not in run["tags"]}
     assert len(parent) == 1
-    for run in found.values():
+    for run_id, run in held.items():
+        if note := run["tags"].get("mlflow.note.content"):
+            run["tags"]["mlflow.note.content"] = note.replace(run_id, "RUN")
         assert run["tags"].pop("mlflow.parentRunId", None) in {None, *parent}
         for name in ("mlflow.user", "mlflow.experimentId", "secateur.changed_settings"):
             run["tags"].pop(name, None)

@@ -46,10 +46,10 @@ def _speed(latency: LatencySummary | None) -> str:
     return f"{number(latency.dense / best, 2)}× faster on {latency.device}"
 
 
-def repeat_command(run: Contents) -> str:
-    """The command that makes the run again, beside it; with --trust-code where the network is code of the user's."""
+def repeat_command(run: Contents, folder: str) -> str:
+    """The command that makes the run in `folder` again, beside it; with --trust-code where its network needs that."""
     trusted = " --trust-code" if trust.needs_trust(run.config.model) else ""
-    return f"secateur run {storage.join(run.path, 'config.yaml')} name={run.run.name}-again{trusted}"
+    return f"secateur run {storage.join(folder, 'config.yaml')} name={run.run.name}-again{trusted}"
 
 
 def summary_rows(result: Result) -> list[tuple[str, str]]:

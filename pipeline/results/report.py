@@ -86,7 +86,7 @@ def render(run_dir: str | Path) -> str:
         plots=_plots(run, result),
         sentence=outcome.sentence(result),
         loading=_loading(run),
-        command=outcome.repeat_command(run),
+        command=outcome.repeat_command(run, run.path),
         seconds=dict(result.seconds),
     )
 

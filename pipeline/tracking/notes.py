@@ -7,13 +7,17 @@ from pipeline.results.tables import TextTable
 from pipeline.results.words import NOT_MEASURED, percent
 from pipeline.run.contents import Contents
 from pipeline.run.result import Result
+from pipeline.run.state import run_root
 
 _FENCE = "```"
 
 
 def of_run(run: Contents) -> str:
-    """The note, in Markdown. `{run_id}` in it stands for the MLflow run."""
-    again = f"To repeat it:\n\n{_FENCE}\n{outcome.repeat_command(run)}\n{_FENCE}"
+    """The note, in Markdown. `{run_id}` in it stands for the MLflow run.
+
+    The folder in it is that in which the run was made, so a copy of it elsewhere changes nothing.
+    """
+    again = f"To repeat it:\n\n{_FENCE}\n{outcome.repeat_command(run, run_root(run.config))}\n{_FENCE}"
     if run.result is None:
         return f"{_so_far(run)}\n\n{again}\n"
     told = outcome.verdict(run.result, run.config.target.margin)

@@ -51,7 +51,7 @@ def test_where_nothing_was_pruned(tmp_path: Path) -> None:
 )
 def test_the_command_that_repeats_a_run(tmp_path: Path, factory: str, trusted: bool) -> None:
     settings = config(tmp_path, model={"factory": factory})
-    command = outcome.repeat_command(read(begin(settings)))
+    command = outcome.repeat_command(read(begin(settings)), f"{tmp_path}/lenet")
     assert command == f"secateur run {tmp_path}/lenet/config.yaml name=lenet-again{' --trust-code' * trusted}"
 
 
