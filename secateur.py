@@ -34,7 +34,7 @@ from pipeline.local import LocalEngine
 from pipeline.network import compact as compaction
 from pipeline.network import given
 from pipeline.prune.masks import Applier
-from pipeline.results import report
+from pipeline.results import outcome, report
 from pipeline.results.tables import TextTable, percent
 from pipeline.results.tables import short as shortened
 from pipeline.rounds import outlook
@@ -111,12 +111,12 @@ class Pruned:
             return commands.bench(self.path, repeats, batches, trust_code=True)
 
     def __str__(self) -> str:
-        rows = [*report.summary_rows(self.result), ("run", self.path)]
+        rows = [*outcome.summary_rows(self.result), ("run", self.path)]
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
     def _repr_html_(self) -> str:
-        return _html(self.result.name, [*report.summary_rows(self.result), ("run", self.path)], self.figures)
+        return _html(self.result.name, [*outcome.summary_rows(self.result), ("run", self.path)], self.figures)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,9 @@ class Scanned:
             (each.name, ", ".join(f"{percent(level.density)}: {percent(level.top1)}" for level in each.levels))
             for each in self.scan.tensors
         ]
-        drawn = figures.inline(figures.to_svg(plots.sensitivity(self.scan), "Accuracy against weights kept"))
+        drawn = figures.inline(
+            figures.to_svg(plots.sensitivity(self.scan), "Accuracy against weights kept"), "sensitivity"
+        )
         return _html("val accuracy with one tensor pruned", rows, {"sensitivity": drawn})
 
 

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.base.errors import UserError
 from pipeline.data import shards, sources
 from pipeline.engine import Engine, Work
+from pipeline.export import export
 from pipeline.network.build import build_network
 from pipeline.network.survey import Prunable
 from pipeline.network.survey import survey as survey_network
 from pipeline.prune import channels, round_plan
 from pipeline.results import final
 from pipeline.rounds import branch, comparison, preflight, same_data, timing
-from pipeline.run import log
+from pipeline.run import course, ended, log
 from pipeline.run.events import Event, Mirrored, Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.records import DataFacts, Scan
 from pipeline.run.result import Result
@@ -273,8 +275,11 @@ def run(config: Config, engine: Engine, progress: Progress) -> Result:
         if config.tracking.enabled:
             mirror = Mirror(here.root, config, lambda text: heard(Warned(text)), lambda lag: heard(Mirrored(lag)))
         try:
-            carry_out(up_to(config, ROUNDS, FINAL), Driver(config, engine, here, heard))
+            with ended.noted(here):
+                carry_out(up_to(config, ROUNDS, FINAL), Driver(config, engine, here, heard))
             result = here.load(Result, "result.json")
+            if mirror is not None:
+                export_for_mlflow(config, here, heard)
             if mirror is not None and result.mlflow is None:
                 started = time.monotonic()
                 synced = mirror.flush(patience)
@@ -287,14 +292,29 @@ def run(config: Config, engine: Engine, progress: Progress) -> Result:
         return result
 
 
+def export_for_mlflow(config: Config, here: Run, progress: Progress) -> None:
+    """Write final/model.onnx, which MLflow's model is made of, unless it is there; a network may have none."""
+    if here.has("final", "model.onnx"):
+        return
+    try:
+        export.write_final_onnx(config, here)
+    except UserError as error:
+        progress(Warned(f"MLflow gets no model of this run that it could load: {error}"))
+
+
 @contextmanager
 def logged(engine: Engine, here: Run, progress: Progress) -> Iterator[Progress]:
-    """A progress function for a run's driver: events also go to the driver's log and to the engine."""
-    with log.kept(here, log.driver_name(here), lambda text: progress(Warned(text))) as kept:
+    """A progress function for a run's driver: events also go to the driver's log, the run's course and the engine."""
+
+    def tell(text: str) -> None:
+        progress(Warned(text))
+
+    with log.kept(here, log.driver_name(here), tell) as kept, course.kept(here, tell) as curves:
 
         def heard(event: Event) -> None:
             kept(event)
             engine.hear(event)
+            curves(event)
             progress(event)
 
         yield heard

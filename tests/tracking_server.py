@@ -106,7 +106,13 @@ def describe(client: Any, run: Any) -> dict[str, Any]:
 
 
 def named(held: dict[str, Any]) -> dict[str, Any]:
-    return {run["info"][0]: run for run in held.values()}
+    """Runs by the part of their names that stays the same: a run's own name, or "round 2 (attempt 2)"."""
+
+    def part(name: str) -> str:
+        first, second, *_ = [*name.split(" · "), ""]
+        return second if second.startswith("round ") else first
+
+    return {part(run["info"][0]): run for run in held.values()}
 
 
 def same_everywhere(held: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +121,9 @@ def same_everywhere(held: dict[str, Any]) -> dict[str, Any]:
     assert len(found) == len(held), "two runs of one name"
     parent = {run_id for run_id, run in held.items() if "mlflow.parentRunId" not in run["tags"]}
     assert len(parent) == 1
-    for run in found.values():
+    for run_id, run in held.items():
+        if note := run["tags"].get("mlflow.note.content"):
+            run["tags"]["mlflow.note.content"] = note.replace(run_id, "RUN")
         assert run["tags"].pop("mlflow.parentRunId", None) in {None, *parent}
         for name in ("mlflow.user", "mlflow.experimentId", "secateur.changed_settings"):
             run["tags"].pop(name, None)

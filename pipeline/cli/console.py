@@ -15,7 +15,7 @@ from pipeline.base.hiding import hide
 from pipeline.cli.messages import make_console
 from pipeline.export.bench import Bench, Foreseen
 from pipeline.network.groups import INPUTS, OUTPUTS, Groups
-from pipeline.results import report
+from pipeline.results import outcome
 from pipeline.results.tables import TextTable
 from pipeline.rounds.outlook import RunPlan
 from pipeline.run.events import (
@@ -208,7 +208,7 @@ def show_result(result: Result, report_path: str, console: Console | None = None
     """Print the result of a run as a table."""
     console = console or make_console()
     table = Table("", "", title=f"{result.name} ({result.network})", show_header=False)
-    for label, value in report.summary_rows(result):
+    for label, value in outcome.summary_rows(result):
         table.add_row(label, value)
     table.add_row("report", report_path)
     console.print(table)

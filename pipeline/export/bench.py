@@ -40,7 +40,6 @@ BATCHES = (1, 64)
 MOST = 2**20  # samples in a batch
 SAMPLES = 64  # random and real inputs each, on which the compact network and the ONNX files are checked
 T = TypeVar("T")
-TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that passes for rounding of float32
 
 
 @dataclass(frozen=True)
@@ -249,7 +248,7 @@ def _attempt(name: str, make: Callable[[], T], missing: dict[str, str]) -> T | N
 
 def _rounding(wanted: Tensor) -> float:
     """The largest difference from these outputs that passes for rounding."""
-    return TOLERANCE * max(1.0, float(wanted.abs().max()))
+    return export.TOLERANCE * max(1.0, float(wanted.abs().max()))
 
 
 def device_name(device: torch.device, threads: int) -> str:

@@ -13,7 +13,6 @@ from pipeline import storage
 from pipeline.base import stats
 from pipeline.base.errors import UserError
 from pipeline.export.bench import Bench
-from pipeline.results import report
 from pipeline.results.words import count, number, percent, points, size, span
 from pipeline.run.contents import read
 from pipeline.run.result import Scores
@@ -77,9 +76,9 @@ def render(run_dir: str | Path) -> str:
             *([("dense control", accuracy(control, samples))] if (control := result.test.dense_control) else []),
             ("pruned", accuracy(result.test.pruned, samples)),
         ],
-        drop=f"{points(report.drop(result))} (95%: {span(low, high)})",
-        reference=report.reference_name(result),
-        verdict=report.verdict(result, config.target.margin),
+        drop=f"{points(outcome.drop(result))} (95%: {span(low, high)})",
+        reference=outcome.reference_name(result),
+        verdict=outcome.verdict(result, config.target.margin),
         files=[(name, sizes[name], what) for name, what in FILES.items() if name in sizes],
         missing=dict(bench.missing) if bench else {},
         bench=bench,

@@ -91,8 +91,12 @@ def to_svg(figure: Figure, label: str) -> str:
     return svg.replace("<svg ", attributes, 1).strip()
 
 
-def inline(svg: str) -> str:
-    """The element as HTML wants it: no namespace declaration, width from the page."""
+def inline(svg: str, mark: str) -> str:
+    """The element as HTML wants it: no namespace declaration, width from the page.
+
+    `mark` comes before its ids, since figures that are alike in parts have ids in common.
+    """
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{mark}-", svg)
     head, rest = svg.split(">", 1)
     head = head.replace(' xmlns="http://www.w3.org/2000/svg"', "")
     width = re.search(r' width="([\d.]+)pt"', head)

@@ -22,13 +22,15 @@ from pipeline.run.result import LayerResult
 Part = Mapping[str, Any]
 Metric = Literal["top1", "loss"]
 _MARKERS = "osD^vPX*"
+NARROW = 4.2  # inches: the text of a figure so wide can be read at 390 pixels
 _KEPT_TICKS = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1)
 
 
-def sensitivity(scan: Scan, metric: Metric = "top1") -> Figure:
+def sensitivity(scan: Scan, metric: Metric = "top1", narrow: bool = False) -> Figure:
     """Figure 6: accuracy on val when one tensor alone is cut to so many % of its weights, nothing retrained.
 
     `metric` "loss" draws the loss instead. Bands are 95% intervals of the change against the dense network, paired.
+    `narrow`, here and below, is for a telephone: panels stand one above the other.
     """
     panels = [
         (title, group)
@@ -42,18 +44,28 @@ def sensitivity(scan: Scan, metric: Metric = "top1") -> Figure:
         names = max((min(len(group), 16) for _, group in panels), default=0)
         shares = [2 if len(group) > 16 else 1 for _, group in panels]  # a long legend takes half of its panel
         height = max(3.4, 0.9 + 0.17 * names)
-        figure, axes = new(10.5, height, 1, max(1, len(panels)), sharey=True, width_ratios=shares or None)
+        count = max(1, len(panels))
+        if narrow:
+            below = [2.7 + 0.17 * ((min(len(group), 32) + 1) // 2) for _, group in panels] or [2.7]
+            figure, axes = new(NARROW, sum(below), count, 1, height_ratios=below)
+        else:
+            figure, axes = new(10.5, height, 1, count, sharey=True, width_ratios=shares or None)
         for axis, (title, group) in zip(axes, panels, strict=False):
-            _sensitivity_panel(axis, group, scan, metric)
+            _sensitivity_panel(axis, group, scan, metric, narrow)
             axis.set_title(title if len(panels) > 1 else "")
-        axes[0].set_ylabel(
-            f"top-1 accuracy on {scan.split} (%)" if metric == "top1" else f"loss on {scan.split} (nats)"
-        )
-        if metric == "loss":
-            axes[0].set_yscale("log")
-            axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes[0].yaxis.set_minor_formatter(NullFormatter())
+        for axis in axes if narrow else axes[:1]:
+            axis.set_ylabel(
+                f"top-1 accuracy on {scan.split} (%)" if metric == "top1" else f"loss on {scan.split} (nats)"
+            )
+        for axis in axes if metric == "loss" else ():
+            _log_axis(axis)
     return figure
+
+
+def _log_axis(axis: Axes) -> None:
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def is_convolution(kind: str) -> bool:
@@ -61,7 +73,9 @@ def is_convolution(kind: str) -> bool:
     return kind.lower().startswith("conv")
 
 
-def _sensitivity_panel(axis: Axes, group: Sequence[TensorScan], scan: Scan, metric: Metric) -> None:
+def _sensitivity_panel(
+    axis: Axes, group: Sequence[TensorScan], scan: Scan, metric: Metric, narrow: bool = False
+) -> None:
     few = len(group) <= len(PALETTE)
     unit = 100 if metric == "top1" else 1
     dense = _measured(scan.dense, metric)
@@ -92,6 +106,9 @@ def _sensitivity_panel(axis: Axes, group: Sequence[TensorScan], scan: Scan, metr
     _kept_axis(axis, smallest)
     axis.set_xlabel("weights of the tensor kept (%)")
     columns = 1 if len(group) <= 16 else 2
+    if narrow:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, labelspacing=0.25, handlelength=1.6)
+        return
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=columns, labelspacing=0.25, handlelength=1.6)
 
 
@@ -120,10 +137,15 @@ def _kept_axis(axis: Axes, smallest: float) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def rounds(dense: DenseMetrics, metrics: Sequence[RoundMetrics], control: DenseMetrics | None = None) -> Figure:
-    """Top-1 accuracy on val against compression, a point a round: with the drop before retraining, and close up."""
+def rounds(
+    dense: DenseMetrics, metrics: Sequence[RoundMetrics], control: DenseMetrics | None = None, narrow: bool = False
+) -> Figure:
+    """Top-1 accuracy on val against compression, a point a round: with the drop before retraining, and close up.
+
+    The line begins with the dense network, at 1×.
+    """
     with styled():
-        figure, (whole, close) = new(10.5, 3.3, 1, 2)
+        figure, (whole, close) = new(NARROW, 5.6, 2, 1) if narrow else new(10.5, 3.3, 1, 2)
         kept = sorted((m for m in metrics if m.accepted), key=lambda m: m.compression)
         undone = [m for m in metrics if not m.accepted]
         x = [m.compression for m in kept]
@@ -139,7 +161,8 @@ def rounds(dense: DenseMetrics, metrics: Sequence[RoundMetrics], control: DenseM
             if control is not None:
                 level = 100 * control.val.top1
                 axis.axhline(level, color=MUTED, linewidth=1.3, linestyle=(0, (1, 1.5)), label="dense control")
-            axis.plot(x, after, "o-", color=PALETTE[0], label="pruned and retrained")
+            line = [1.0, *x], [100 * dense.val.top1, *after]
+            axis.plot(*line, "o-", color=PALETTE[0], label="pruned and retrained", markevery=slice(1, None))
             if undone:
                 spots = [m.compression for m in undone], [100 * m.val.top1 for m in undone]
                 axis.plot(*spots, "x", color=PALETTE[1], linestyle="none", label="undone")
@@ -202,20 +225,24 @@ def histogram(tensor: WeightHistogram) -> Figure:
     return figure
 
 
-def layers(rows: Sequence[LayerResult], density: float) -> Figure:
+def layers(rows: Sequence[LayerResult], density: float, narrow: bool = False) -> Figure:
     """Weights kept in each layer, in percent; `density` is that of all of them together."""
     with styled():
-        figure, (axis,) = new(10.5, 0.9 + 0.24 * max(2, len(rows)))
+        figure, (axis,) = new(NARROW if narrow else 10.5, 0.9 + 0.24 * max(2, len(rows)))
         kept = [100 * row.density for row in rows]
         places = range(len(rows))
         axis.barh(places, [100] * len(rows), color=GRID, height=0.66)
         axis.barh(places, kept, color=PALETTE[0], height=0.66)
         for place, row, percent in zip(places, rows, kept, strict=True):
             text = f"{percent:.3g}%  of {_count(row.weights)}"
-            axis.annotate(text, (percent, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+            full = percent > (60 if narrow else 85)  # then the text would leave the axis
+            axis.annotate(
+                text, (percent, place), xytext=(-5 if full else 5, 0), textcoords="offset points", va="center",
+                ha="right" if full else "left", fontsize=8, color="white" if full else INK,
+            )  # fmt: skip
         overall = 100 * density
         axis.axvline(overall, color=PALETTE[1], linewidth=1.2, linestyle=(0, (4, 3)))
-        axis.set_yticks(list(places), [_short(row.name) for row in rows], color=INK)
+        axis.set_yticks(list(places), [_short(row.name, 16 if narrow else 28) for row in rows], color=INK)
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.set_xlim(0, 100)
         axis.grid(visible=False, axis="y")
@@ -224,14 +251,16 @@ def layers(rows: Sequence[LayerResult], density: float) -> Figure:
     return figure
 
 
-def training(dense: DenseMetrics, metrics: Sequence[RoundMetrics], control: DenseMetrics | None = None) -> Figure:
+def training(
+    dense: DenseMetrics, metrics: Sequence[RoundMetrics], control: DenseMetrics | None = None, narrow: bool = False
+) -> Figure:
     """Loss and val accuracy by epoch: dense training, then each round's retraining, one after the other.
 
     Attempts that were undone are no part of the network's training and are left out.
     """
     segments = [("dense", dense.history), *((f"round {m.round}", m.history) for m in metrics if m.accepted)]
     with styled():
-        figure, axes = new(10.5, 4.6, 2, 1, sharex=True)
+        figure, axes = new(NARROW if narrow else 10.5, 4.6, 2, 1, sharex=True)
         start, ends = 0, []
         for i, (_, history) in enumerate(segments):
             colour = MUTED if i == 0 else PALETTE[0]
@@ -247,8 +276,10 @@ def training(dense: DenseMetrics, metrics: Sequence[RoundMetrics], control: Dens
         for axis in axes:
             for end in ends[:-1]:
                 axis.axvline(end + 0.5, color=GRID, linewidth=1)
-        _name_segments(axes[0], [name for name, _ in segments], ends)
+        _name_segments(axes[0], [name for name, _ in segments], ends, 3 if narrow else 10)
         axes[0].set_ylabel("training loss")
+        if min((epoch.loss for _, history in segments for epoch in history), default=0.0) > 0:
+            _log_axis(axes[0])
         axes[1].set_ylabel("top-1 on val (%)")
         axes[1].set_xlabel("epoch")
         axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -263,9 +294,9 @@ def _curve(axis: Axes, x: Sequence[int], y: Sequence[float], colour: str, dashed
     axis.plot(x, y, color=colour, marker=".", markersize=4, linestyle=(0, (3, 2)) if dashed else "-")
 
 
-def _name_segments(axis: Axes, names: Sequence[str], ends: Sequence[int]) -> None:
-    """The segments' names above the axis, unless there are too many to read."""
-    if len(names) > 10:
+def _name_segments(axis: Axes, names: Sequence[str], ends: Sequence[int], most: int) -> None:
+    """The segments' names above the axis, unless there are more than can be read."""
+    if len(names) > most:
         return
     for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True):
         if end > start:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,8 @@ from markupsafe import Markup
 
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.results import outcome
 from pipeline.results.words import (
-    NOT_MEASURED,
     count,
     duration,
     moment,
@@ -22,11 +23,10 @@ from pipeline.results.words import (
     points,
     short,
     size,
-    span,
 )
-from pipeline.run.contents import Contents, read
+from pipeline.run.contents import Contents, mirrored_files, read
 from pipeline.run.records import LayerActivity, Scan
-from pipeline.run.result import LatencySummary, OnTest, Result, Scores
+from pipeline.run.result import Result
 
 if TYPE_CHECKING:  # matplotlib is loaded where a figure is drawn: it takes most of a second
     from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ def write(run_dir: str | Path, check: storage.Check | None = None) -> str:
 
 
 def render(run_dir: str | Path) -> str:
-    """The report as HTML text: one self-contained page without scripts; the same run gives the same text.
+    """The report as HTML text: one self-contained page, the same for the same run. Its one script sorts a table.
 
     Raises UserError if the run is not finished or a file of it is damaged.
     """
@@ -73,124 +73,22 @@ def render(run_dir: str | Path) -> str:
     return environment.get_template("report.html").render(
         run=run,
         result=result,
-        verdict=verdict(result, run.config.target.margin),
-        reference=reference_name(result),
-        rows=summary_rows(result),
+        verdict=outcome.verdict(result, run.config.target.margin),
+        reference=outcome.reference_name(result),
+        rows=outcome.summary_rows(result),
         rounds=run.finished_rounds,
-        unpruned=unpruned(result),
+        unpruned=outcome.unpruned(result),
         undone=not all(metrics.accepted for metrics in run.finished_rounds),
         predictions=predictions(run),
         totals=totals(result),
         measured=measured_on(run.activity),
         cuts=scan_rows(run.scan),
         plots=plots_of(run, result),
-        command=f"secateur run {storage.join(run.path, 'config.yaml')}",
+        sentence=outcome.sentence(result),
+        loading=_loading(run),
+        command=outcome.repeat_command(run, run.path),
         seconds=dict(result.seconds),
     )
-
-
-def summary_rows(result: Result) -> list[tuple[str, str]]:
-    """What a run found, as (label, value) for the terminal and the top of the report."""
-    test, stored, start = result.test, result.bytes, result.lineage
-    low, high = test.mcnemar.drop_ci95
-    return [
-        *([("started from", f"round {start.round} of {start.run}")] if start else []),
-        ("verdict", result.verdict),
-        ("compression", f"{number(result.compression)}×"),
-        ("weights kept", f"{count(result.weights_kept)} of {count(result.weights_total)}"),
-        ("FLOPs left, by weights", percent(result.flops_density_weights, 1)),
-        ("FLOPs left, zero inputs skipped too", percent(result.flops_density, 1)),
-        ("test error, dense", error(test.dense)),
-        ("test error, dense control", error(test.dense_control) if test.dense_control else NOT_MEASURED),
-        ("test error, pruned", error(test.pruned)),
-        (f"drop against {reference_name(result)}", f"{points(drop(result))} (95%: {span(low, high)})"),
-        *_against_given(test),
-        ("size, dense fp32", size(stored.dense_fp32)),
-        ("size, pruned and gzipped", _smaller(stored.dense_gzip, stored.dense_fp32)),
-        ("size, packed", _smaller(stored.packed, stored.dense_fp32)),
-        *_bits(result),
-        ("latency", _latency(result.latency_ms)),
-        ("looks at test", str(result.test_looks)),
-    ]
-
-
-def _against_given(test: OnTest) -> list[tuple[str, str]]:
-    """The drop against the dense network as it was given, where the verdict rests on the dense control."""
-    if test.against_dense is None:
-        return []
-    lost, (low, high) = test.dense.top1 - test.pruned.top1, test.against_dense.drop_ci95
-    return [("drop against the dense network as given", f"{points(lost)} (95%: {span(low, high)})")]
-
-
-def _bits(result: Result) -> list[tuple[str, str]]:
-    """Where values are shared, the packed bits of a kept weight: its value, its place, and the entropy of both."""
-    if result.bytes.packed_bound is None or not result.weights_kept:
-        return []
-    total, index = (
-        sum((getattr(layer, name) or 0.0) * layer.kept for layer in result.layers) / result.weights_kept
-        for name in ("packed_bits_per_kept", "packed_index_bits_per_kept")
-    )
-    bounds = [(layer.packed_bound_bits_per_kept, layer.kept) for layer in result.layers if layer.kept]
-    known = [bound * kept for bound, kept in bounds if bound is not None]
-    entropy = number(sum(known) / result.weights_kept) if len(known) == len(bounds) else NOT_MEASURED
-    text = f"{number(total)}: value {number(total - index)}, place {number(index)} (entropy of both {entropy})"
-    return [("bits of a kept weight, packed", text)]
-
-
-def drop(result: Result) -> float:
-    """Top-1 on test that pruning cost, a fraction; negative where the pruned network is better."""
-    return result.test.reference.top1 - result.test.pruned.top1
-
-
-def reference_name(result: Result) -> str:
-    """What the pruned network was judged against."""
-    return "dense control" if result.test.dense_control else "dense"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The verdict in plain words, and what it rests on."""
-
-    title: str
-    text: str
-
-
-def verdict(result: Result, margin: float) -> Verdict:
-    """The verdict in plain words; `margin` is the drop that the run was asked to stay within, a fraction."""
-    low, high = result.test.mcnemar.drop_ci95
-    limit, interval = f"the margin of {points(margin, sign='')}", span(low, high)
-    if result.test.guessing:
-        share = percent(result.test.largest_class, 1)
-        return Verdict(
-            "The dense network guesses",
-            f"It is right on {percent(result.test.dense.top1, 1)} of test, and always naming the largest class is "
-            f"right on {share}: its 95% interval does not lie above that. So there was no accuracy that pruning could "
-            "lose. Check model.checkpoint, data.mean and data.std, the order of the classes, or train for longer.",
-        )
-    if unpruned(result):
-        return Verdict(
-            "Nothing was pruned",
-            "No round was accepted: each one lost more on val than target.tolerance, down to the smallest step. The "
-            "network handed over is the dense one as it was.",
-        )
-    if result.verdict == "no loss":
-        text = f"Even the upper end of the drop's 95% interval ({interval}) is within {limit}."
-        if low > 0:
-            text += " The interval lies above zero: there is a drop, small enough to be within what was allowed."
-        return Verdict("No loss of accuracy", text)
-    if result.verdict == "loss":
-        text = f"The drop's 95% interval ({interval}) lies wholly above zero: the pruned network is less accurate."
-        return Verdict("Accuracy was lost", text)
-    return Verdict(
-        "Undecided",
-        f"The drop's 95% interval ({interval}) holds zero but reaches past {limit}: the test neither shows a loss "
-        "nor rules one out that matters. A larger test set, or less pruning, would decide.",
-    )
-
-
-def unpruned(result: Result) -> bool:
-    """Whether a campaign ended with the dense network: nothing is pruned, and no round was accepted."""
-    return result.weights_kept == result.weights_total and not any(row.accepted for row in result.rounds)
 
 
 @dataclass(frozen=True)
@@ -284,7 +182,10 @@ def scan_rows(scan: Scan | None) -> list[Cut]:
 
 @dataclass(frozen=True)
 class Plots:
-    """SVG elements, `histograms` by tensor; None where the run does not hold what they show."""
+    """SVG elements, wide ones and narrow ones side by side, of which the page's width chooses; `histograms` by tensor.
+
+    None where the run does not hold what they show, or too little of it to draw.
+    """
 
     layers: Markup
     sensitivity: Markup | None
@@ -302,12 +203,22 @@ def plots_of(run: Contents, result: Result) -> Plots:
     alone = f"of {network} against percent of weights kept, one tensor pruned at a time"
     by_round = "Validation accuracy against compression, before and after retraining, for each round"
     by_epoch = "Training loss and validation accuracy by epoch"
+    epochs = sum(len(part.history) for part in (dense, *rounds) if part is not None)
     return Plots(
-        layers=_svg(plots.layers(result.layers, result.density), f"Percent of weights kept in each layer of {network}"),
-        sensitivity=_svg(plots.sensitivity(scan), f"Accuracy {alone}") if scan else None,
-        sensitivity_loss=_svg(plots.sensitivity(scan, "loss"), f"Loss {alone}") if scan else None,
-        rounds=_svg(plots.rounds(dense, rounds, run.control), by_round) if dense and rounds else None,
-        training=_svg(plots.training(dense, rounds, run.control), by_epoch) if dense else None,
+        layers=_both(
+            lambda narrow: plots.layers(result.layers, result.density, narrow),
+            f"Percent of weights kept in each layer of {network}",
+        ),
+        sensitivity=_both(lambda narrow: plots.sensitivity(scan, narrow=narrow), f"Accuracy {alone}") if scan else None,
+        sensitivity_loss=_both(lambda narrow: plots.sensitivity(scan, "loss", narrow), f"Loss {alone}")
+        if scan
+        else None,
+        rounds=_both(lambda narrow: plots.rounds(dense, rounds, run.control, narrow), by_round)
+        if dense and rounds
+        else None,
+        training=_both(lambda narrow: plots.training(dense, rounds, run.control, narrow), by_epoch)
+        if dense and epochs > 1
+        else None,
         histograms={
             each.name: _svg(plots.histogram(each), f"Histogram of the weights of {each.name}, dense and after pruning")
             for each in (run.histograms.tensors if run.histograms else ())
@@ -315,28 +226,36 @@ def plots_of(run: Contents, result: Result) -> Plots:
     )
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def _both(draw: Callable[[bool], Figure], label: str) -> Markup:
+    """A figure for wide pages, and one for narrow ones."""
+    made = [
+        Markup('<div class="{}">{}</div>').format(name, _svg(draw(narrow), label, name))
+        for name, narrow in (("wide", False), ("narrow", True))
+    ]
+    return Markup("").join(made)
+
+
+def _svg(figure: Figure, label: str, width: str = "any") -> Markup:
     # Safe to leave unescaped: matplotlib escapes the text it draws, and to_svg escapes the label.
     from pipeline.results import figures
 
-    return Markup(figures.inline(figures.to_svg(figure, label)))
+    mark = f"{width}-{zlib.crc32(label.encode()):08x}"
+    return Markup(figures.inline(figures.to_svg(figure, label), mark))
 
 
-def error(scores: Scores) -> str:
-    """Top-1 error, and top-5 error where it was measured."""
-    return percent(1 - scores.top1) + (f" (top-5 {percent(1 - scores.top5)})" if scores.top5 is not None else "")
-
-
-def _smaller(value: int | None, whole: int) -> str:
-    if value is None:
-        return NOT_MEASURED
-    return f"{size(value)} ({number(whole / value)}× smaller)" if value else size(value)
-
-
-def _latency(latency: LatencySummary | None) -> str:
-    if latency is None:
-        return NOT_MEASURED
-    measured = {"dense": latency.dense, "pruned": latency.pruned, "compact": latency.compact}
-    parts = [f"{name} {number(value)} ms" for name, value in measured.items() if value]
-    said = f"; {latency.verdict}" if latency.verdict else ""
-    return f"{', '.join(parts)} on {latency.device}, batch {latency.batch}{said}"
+def _loading(run: Contents) -> list[tuple[str, str]]:
+    """How to load what the run made: a sentence, and a few lines of Python."""
+    final = f"{run.path}/final"
+    ways = [
+        (
+            "The weights, in the network's own layout; pruned ones are 0.",
+            f'from safetensors.torch import load_file\n\nmodel.load_state_dict(load_file("{final}/model.safetensors"))',
+        ),
+    ]
+    there = mirrored_files(run.path)
+    for name, text in (("model.onnx", "The network as ONNX"), ("compact.onnx", "The same without its dead units")):
+        if f"final/{name}" in there:
+            lines = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{final}/{name}")\n'
+            lines += '(logits,) = session.run(["output"], {"input": images})  # float32, normalised'
+            ways.append((f"{text}, without its code.", lines))
+    return ways

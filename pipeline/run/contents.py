@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.record import Record
+from pipeline.run import course, lease
+from pipeline.run.course import Moment
 from pipeline.run.records import (
     DataFacts,
     DenseMetrics,
+    Ended,
     Histograms,
     LayerActivity,
     RoundMetrics,
@@ -74,6 +77,8 @@ class Contents:
     activity: tuple[LayerActivity, ...]
     result: Result | None
     looks: int
+    course: tuple[Moment, ...]
+    ended: Ended | None
 
     @property
     def finished_rounds(self) -> list[RoundMetrics]:
@@ -124,6 +129,24 @@ def read(run_dir: str | Path) -> Contents:
         activity=LayerActivity.all_from_json(_json(activity) or (), activity),
         result=parsed(Result, "result.json"),
         looks=sum(1 for line in looks.splitlines() if line),
+        course=course.read(str(run_dir)),
+        ended=_ended(str(run_dir)),
+    )
+
+
+def _ended(root: str) -> Ended | None:
+    """How the run's last process ended before the run did; None where it still works, or nothing is known."""
+    url = storage.join(root, "ended.json")
+    known = _record(Ended, url)
+    if known is None and lease.over(root):
+        return Ended("killed", "its process is gone", 0)
+    return known
+
+
+def course_version(run_dir: str | Path) -> str:
+    """What changes when the course's journal has grown."""
+    return repr(
+        sorted((name, stat.version) for name, stat in storage.stats(storage.join(run_dir, course.FOLDER)).items())
     )
 
 

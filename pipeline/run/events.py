@@ -97,6 +97,7 @@ class Paced:
 
     `images_per_s` are those of all ranks; `waiting` is the share (0 to 1) of this rank's time in which it waited for
     data. This rank has met `bad` unreadable images and made `retries` of reads and writes since its process began.
+    `loss` is the mean of the epoch so far, as this rank knows it; `steps` are those of the whole training.
     """
 
     phase: str
@@ -106,6 +107,9 @@ class Paced:
     waiting: float
     bad: int
     retries: int
+    loss: float | None = None
+    lr: float | None = None
+    steps: int = 0
 
 
 @dataclass(frozen=True)

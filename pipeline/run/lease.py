@@ -113,6 +113,21 @@ def require(root: str, fence: int, token: str | None) -> None:
         raise Lost(_ended(root, age_s, holder.lasts))
 
 
+def over(root: str) -> bool:
+    """Whether a run's last writer is surely gone: its lease has ended, or its process on this machine is dead.
+
+    False where the run has no lease, or a local one that was taken on another machine.
+    """
+    url = storage.join(root, NAME)
+    if not storage.is_local(root):
+        found = storage.read_versioned(url)
+        return found is not None and _parsed(found.data, url).over(found.age_s)
+    if not storage.exists(url):
+        return False
+    holder = _parsed(storage.read_bytes(url), url)
+    return holder.host == socket.gethostname() and not process.lives(holder.pid, None)
+
+
 @contextmanager
 def _hold_local(root: Path, before: Callable[[], None]) -> Iterator[Held]:
     path = str(root / NAME)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.base.record import Record, optional
 
@@ -23,6 +23,19 @@ class RunFacts(Record):
     uid: str
     name: str
     created_ms: int
+
+
+@dataclass(frozen=True)
+class Ended(Record):
+    """ended.json: how the last process that drove the run ended, where that was before the run's end.
+
+    It is "killed" by Ctrl-C or SIGTERM, "failed" by any error, which `why` tells. One that got no time to write it, as
+    by kill -9, leaves none.
+    """
+
+    how: Literal["killed", "failed"]
+    why: str
+    ms: int
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -83,14 +84,23 @@ class Cluster(Section):
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
-class Tracking(Section):
-    """MLflow."""
+with warnings.catch_warnings():
+    # pydantic means ABCMeta.register, which no section needs.
+    warnings.filterwarnings("ignore", message='Field name "register" in "Tracking" shadows an attribute')
 
-    enabled: bool = Field(True, description="Mirror the run to MLflow.")
-    uri: Text | None = Field(
-        None, description="Tracking server; by default sqlite in runs_dir/mlflow.db, unless runs_dir is a URL."
-    )
-    experiment: Text = Field("secateur", description="Experiment the run is filed under.")
+    class Tracking(Section):
+        """MLflow."""
+
+        enabled: bool = Field(True, description="Mirror the run to MLflow.")
+        uri: Text | None = Field(
+            None, description="Tracking server; by default sqlite in runs_dir/mlflow.db, unless runs_dir is a URL."
+        )
+        experiment: Text = Field("secateur", description="Experiment the run is filed under.")
+        register: Text | None = Field(
+            None,
+            description="Name under which MLflow's model registry gets the final network, a version a run. The alias "
+            "champion goes to the smallest one without loss.",
+        )
 
 
 def asked(workers: int | tuple[int, int]) -> str:

@@ -41,13 +41,18 @@ def is_torchvisions(factory: str) -> bool:
     return _TORCHVISION.fullmatch(factory) is not None
 
 
+def needs_trust(model: Model) -> bool:
+    """Whether the network is an import path that is not torchvision's."""
+    factory = model.factory
+    return ("." in factory or ":" in factory) and not is_torchvisions(factory)
+
+
 def require_known_code(model: Model, origin: str, trust_code: bool) -> None:
     """Raise UserError where the network is an import path that is not torchvision's, unless that code is trusted."""
-    factory = model.factory
-    if not trust_code and ("." in factory or ":" in factory) and not is_torchvisions(factory):
+    if not trust_code and needs_trust(model):
         raise UserError(
-            f"{origin} names the network model.factory='{factory}', and to build it would run that code: if you trust "
-            "whoever wrote it, add --trust-code"
+            f"{origin} names the network model.factory='{model.factory}', and to build it would run that code: if you "
+            "trust whoever wrote it, add --trust-code"
         )
 
 

@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.base.environment import number
 from pipeline.base.errors import UserError
 from pipeline.base.process import MIRROR_THREAD
-from pipeline.run.contents import mirrored_files
+from pipeline.run.contents import course_version, mirrored_files
 from pipeline.settings import trust
 from pipeline.settings.config import Config
 from pipeline.tracking import tracking
@@ -147,6 +147,8 @@ class Mirror:
         is away, which the run itself meets and tells."""
         try:
             found = mirrored_files(self._run_dir)
+            course = course_version(self._run_dir)
         except (UserError, OSError):
             return ()
-        return tuple((name, known.version) for name, known in found.items()) if "run.json" in found else ()
+        files = tuple((name, known.version) for name, known in found.items())
+        return (*files, ("course", course)) if "run.json" in found else ()

@@ -5,35 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline import storage
+from pipeline.base.hiding import hide
 from pipeline.base.record import plain
+from pipeline.results import outcome
+from pipeline.results.words import number
 from pipeline.run.contents import Contents, Round, mirrored_files
-from pipeline.run.records import DenseMetrics, LayerCount, RoundMetrics, WeightHistogram
+from pipeline.run.records import LayerCount, WeightHistogram
 from pipeline.run.result import LayerResult
 from pipeline.settings.config import Config, flatten
+from pipeline.tracking import curves, notes
+from pipeline.tracking.curves import Point
 
 MAX_PARAM, MAX_KEY = 6000, 250  # characters that MLflow takes
 # Raised when a figure or table is drawn differently, so that those already in MLflow are replaced.
 _DRAWN = b"1"
 UID, KIND, ROUND, ATTEMPT = "secateur.uid", "secateur.kind", "secateur.round", "secateur.attempt"
+_ONNX = "final/model.onnx"
 PARENT = "secateur.parent_run"  # the MLflow run of the run that this one branched off from
-
-
-@dataclass(frozen=True)
-class Point:
-    """One value of one metric. `when` is in milliseconds since 1970 and comes from the run, so that a retry adds
-    nothing."""
-
-    key: str
-    value: float
-    step: int
-    when: int
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,37 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class DataSet:
+    """A split of the run's data. `source` is a path or URL, None for what an installed package holds."""
+
+    split: str
+    name: str
+    digest: str
+    source: str | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """The final network as a model of MLflow: an ONNX file that takes (batch, *shape), float32, and gives logits."""
+
+    name: str
+    onnx: Artifact
+    shape: tuple[int, ...]
+    classes: int
+    step: int  # on the run's axis
+    params: dict[str, str]
+    metrics: tuple[Point, ...]
+    tags: dict[str, str]
+    note: str
+
+
+@dataclass(frozen=True)
 class MlflowRun:
-    """One MLflow run as it should be. `identity` are the tags it is found by."""
+    """One MLflow run as it should be. `identity` are the tags it is found by.
+
+    `{run_id}` in the note stands for the MLflow run itself.
+    """
 
     name: str
     identity: dict[str, str]
@@ -56,54 +80,140 @@ class MlflowRun:
     points: tuple[Point, ...]
     artifacts: tuple[Artifact, ...]
     start_ms: int
+    status: str  # RUNNING, FINISHED, KILLED or FAILED
     end_ms: int | None  # None while it is running
     tables: tuple[str, ...] = ()
+    note: str = ""
+    data: tuple[DataSet, ...] = ()
+    model: Model | None = None
 
 
 def parent(run: Contents, config: Config) -> MlflowRun:
     """The run itself: settings, the course of the rounds, the final numbers, and every file worth keeping."""
     result = run.result
-    tags = {"secateur.network": config.model.factory}
+    tags = {"network": config.model.factory, "data": _data_name(config)}
     if result is not None:
-        tags |= {"secateur.network": result.network, "secateur.verdict": result.verdict}
+        tags |= {"verdict": result.verdict, "compression": f"{number(result.compression)}×"}
     if run.start is not None:
         begun = {"run": run.start.run, "uid": run.start.uid, "round": str(run.start.round)}
         tags |= {f"secateur.source_{key}": value for key, value in begun.items()}
         tags |= {PARENT: run.start.mlflow_run_id} if run.start.mlflow_run_id else {}
+    if run.ended is not None and result is None:
+        tags |= {"ended by": run.ended.why}
     drawn = [_table("layers.json", result.layers)] if result is not None else []
+    points = tuple(curves.of_run(run))
+    status = _status(run, result is not None)
     return MlflowRun(
-        name=run.run.name,
+        name=_name(run),
         identity={UID: run.run.uid, KIND: "run"},
         tags=tags,
         params={_key(name): _cut(_text(value)) for name, value in flatten(config).items()},
-        points=(*_course(run), *_outcome(run)),
+        points=points,
         artifacts=(*_files(run, _of_the_run), *drawn, *_figures(run)),
         start_ms=run.run.created_ms,
-        end_ms=run.finished_ms if result is not None else None,
+        status=status,
+        end_ms=None if status == "RUNNING" else _ended_ms(run),
         tables=tuple(each.path for each in drawn),
+        note=notes.of_run(run),
+        data=tuple(_data(run, config)),
+        model=_model(run, config, max((p.step for p in points if p.key == "train/loss"), default=0)),
+    )
+
+
+def _name(run: Contents) -> str:
+    result = run.result
+    if result is None:
+        return f"{run.run.name} · {run.config.model.factory}"
+    return f"{run.run.name} · {number(result.compression)}× · {result.verdict} · {result.network}"
+
+
+def _status(run: Contents, finished: bool) -> str:
+    """MLflow's word for how a part of the run stands."""
+    if finished:
+        return "FINISHED"
+    return "RUNNING" if run.ended is None or run.result is not None else run.ended.how.upper()
+
+
+def _ended_ms(run: Contents) -> int:
+    """When the run ended, or its driver; what is last known of one that left no word."""
+    if run.result is not None or run.ended is None:
+        return run.finished_ms
+    return run.ended.ms or max([run.finished_ms, *(moment.ms for moment in run.course)])
+
+
+def _data_name(config: Config) -> str:
+    root = config.data.root
+    return config.data.source if root is None else PurePosixPath(root).name or root
+
+
+def _data(run: Contents, config: Config) -> Iterator[DataSet]:
+    """The splits of the run's data. Older runs do not know its digest, and have none."""
+    facts = run.data
+    if facts is None or facts.data is None:
+        return
+    for split, samples in (("train", facts.train), ("val", facts.val), ("test", facts.test)):
+        yield DataSet(
+            split,
+            f"{_data_name(config)} ({split})",
+            facts.data[:36],
+            None if facts.root is None else hide(facts.root),
+            samples,
+        )
+
+
+def _model(run: Contents, config: Config, step: int) -> Model | None:
+    """The final network, where the run is finished and has it as ONNX."""
+    result, facts = run.result, run.data
+    url = storage.join(run.path, _ONNX)
+    known = mirrored_files(run.path).get(_ONNX)
+    if result is None or facts is None or known is None:
+        return None
+    points = curves.on_test(result)
+    data = config.data
+    return Model(
+        name=_safe(f"{run.run.name}-{number(result.compression)}x"),
+        onnx=Artifact(_ONNX, _file_digest(url, known.version), partial(_fetch, url)),
+        shape=(data.channels, data.size, data.size),
+        classes=facts.classes,
+        step=step,
+        params={
+            "network": result.network,
+            "compression": number(result.compression),
+            "input": "float32, (value / 255 - mean) / std of each channel",
+            "mean": json.dumps(list(data.mean)),
+            "std": json.dumps(list(data.std)),
+            "output": "logits",
+        },
+        metrics=tuple(
+            Point(key, float(value), result.test_looks, run.finished_ms)
+            for key, value in points.items()
+            if value is not None
+        ),
+        tags={UID: run.run.uid, "verdict": result.verdict, "compression": f"{result.compression:.6g}"},
+        note=outcome.sentence(result),
     )
 
 
 def child(run: Contents, each: Round) -> MlflowRun:
-    """One round: its numbers, its retraining by epoch, its plan."""
+    """One round: its numbers, its retraining, its plan."""
     metrics = each.metrics
     again = f" (attempt {each.attempt})" if each.attempt > 1 else ""
     points: list[Point] = []
     tables: list[Artifact] = []
-    end = None
-    tags = {}
+    tags, reached = {}, ""
     if metrics is not None:
-        end = metrics.finished_ms
-        points = [*_numbers(_round_numbers(metrics), each.number, end), *_history("epoch", metrics)]
+        points = list(curves.of_round(metrics))
         tables = [_table("layers.json", metrics.layers)]
         tags = {"secateur.accepted": str(metrics.accepted).lower()}
+        reached = f" · {number(metrics.compression)}×{'' if metrics.accepted else ' · undone'}"
     folder = f"{each.folder}/"
 
     def of_this_attempt(name: str) -> bool:
         return name.startswith(folder) and "/" not in name.removeprefix(folder)
 
+    status = _status(run, metrics is not None)
     return MlflowRun(
-        name=f"round {each.number}{again}",
+        name=f"{run.run.name} · round {each.number}{again}{reached}",
         identity={
             UID: run.run.uid,
             KIND: "round",
@@ -115,12 +225,16 @@ def child(run: Contents, each: Round) -> MlflowRun:
         points=tuple(points),
         artifacts=(*_files(run, of_this_attempt, strip=folder), *tables),
         start_ms=_began(run, each),
-        end_ms=end,
+        status=status,
+        end_ms=metrics.finished_ms if metrics is not None else None if status == "RUNNING" else _ended_ms(run),
         tables=tuple(table.path for table in tables),
     )
 
 
 def _of_the_run(name: str) -> bool:
+    """Whether a file is one of the run as a whole; the ONNX file goes into MLflow as a model."""
+    if name == _ONNX:
+        return False
     return name == "rounds/control.json" or not name.startswith("rounds/")
 
 
@@ -129,83 +243,6 @@ def _began(run: Contents, each: Round) -> int:
     before = [m for m in run.finished_rounds if (m.round, m.attempt) < (each.number, each.attempt)]
     parts = [part for part in (run.dense, *before) if part is not None]
     return max([run.run.created_ms, *(part.finished_ms for part in parts)])
-
-
-def _course(run: Contents) -> Iterator[Point]:
-    """`round.*`, step = round, the dense network as round 0; and the training curves of dense and its control."""
-    if run.dense is not None:
-        val, when = run.dense.val, run.dense.finished_ms
-        start = {"density": 1.0, "sparsity": 0.0, "compression": 1.0, "val_top1": val.top1, "val_loss": val.loss}
-        yield from _numbers({f"round.{key}": value for key, value in start.items()}, 0, when)
-        yield from _history("dense", run.dense)
-    for metrics in run.finished_rounds:
-        if metrics.accepted:
-            numbers = _round_numbers(metrics)
-            del numbers["kept"], numbers["seconds"]
-            numbers = {f"round.{key}": value for key, value in numbers.items()}
-            yield from _numbers(numbers, metrics.round, metrics.finished_ms)
-    if run.control is not None:
-        yield from _history("control", run.control)
-
-
-def _round_numbers(metrics: RoundMetrics) -> dict[str, float]:
-    return {
-        "density": metrics.density,
-        "sparsity": 1.0 - metrics.density,
-        "compression": metrics.compression,
-        "kept": metrics.kept,
-        "val_top1": metrics.val.top1,
-        "val_loss": metrics.val.loss,
-        "val_top1_before_retrain": metrics.val_before_retrain.top1,
-        "seconds": metrics.seconds,
-    }
-
-
-def _history(prefix: str, part: DenseMetrics | RoundMetrics) -> Iterator[Point]:
-    """A training's curves, step = epoch. Each epoch's time is counted back from the end of the part."""
-    left = 0.0  # seconds from the end of this epoch to the end of the last
-    for epoch in reversed(part.history):
-        when = part.finished_ms - round(1000 * left)
-        curves = {f"{prefix}.loss": epoch.loss, f"{prefix}.val_top1": epoch.val_top1, f"{prefix}.lr": epoch.lr}
-        pace = {f"{prefix}.images_per_s": epoch.images_per_s, f"{prefix}.waiting": epoch.waiting}
-        curves |= {name: value for name, value in pace.items() if value is not None}
-        yield from _numbers(curves, epoch.epoch, when)
-        left += epoch.seconds
-
-
-def _outcome(run: Contents) -> Iterator[Point]:
-    """The final numbers. Step = looks at test, so that a later look stands after the one before, not beside it."""
-    result = run.result
-    if result is None:
-        return
-    test, mcnemar = result.test, result.test.mcnemar
-    low, high = mcnemar.drop_ci95
-    numbers = {
-        "compression": result.compression,
-        "density": result.density,
-        "flops_density": result.flops_density,
-        "flops_density_weights": result.flops_density_weights,
-        "weights_total": result.weights_total,
-        "weights_kept": result.weights_kept,
-        **{f"test.{key}": value for key, value in test.pruned},
-        **{f"test.dense_{key}": value for key, value in test.dense},
-        **{f"test.dense_control_{key}": value for key, value in test.dense_control or ()},
-        "test.drop": test.reference.top1 - test.pruned.top1,
-        "test.drop_low": low,
-        "test.drop_high": high,
-        "test.p_value": mcnemar.p_value,
-        "test.looks": result.test_looks,
-        **{f"bytes.{key}": value for key, value in result.bytes},
-        **{f"seconds.{key}": value for key, value in result.seconds},
-    }
-    yield from _numbers(numbers, result.test_looks, run.finished_ms)
-
-
-def _numbers(values: Mapping[str, float | None], step: int, when: int) -> Iterator[Point]:
-    """Points for the values that were measured; a null is left out."""
-    for key, value in values.items():
-        if value is not None:
-            yield Point(key, float(value), step, when)
 
 
 def _files(run: Contents, wanted: Callable[[str], bool], strip: str = "") -> Iterator[Artifact]:

@@ -26,12 +26,17 @@ from pipeline.run.records import StartFacts
 from pipeline.run.result import MlflowPlace
 from pipeline.settings.cluster import Tracking
 from pipeline.settings.config import Config
-from pipeline.tracking import records
-from pipeline.tracking.records import ATTEMPT, KIND, PARENT, ROUND, UID, Artifact, MlflowRun, Point
+from pipeline.tracking import models, records
+from pipeline.tracking.curves import Point
+from pipeline.tracking.records import ATTEMPT, KIND, PARENT, ROUND, UID, Artifact, DataSet, MlflowRun
 
-_LEDGER, _LEDGER_PART = "secateur.artifacts", 4000  # characters in a tag; some stores take no more than 5000
+# MLflow's page does not show tags that begin with mlflow. Some stores take no more than 5000 characters in one.
+_LEDGER, _LEDGER_PART = "mlflow.secateur.artifacts", 4000
 _LARGE = 2**20  # bytes
-_POINTS = "secateur.points"  # digest of the points that are all there
+_POINTS = "mlflow.secateur.points"  # digest of the points that are all there
+_NOTE = "mlflow.note.content"
+_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"  # shows the page of trainings, not of prompts
+_CONTEXTS = {"train": "training", "val": "validation", "test": "testing"}
 _REFUSED = (
     "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of a user who may write there, and name the server as "
     "its --allowed-hosts does"
@@ -110,7 +115,7 @@ class Server:
         if found is None:
             place = (self._home / "mlartifacts").as_uri() if self.settings.uri is None else None
             try:
-                return str(client.create_experiment(name, artifact_location=place))
+                return str(client.create_experiment(name, artifact_location=place, tags={_KIND_TAG: _KIND}))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -120,6 +125,8 @@ class Server:
                 f"tracking.experiment='{name}' is deleted in MLflow: restore it there, or give another "
                 "tracking.experiment"
             )
+        if _KIND_TAG not in found.tags:
+            client.set_experiment_tag(found.experiment_id, _KIND_TAG, _KIND)
         return str(found.experiment_id)
 
 
@@ -143,7 +150,9 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
         children = [_store(client, experiment, records.child(contents, e), known, above) for e in contents.rounds]
         if {run_id, *children} != {run.info.run_id for run in known}:  # some were made, or are too many
             _delete_twins(client, _known(client, experiment, contents.run.uid))
-        # Last: a parent that says FINISHED has all its rounds.
+        if whole.model is not None:
+            models.store(client, experiment, run_id, whole.model, config.tracking.register)
+        # Last: a parent that says FINISHED has all its rounds, and its model.
         _set_status(client, client.get_run(run_id), whole)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = " ".join(hide(str(error)).split())[:300]
@@ -181,7 +190,11 @@ def _store(client: Any, experiment: str, record: MlflowRun, known: Sequence[Any]
     _add_points(client, run, record.points, new=not same)
     _upload(client, run, record.artifacts)
     tables = {"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in record.tables])}
-    _set_tags(client, run, {**record.tags, **tags, **(tables if record.tables else {})})
+    note = {_NOTE: record.note.replace("{run_id}", run.info.run_id)} if record.note else {}
+    _set_tags(client, run, {**record.tags, **tags, **note, **(tables if record.tables else {})})
+    if run.info.run_name != record.name:
+        client.update_run(run.info.run_id, name=record.name)
+    _add_data(client, run, record.data)
     if record.identity[KIND] != "run":
         _set_status(client, run, record)
     return str(run.info.run_id)
@@ -228,6 +241,35 @@ def _add_points(client: Any, run: Any, points: Sequence[Point], new: bool) -> No
     for start in range(0, len(missing), _BATCH):
         client.log_batch(run.info.run_id, metrics=missing[start : start + _BATCH])
     _set_tags(client, run, {_POINTS: digest})  # after the points, so that an interrupted sync looks again
+
+
+def _add_data(client: Any, run: Any, data: Sequence[DataSet]) -> None:
+    """Name the data as inputs of the run, once; a run whose data have changed is refused elsewhere."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    there = {each.dataset.name for each in run.inputs.dataset_inputs} if run.inputs else set()
+    missing = [each for each in data if each.name not in there]
+    if missing:
+        client.log_inputs(
+            run.info.run_id,
+            [
+                DatasetInput(
+                    Dataset(
+                        each.name, each.digest, *_source(each.source), profile=json.dumps({"samples": each.samples})
+                    ),
+                    [InputTag("mlflow.data.context", _CONTEXTS[each.split])],
+                )
+                for each in missing
+            ],
+        )
+
+
+def _source(root: str | None) -> tuple[str, str]:
+    """A data set's kind of source and the source, as MLflow's own sources write them."""
+    if root is None:
+        return "code", json.dumps({"tags": {"mlflow.source.name": "scikit-learn"}})
+    kind = root.partition("://")[0] if "://" in root else "local"
+    return ("http" if kind == "https" else kind), json.dumps({"url" if kind.startswith("http") else "uri": root})
 
 
 def _upload(client: Any, run: Any, artifacts: Sequence[Artifact]) -> None:
@@ -292,9 +334,9 @@ def _set_tags(client: Any, run: Any, tags: dict[str, str]) -> None:
 
 
 def _set_status(client: Any, run: Any, record: MlflowRun) -> None:
-    """FINISHED, at the time it ended, or RUNNING."""
+    """RUNNING; or how the run ended, and when."""
     if record.end_ms is None:
         if run.info.status != "RUNNING":
             client.update_run(run.info.run_id, status="RUNNING")
-    elif (run.info.status, run.info.end_time) != ("FINISHED", record.end_ms):
-        client.set_terminated(run.info.run_id, status="FINISHED", end_time=record.end_ms)
+    elif (run.info.status, run.info.end_time) != (record.status, record.end_ms):
+        client.set_terminated(run.info.run_id, status=record.status, end_time=record.end_ms)

@@ -236,7 +236,8 @@ class Training:
             self.session.progress(Stepped(self.phase, self.position.step, self.total))
         if time.monotonic() - self.pace.recent.since >= TELL_EVERY_S:
             speed, waiting = self.pace.taken()
-            self.session.paced(self.phase, self.position.step, speed * self.settings.batch_size, waiting)
+            pace, lr = (speed * self.settings.batch_size, waiting), self.optimizer.param_groups[0]["lr"]
+            self.session.paced(self.phase, self.position.step, self.total, pace, self.tally.mean_loss(), lr)
 
     def _end_epoch(self, epoch: int) -> None:
         began = time.monotonic()

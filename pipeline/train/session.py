@@ -90,10 +90,14 @@ class Session:
         loader = EvalLoader(self.split("train"), self.config.data, limit=samples, seed=self.config.seed)
         return loader.batches(self.world.rank, self.world.size) if share else loader.batches(0, 1)
 
-    def paced(self, phase: str, step: int, images_per_s: float, waiting: float) -> None:
-        """Report how fast a training goes (`Paced`), with what this process has met so far."""
+    def paced(self, phase: str, step: int, steps: int, pace: tuple[float, float], loss: float, lr: float) -> None:
+        """Report how fast a training goes (`Paced`), with what this process has met so far.
+
+        `pace` are images a second, and the share of the time in which data were waited for.
+        """
         bad, retries = sum(len(split.bad) for split in self._splits.values()), storage.retries().total()
-        self.progress(Paced(phase, step, self.world.rank, round(images_per_s, 3), round(waiting, 4), bad, retries))
+        speed, waiting = round(pace[0], 3), round(pace[1], 4)
+        self.progress(Paced(phase, step, self.world.rank, speed, waiting, bad, retries, loss, lr, steps))
 
     def too_many_bad(self, split: str, bad: int, seen: int) -> str | None:
         """The problem to report when more than data.max_bad_fraction of the images could not be read."""

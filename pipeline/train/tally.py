@@ -43,6 +43,11 @@ class Tally:
         self.here.zero_()
         self.order, self.order_here = self._whole_order(), 0
 
+    def mean_loss(self) -> float:
+        """The mean loss of the epoch so far: all ranks' up to the last `collect`, this rank's after it; 0 of none."""
+        loss, samples, _ = (old + new for old, new in zip(self.totals, self.here.tolist(), strict=True))
+        return loss / samples if samples else 0.0
+
     @property
     def order_text(self) -> str:
         """The digest of which samples were seen at which step, up to the last `collect`."""

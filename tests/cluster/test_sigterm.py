@@ -64,7 +64,7 @@ def test_without_ray_on_s3_the_lease_is_given_back_and_mlflow_is_told(s3: str, t
     assert storage.exists(f"{folder}/shards/manifest.partial.json")
     assert not storage.exists(f"{folder}/data.json")
     held = everything(config)
-    assert named(held)["tiny"]["info"][1] == "RUNNING"
+    assert named(held)["tiny"]["info"][1] == "KILLED"
     tracking.sync(folder, config)
     assert everything(config) == held
 

@@ -165,7 +165,7 @@ def kept(stage: str, output: str, path: Path, run: Path) -> None:
     assert not (run / OVER[stage]).exists(), output
     config = commands.load(path, None)
     state = same_as_mlflow(config, run)
-    assert state == ("FINISHED" if stage == "report" else "RUNNING")
+    assert state == ("FINISHED" if stage == "report" else "KILLED")
     with open_run(config):  # the lease was given back
         pass
     print(f"{stage}: lease free, MLflow holds all of it ({state})")

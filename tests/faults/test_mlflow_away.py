@@ -128,7 +128,7 @@ def shape(held: dict[str, Any]) -> dict[str, Any]:
         name: {
             "status": part["info"][1],
             "params": {key: value for key, value in part["params"].items() if key != "runs_dir"},
-            "tags": {key for key in part["tags"] if not key.startswith("secateur.artifacts")},
+            "tags": {key for key in part["tags"] if not key.startswith("mlflow.secateur.artifacts")},
             "points": {
                 key: [
                     step if any(word in key for word in MEASURED) else (step, value)

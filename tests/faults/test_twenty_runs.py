@@ -68,7 +68,7 @@ def test_twenty_runs_on_one_folder_and_one_mlflow(tmp_path: Path, server: Tracki
     for run in held.values():
         assert run["info"][1] == "FINISHED"
         if parent := run["tags"].get("mlflow.parentRunId"):
-            rounds[parents[parent]["info"][0]].append(run)
+            rounds[parents[parent]["info"][0].split(" · ")[0]].append(run)
     for number, name in enumerate(names):
         assert same_weights(tmp_path / f"alone-{number % SEEDS}/tiny", runs / name)
         run = named(parents)[name]
@@ -84,5 +84,5 @@ def test_twenty_runs_on_one_folder_and_one_mlflow(tmp_path: Path, server: Tracki
 def values(run: dict[str, object]) -> list[tuple[str, list[float]]]:
     """What a run in MLflow says of its network: the same for the same seed. Times are a run's own."""
     points: dict[str, list[tuple[int, int, float]]] = run["points"]  # type: ignore[assignment]
-    kept = (name for name in sorted(points) if name.startswith(("val", "density", "compression", "sparsity")))
+    kept = (name for name in sorted(points) if name.startswith(("val", "round/density", "round/compression")))
     return [(name, [value for _, _, value in points[name]]) for name in kept]

@@ -126,7 +126,7 @@ def test_report_and_mlflow_tell_attempts_apart(campaign: tuple[Config, dict[str,
     assert len({tuple(each.identity.values()) for each in children}) == len(children)
     for each in children:
         assert sorted(artifact.path for artifact in each.artifacts) == ["layers.json", "metrics.json", "plan.json"]
-    course = [point for point in parent(run, config).points if point.key == "round.density"]
+    course = [point for point in parent(run, config).points if point.key == "round/density"]
     assert [point.step for point in course] == [0, 1, 2]
     text = Path(run_root(config), "report.html").read_text()
     assert text.count("(undone)") == sum(not row["accepted"] for row in result["rounds"])

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from tracking_server import TrackingServer, client_of, everything, named, same_e
 
 from pipeline.base.errors import UserError
 from pipeline.results import report
-from pipeline.run.records import RunFacts
+from pipeline.run.course import Moment
+from pipeline.run.lease import Lease
+from pipeline.run.records import Ended, RunFacts
 from pipeline.settings.config import Config
 from pipeline.tracking import mirror as mirrors
 from pipeline.tracking import tracking
@@ -36,22 +39,27 @@ def test_a_whole_run_reads_back(tmp_path: Path) -> None:
     parts = named(held)
     assert sorted(parts) == ["lenet", "round 1", "round 2", "round 3", "round 4"]
     parent, child = parts["lenet"], parts["round 3"]
+    assert child["info"][0] == "lenet · round 3 · 6.67×"
     assert held[synced.run_id] is parent
-    assert parent["info"] == ("lenet", "FINISHED", CREATED, CREATED + 75_000 + 2_000)
+    assert parent["info"] == ("lenet · 13.7× · no loss · lenet_300_100", "FINISHED", CREATED, CREATED + 75_000 + 2_000)
     assert parent["params"]["target.compression"] == "12.0"
-    assert parent["tags"]["secateur.verdict"] == "no loss"
-    assert [(step, when) for step, when, _ in parent["points"]["round.compression"]] == [
+    people = {"verdict": "no loss", "compression": "13.7×", "network": "lenet_300_100"}
+    assert people.items() <= parent["tags"].items()
+    assert [(step, when) for step, when, _ in parent["points"]["round/compression"]] == [
         (n, CREATED + 20_000 + 10_000 * n) for n in range(5)
     ]
-    assert parent["points"]["test.top1"][0][2] == 0.9838
-    assert len(parent["points"]["dense.loss"]) == 8
+    assert parent["points"]["test/accuracy"][0][2] == 0.9838
+    course = sorted(parent["points"]["train/loss"])
+    assert [step for step, *_ in course] == [*range(100, 900, 100), *range(900, 2500, 100)]
+    assert [step for step, *_ in sorted(parent["points"]["control/loss"])] == [*range(2500, 4100, 100)]
+    assert [step for step, *_ in sorted(parent["points"]["compression/val_accuracy"])] == [1, 2, 3, 7, 14]
     expected = {"report.html", "result.json", "config.yaml", "scan/scan.json", "final/model.packed", "layers.json"}
     assert expected <= parent["files"].keys()
     assert parent["files"]["final/model.safetensors"] == 7000
     assert {"figures/rounds.png", "figures/weights/fc1.weight.png"} <= parent["files"].keys()
     assert child["tags"]["mlflow.parentRunId"] == synced.run_id
     assert child["info"][1:] == ("FINISHED", CREATED + 40_000, CREATED + 50_000)
-    assert len(child["points"]["epoch.val_top1"]) == 4
+    assert len(child["points"]["val/accuracy"]) == 4
     assert child["files"].keys() == {"plan.json", "metrics.json", "layers.json"}
 
 
@@ -100,7 +108,7 @@ def test_grows_with_the_run_into_what_a_single_sync_makes(tmp_path: Path) -> Non
     parts = named(everything(settings))
     assert sorted(parts) == ["lenet", "round 1", "round 2", "round 2 (attempt 2)", "round 3", "round 4"]
     assert parts["lenet"]["info"][1] == "FINISHED"
-    assert len(parts["lenet"]["points"]["round.val_loss"]) == 5
+    assert len(parts["lenet"]["points"]["round/val_accuracy"]) == 5
 
 
 def test_an_interrupted_sync_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,9 +222,11 @@ def test_runs_at_once_into_one_server(tmp_path: Path, tracking_server: TrackingS
     for number, one in enumerate(synced, start=1):
         mine = [run for run in held.values() if run["tags"]["secateur.uid"] == f"uid{number}"]
         children = [run for run in mine if run["tags"].get("mlflow.parentRunId") == one.run_id]
-        assert sorted(run["info"][0] for run in children) == [f"round {n}" for n in range(1, number + 1)]
+        assert sorted(run["info"][0].split(" · ")[1] for run in children) == [
+            f"round {n}" for n in range(1, number + 1)
+        ]
         assert len(mine) == number + 1
-        assert {run["points"]["density"][0][2] for run in children} == {round(0.5 / number * TOTAL) / TOTAL}
+        assert {run["points"]["round/density"][0][2] for run in children} == {round(0.5 / number * TOTAL) / TOTAL}
 
 
 @pytest.mark.slow
@@ -309,3 +319,57 @@ def test_mirror_close_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert time.monotonic() - started < 2.0
     assert len(problems) == 1
     assert "the server is too slow" in problems[0]
+
+
+def moments(run: Path, *lines: Moment) -> None:
+    """Lines of the course, as the run's driver adds them."""
+    file = run / "course" / "000001-000001.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a") as journal:
+        journal.writelines(json.dumps(line.to_json()) + "\n" for line in lines)
+
+
+def test_metrics_while_it_trains_stay_as_they_are_when_it_is_done(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = begin(settings)
+    moments(run, Moment(CREATED + 1000, "dense", 50, 800, 1.0, loss=2.0, lr=0.1, images_per_s=640.0, waiting=0.25))
+    tracking.sync(run, settings)
+    before = named(everything(settings))["lenet"]["points"]
+    assert before["train/loss"] == [(50, CREATED + 1000, 2.0)]
+    assert {"train/lr", "train/images_per_s", "train/waiting_for_data", "train/density"} <= before.keys()
+    moments(
+        run,
+        Moment(CREATED + 2000, "dense", 800, 800, 1.0, loss=1.0, lr=0.1, val_top1=0.9),
+        Moment(CREATED + 3000, "rounds/01", 400, 400, 0.54, loss=1.5, lr=0.1, val_top1=0.8),
+        Moment(CREATED + 4000, "rounds/control-01", 400, 400, 1.0, loss=0.5, lr=0.1, val_top1=0.95),
+    )
+    whole(settings)
+    tracking.sync(run, settings)
+    after = named(everything(settings))["lenet"]["points"]
+    assert sorted(after["train/loss"]) == [
+        (50, CREATED + 1000, 2.0), (800, CREATED + 2000, 1.0), (1200, CREATED + 3000, 1.5),
+    ]  # fmt: skip
+    assert [point[0::2] for point in after["control/val_accuracy"]] == [(1600, 0.95)]
+
+
+@pytest.mark.parametrize("how", ["killed", "failed"])
+def test_a_run_that_was_ended_says_so_until_it_goes_on(how: Any, tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = begin(settings)
+    plan(run, 1, 0.5)
+    put(run / "ended.json", Ended(how, "KeyboardInterrupt", CREATED + 5000))
+    tracking.sync(run, settings)
+    parts = named(everything(settings))
+    assert [parts[name]["info"][1::2] for name in ("lenet", "round 1")] == [(how.upper(), CREATED + 5000)] * 2
+    (run / "ended.json").unlink()
+    tracking.sync(run, settings)
+    assert [part["info"][1] for part in named(everything(settings)).values()] == ["RUNNING", "RUNNING"]
+
+
+def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = begin(settings)
+    dense(run)
+    put(run / "lease.json", replace(Lease.mine(1), pid=2**22 + 1))  # no process has such a number
+    tracking.sync(run, settings)
+    assert named(everything(settings))["lenet"]["info"][1::2] == ("KILLED", CREATED + 20_000)

@@ -1,0 +1,176 @@
+"""What came of a run, in words and numbers: for the terminal, the report and MLflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline import storage
+from pipeline.results.words import NOT_MEASURED, count, number, percent, points, size, span
+from pipeline.run.contents import Contents
+from pipeline.run.result import LatencySummary, OnTest, Result, Scores
+from pipeline.settings import trust
+
+_FEW = 5000  # test images; below, an error is told to a tenth of a percent
+
+
+def sentence(result: Result) -> str:
+    """What came of a run, in one sentence: size, error, accuracy against the network it came from, FLOPs, speed."""
+    if unpruned(result):
+        return "Nothing was pruned: the network handed over is the dense one."
+    test = result.test
+    wrong = percent(1 - test.pruned.top1, 1 if test.samples < _FEW else 2)
+    parts = [f"{number(result.compression)}× smaller at {wrong} error, {_against(test)}"]
+    if result.flops_density_weights:
+        fewer = 1 / result.flops_density_weights
+        parts.append(f"{number(fewer, 2)}× fewer FLOPs" if fewer >= 1.05 else "as many FLOPs")
+    parts.append(_speed(result.latency_ms))
+    return f"{'; '.join(parts)}."
+
+
+def _against(test: OnTest) -> str:
+    """The pruned network beside the one it came from, with the paired 95% interval of the difference."""
+    low, high = (test.against_dense or test.mcnemar).drop_ci95
+    gained = test.pruned.top1 - test.dense.top1
+    amount = f"{100 * abs(gained):.2g} points"
+    said = f"{amount} {'better' if gained > 0 else 'worse'} than" if abs(gained) >= 5e-5 else "as accurate as"
+    interval = "" if test.against_dense is None and test.dense_control is not None else f" ({span(-high, -low)})"
+    return f"{said} the network it came from{interval}"
+
+
+def _speed(latency: LatencySummary | None) -> str:
+    if latency is None or latency.dense is None:
+        return "its speed is not measured yet (secateur bench)"
+    best = min(value for value in (latency.pruned, latency.compact, latency.dense) if value)
+    if (latency.verdict or "").startswith("no faster") or best * 1.05 > latency.dense:
+        return f"no faster on {latency.device}"
+    return f"{number(latency.dense / best, 2)}× faster on {latency.device}"
+
+
+def repeat_command(run: Contents, folder: str) -> str:
+    """The command that makes the run in `folder` again, beside it; with --trust-code where its network needs that."""
+    trusted = " --trust-code" if trust.needs_trust(run.config.model) else ""
+    return f"secateur run {storage.join(folder, 'config.yaml')} name={run.run.name}-again{trusted}"
+
+
+def summary_rows(result: Result) -> list[tuple[str, str]]:
+    """What a run found, as (label, value) for the terminal and the top of the report."""
+    test, stored, start = result.test, result.bytes, result.lineage
+    low, high = test.mcnemar.drop_ci95
+    return [
+        *([("started from", f"round {start.round} of {start.run}")] if start else []),
+        ("verdict", result.verdict),
+        ("compression", f"{number(result.compression)}×"),
+        ("weights kept", f"{count(result.weights_kept)} of {count(result.weights_total)}"),
+        ("FLOPs left, by weights", percent(result.flops_density_weights, 1)),
+        ("FLOPs left, zero inputs skipped too", percent(result.flops_density, 1)),
+        ("test error, dense", error(test.dense)),
+        ("test error, dense control", error(test.dense_control) if test.dense_control else NOT_MEASURED),
+        ("test error, pruned", error(test.pruned)),
+        (f"drop against {reference_name(result)}", f"{points(drop(result))} (95%: {span(low, high)})"),
+        *_against_given(test),
+        ("size, dense fp32", size(stored.dense_fp32)),
+        ("size, pruned and gzipped", _smaller(stored.dense_gzip, stored.dense_fp32)),
+        ("size, packed", _smaller(stored.packed, stored.dense_fp32)),
+        *_bits(result),
+        ("latency", _latency(result.latency_ms)),
+        ("looks at test", str(result.test_looks)),
+    ]
+
+
+def _against_given(test: OnTest) -> list[tuple[str, str]]:
+    """The drop against the dense network as it was given, where the verdict rests on the dense control."""
+    if test.against_dense is None:
+        return []
+    lost, (low, high) = test.dense.top1 - test.pruned.top1, test.against_dense.drop_ci95
+    return [("drop against the dense network as given", f"{points(lost)} (95%: {span(low, high)})")]
+
+
+def _bits(result: Result) -> list[tuple[str, str]]:
+    """Where values are shared, the packed bits of a kept weight: its value, its place, and the entropy of both."""
+    if result.bytes.packed_bound is None or not result.weights_kept:
+        return []
+    total, index = (
+        sum((getattr(layer, name) or 0.0) * layer.kept for layer in result.layers) / result.weights_kept
+        for name in ("packed_bits_per_kept", "packed_index_bits_per_kept")
+    )
+    bounds = [(layer.packed_bound_bits_per_kept, layer.kept) for layer in result.layers if layer.kept]
+    known = [bound * kept for bound, kept in bounds if bound is not None]
+    entropy = number(sum(known) / result.weights_kept) if len(known) == len(bounds) else NOT_MEASURED
+    text = f"{number(total)}: value {number(total - index)}, place {number(index)} (entropy of both {entropy})"
+    return [("bits of a kept weight, packed", text)]
+
+
+def drop(result: Result) -> float:
+    """Top-1 on test that pruning cost, a fraction; negative where the pruned network is better."""
+    return result.test.reference.top1 - result.test.pruned.top1
+
+
+def reference_name(result: Result) -> str:
+    """What the pruned network was judged against."""
+    return "dense control" if result.test.dense_control else "dense"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict in plain words, and what it rests on."""
+
+    title: str
+    text: str
+
+
+def verdict(result: Result, margin: float) -> Verdict:
+    """The verdict in plain words; `margin` is the drop that the run was asked to stay within, a fraction."""
+    low, high = result.test.mcnemar.drop_ci95
+    limit, interval = f"the margin of {points(margin, sign='')}", span(low, high)
+    if result.test.guessing:
+        share = percent(result.test.largest_class, 1)
+        return Verdict(
+            "The dense network guesses",
+            f"It is right on {percent(result.test.dense.top1, 1)} of test, and always naming the largest class is "
+            f"right on {share}: its 95% interval does not lie above that. So there was no accuracy that pruning could "
+            "lose. Check model.checkpoint, data.mean and data.std, the order of the classes, or train for longer.",
+        )
+    if unpruned(result):
+        return Verdict(
+            "Nothing was pruned",
+            "No round was accepted: each one lost more on val than target.tolerance, down to the smallest step. The "
+            "network handed over is the dense one as it was.",
+        )
+    if result.verdict == "no loss":
+        text = f"Even the upper end of the drop's 95% interval ({interval}) is within {limit}."
+        if low > 0:
+            text += " The interval lies above zero: there is a drop, small enough to be within what was allowed."
+        return Verdict("No loss of accuracy", text)
+    if result.verdict == "loss":
+        text = f"The drop's 95% interval ({interval}) lies wholly above zero: the pruned network is less accurate."
+        return Verdict("Accuracy was lost", text)
+    return Verdict(
+        "Undecided",
+        f"The drop's 95% interval ({interval}) holds zero but reaches past {limit}: the test neither shows a loss "
+        "nor rules one out that matters. A larger test set, or less pruning, would decide.",
+    )
+
+
+def unpruned(result: Result) -> bool:
+    """Whether a campaign ended with the dense network: nothing is pruned, and no round was accepted."""
+    return result.weights_kept == result.weights_total and not any(row.accepted for row in result.rounds)
+
+
+def error(scores: Scores) -> str:
+    """Top-1 error, and top-5 error where it was measured."""
+    return percent(1 - scores.top1) + (f" (top-5 {percent(1 - scores.top5)})" if scores.top5 is not None else "")
+
+
+def _smaller(value: int | None, whole: int) -> str:
+    if value is None:
+        return NOT_MEASURED
+    return f"{size(value)} ({number(whole / value)}× smaller)" if value else size(value)
+
+
+def _latency(latency: LatencySummary | None) -> str:
+    if latency is None:
+        return NOT_MEASURED
+    measured = {"dense": latency.dense, "pruned": latency.pruned, "compact": latency.compact}
+    parts = [f"{name} {number(value)} ms" for name, value in measured.items() if value]
+    said = f"; {latency.verdict}" if latency.verdict else ""
+    return f"{', '.join(parts)} on {latency.device}, batch {latency.batch}{said}"
