@@ -243,7 +243,9 @@ def untrained(session: Session, model: nn.Module) -> tuple[Subject, dict[str, Te
     """A network as it was made, in place of a dense one, and masks that keep everything."""
     prunable, _ = survey(model)
     weights = {name: weight.clone() for name, weight in prunable_weights(model, prunable).items()}
-    subject = Subject(session, model, prunable, weights, scan=None)
+    subject = Subject(
+        session, model, prunable, weights, None, None, None, total=sum(weight.numel() for weight in weights.values())
+    )
     return subject, subject.everything
 
 

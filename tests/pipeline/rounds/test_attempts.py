@@ -63,7 +63,7 @@ def four(session: Session) -> Subject:
     """A network of four weights."""
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
     prunable, _ = survey(model)
-    return Subject(session, model, prunable, prunable_weights(model, prunable), None)
+    return Subject(session, model, prunable, prunable_weights(model, prunable), None, None, None, total=4)
 
 
 def test_a_run_without_rounds_stands_at_its_dense_network(run: Run) -> None:

@@ -22,7 +22,7 @@ def subject(small_session: Session) -> Subject:
     model = small_session.new_model()
     [tensor] = [each for each in method.survey(model)[0] if each.name == NAME]
     dense = {NAME: dict(model.named_parameters())[NAME].detach().clone()}
-    return Subject(small_session, model, [tensor], dense, None)
+    return Subject(small_session, model, [tensor], dense, None, None, None, total=tensor.weights)
 
 
 def plan_of(keep: int) -> RoundPlan:
