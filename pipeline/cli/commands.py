@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
-from pipeline.cli.console import Display, show_plan, show_result, show_tables
+from pipeline.cli.console import show_bench, show_plan, show_result, show_tables
+from pipeline.cli.display import Display
 from pipeline.cli.messages import make_console
 from pipeline.engine import Engine
+from pipeline.export.bench import bench_run, parse_batches
 from pipeline.results import budgets, figures, final, plots
+from pipeline.results import report as reports
 from pipeline.rounds import capacity, idle, outlook, preflight
-from pipeline.run import lease
+from pipeline.run import lease, state
 from pipeline.run.result import Result
 from pipeline.run.state import Run, as_begun, config_of, run_root
 from pipeline.settings import trust
@@ -108,18 +112,12 @@ def show(config: Config, compressions: str | None = None, figure: str | None = N
 
 def show_options(config: Config, compressions: str, figure: str | None) -> None:
     """Print several budgets solved from the run's scan, and draw their curve into a file. Raises UserError."""
-    if figure is not None and not figure.endswith((".svg", ".png")):
-        raise UserError(f"--figure {figure}: is written as SVG or PNG; end the name in .svg or .png")
+    figures.require_name(figure, "--figure")
     options = budgets.solve(config, budgets.parse(compressions))
     show_tables([budgets.table(options)], budgets.bars(options))
     if figure is not None:
-        drawn = plots.budgets(options)
         label = "Predicted rise of the loss against compression"
-        made = figures.to_png(drawn) if figure.endswith(".png") else figures.to_svg(drawn, label).encode()
-        try:
-            storage.write_bytes(figure, made)
-        except OSError as error:
-            raise UserError(f"--figure {figure}: cannot be written: {error.strerror}") from error
+        figures.write(plots.budgets(options), figure, label, "--figure")
 
 
 def sync(run_dir: str | Path, uri: str | None = None) -> Synced:
@@ -141,3 +139,36 @@ def sync(run_dir: str | Path, uri: str | None = None) -> Synced:
             final.update(Run(str(run_dir), held.fence, held.token, held.alive), mlflow=synced.place)
         synced = tracking.sync(run_dir, config)
     return synced
+
+
+def report(run_dir: str) -> str:
+    """Write report.html of a finished run again; where it is."""
+    config_of(run_dir)
+    if not storage.exists(storage.join(run_dir, "result.json")):
+        raise UserError(f"run '{run_dir}' has no result.json yet: run the command that started it again to finish it")
+    return reports.write(run_dir)
+
+
+def bench(run_dir: str, repeats: int, batches: str, trust_code: bool) -> None:
+    """Latency of a finished run's networks on this machine."""
+    sizes = parse_batches(batches)
+    config = config_of(run_dir)
+    trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
+    configure_process(config.threads, config.reproducible)
+    with state.open_run(config) as here:
+        found = bench_run(here.root, repeats, batches=sizes, trust_code=trust_code, check=here.check_fence)
+        final.update(here, latency_ms=found.summary)
+    show_bench(found)
+
+
+def ui(runs_dir: Path, port: int) -> None:
+    """Become MLflow's UI for the runs of a folder."""
+    database = runs_dir.resolve() / "mlflow.db"
+    if not database.is_file():
+        raise UserError(
+            f"'{database}' does not exist: no run has been tracked there yet; give the runs_dir of your runs"
+        )
+    store = ["--backend-store-uri", f"sqlite:///{database}"]
+    command = [sys.executable, "-m", "mlflow", "ui", *store, "--port", str(port)]
+    print(f"http://127.0.0.1:{port}", flush=True)
+    os.execv(command[0], command)  # Ctrl-C and SIGTERM then reach the server itself
