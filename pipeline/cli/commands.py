@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
+from pipeline.cli import plan as planning
 from pipeline.cli.console import show_bench, show_plan, show_result, show_tables
 from pipeline.cli.display import Display
 from pipeline.cli.messages import make_console
@@ -83,31 +84,46 @@ def run(config: Config, engine: Engine) -> Result:
 def plan(
     path: str,
     overrides: list[str],
-    compressions: str | None,
-    figure: str | None,
+    compressions: str | None = None,
+    figure: str | None = None,
     device: bool = False,
     trust_code: bool = False,
+    full: bool = False,
+    as_json: bool = False,
 ) -> None:
-    """Print what a run of a config would do; with `device` also the largest batch that fits into this GPU."""
-    config = load(path, overrides, needs_data=False, trust_code=trust_code)
-    show(config, compressions, figure)
-    if device:
-        for fit in capacity.find(config, preflight.count_samples(config.data, config.seed).classes):
-            make_console().print(fit.sentence, markup=False)
+    """Print what a run of a config would do: a summary, with `full` every list too.
 
-
-def show(config: Config, compressions: str | None = None, figure: str | None = None) -> None:
-    """Print what a run would do; or, of several compressions, what `prune.allocation=budget` would keep.
-
-    `figure` is a file (.svg or .png) that their curve is drawn into.
+    With `device` also the largest batch that fits into this GPU. With `compressions` instead what
+    `prune.allocation=budget` would keep; `figure` is a file (.svg or .png) that their curve is drawn into.
     """
+    config = load(path, overrides, needs_data=False, trust_code=trust_code)
     if compressions is not None:
         show_options(config, compressions, figure)
-        return
-    if figure is not None:
+    elif figure is not None:
         raise UserError(f"--figure {figure} draws the curve of several budgets: give --budgets 2,4,8 too")
+    else:
+        show(config, full, as_json)
+    if device:
+        for fit in capacity.find(config, preflight.count_samples(config.data, config.seed).classes):
+            make_console(stderr=as_json).print(fit.sentence, markup=False)
+
+
+def show(config: Config, full: bool, as_json: bool) -> None:
+    """Print a plan."""
     made = outlook.make(config)
-    show_plan(made, dump_config(config))
+    needed, outline = planning.needs(config, made)
+    if as_json:
+        print(planning.as_json(made, needed))
+        return
+    console = make_console()
+    for line in planning.summary(config, made, needed, outline):
+        console.print(line, markup=False)
+    if full:
+        show_plan(made, dump_config(config), console)
+    for note in made.notes:
+        console.print(f"note: {note}", markup=False)
+    if not full:
+        console.print("every tensor, every round and every setting: the same command with --full", markup=False)
 
 
 def show_options(config: Config, compressions: str, figure: str | None) -> None:

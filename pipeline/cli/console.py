@@ -21,7 +21,7 @@ from pipeline.run.result import Result
 def show_plan(plan: RunPlan, resolved: str, console: Console | None = None) -> None:
     """Print a plan: the resolved config (YAML text), every tensor, every round."""
     console = console or make_console()
-    console.print(resolved.rstrip(), markup=False)
+    console.print(f"\n{resolved.rstrip()}", markup=False)
     counts = plan.counts
     console.print(
         f"\ndata: {counts.train:,} train, {counts.val:,} val, {counts.test:,} test samples, {counts.classes} classes"
@@ -46,8 +46,6 @@ def show_plan(plan: RunPlan, resolved: str, console: Console | None = None) -> N
         rise = [] if not predicted else ["-" if row.rise is None else f"{row.rise:.4f}"]
         table.add_row(str(row.round), *cells, f"{row.steps:,}", *rise)
     console.print(table)
-    for note in plan.notes:
-        console.print(f"note: {note}", markup=False)
 
 
 def _tensor_table(plan: RunPlan) -> Table:

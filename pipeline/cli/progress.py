@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.results.words import duration, number, percent
 from pipeline.run.events import (
+    SCANNED,
     EpochEnded,
     Event,
     LevelMeasured,
@@ -22,7 +23,6 @@ from pipeline.run.events import (
 )
 from pipeline.run.layout import DENSE, control_folder, round_folder
 
-SCANNED = 1 / 3  # of a training step's time an image takes that is only looked at
 SCAN = "scan"
 
 

@@ -58,7 +58,7 @@ def find(folder: str, depth: int = DEEPEST) -> Iterator[str]:
     """The folders of runs below a folder; within a run none is looked for."""
     for name in storage.list_folders(folder):
         below = storage.join(folder, name)
-        if name.startswith("."):
+        if name.startswith(".") or name == "mlartifacts":  # MLflow's copies of files, beside its sqlite file
             continue
         if storage.exists(storage.join(below, "run.json")):
             yield below

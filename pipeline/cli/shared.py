@@ -101,12 +101,14 @@ def plan(
     budgets: Budgets = None,
     figure: FigureFile = None,
     device: OnDevice = False,
+    full: Annotated[bool, typer.Option("--full", help="Also every setting, tensor and round.")] = False,
+    as_json: AsJson = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Show the resolved config, every tensor, densities, sizes and steps; trains nothing."""
+    """Show what a run would do, its time, memory and disk; trains nothing."""
     from pipeline.cli import commands
 
-    commands.plan(config, overrides or [], budgets, figure, device, trust_code)
+    commands.plan(config, overrides or [], budgets, figure, device, trust_code, full, as_json)
 
 
 def list_command(
