@@ -66,7 +66,7 @@ class RayEngine:
             yield from tasks.on_cluster(self.ray)(function, items, count)
 
     def _connect(self, config: Config, run: Run, progress: Progress | None = None) -> None:
-        """Join Ray, or start it; `progress` is told of it where nothing was joined before. Later calls find it there."""
+        """Join Ray, or start it, and tell `progress` of it; later calls find it there."""
         tell = progress or unheard
         first, began = self.ray is None, time.monotonic()
         if first:

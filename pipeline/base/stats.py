@@ -91,6 +91,27 @@ def verdict(low: float, high: float, margin: float) -> Literal["no loss", "loss"
     return "loss" if low > 0 else "undecided"
 
 
+def deciding(lost: int, won: int, samples: int, margin: float) -> int | None:
+    """About how many samples would decide a verdict, if they were lost and won as often as in these `samples`.
+
+    None where no number up to a thousand times as many would: the drop is too near to the margin.
+    """
+
+    def decided(times: float) -> bool:
+        low, high = tango(round(times * lost), round(times * won), round(times * samples))
+        return verdict(low, high, margin) != "undecided"
+
+    few, many = 1.0, 1.0
+    while not decided(many):
+        few, many = many, 2 * many
+        if many > 1000:
+            return None
+    for _ in range(30):
+        middle = (few + many) / 2
+        few, many = (few, middle) if decided(middle) else (middle, many)
+    return round(many * samples)
+
+
 def paired_mean(differences: NDArray[np.float64], z: float = Z95) -> tuple[float, float]:
     """Student's interval for the mean of paired differences; (-inf, inf) for a single difference.
 

@@ -19,6 +19,7 @@ from pipeline.results import budgets, figures, final, plots
 from pipeline.results import report as reports
 from pipeline.rounds import capacity, idle, outlook, preflight
 from pipeline.run import lease, state
+from pipeline.run.records import DataFacts
 from pipeline.run.result import Result
 from pipeline.run.state import Run, as_begun, config_of, run_root
 from pipeline.settings import trust
@@ -77,7 +78,9 @@ def run(config: Config, engine: Engine) -> Result:
             result = stages.run(config, engine, display)
         finally:
             engine.close()
-    show_result(result, storage.join(run_root(config), "report.html"))
+    here = Run(run_root(config), 0)
+    classes = here.load(DataFacts, "data.json").classes
+    show_result(result, here.path("report.html"), config.target.margin, classes)
     return result
 
 

@@ -85,11 +85,15 @@ def _group_table(groups: Groups, kept: Mapping[str, int]) -> Table:
     return table
 
 
-def show_result(result: Result, report_path: str, console: Console | None = None) -> None:
-    """Print the result of a run as a table."""
+def show_result(
+    result: Result, report_path: str, margin: float, classes: int | None = None, console: Console | None = None
+) -> None:
+    """Print the result of a run as a table; `margin` and `classes` as for `report.summary_rows`."""
     console = console or make_console()
-    table = Table("", "", title=f"{result.name} ({result.network})", show_header=False)
-    for label, value in report.summary_rows(result):
+    table = Table(title=f"{result.name} ({result.network})", show_header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for label, value in report.summary_rows(result, margin, classes):
         table.add_row(label, value)
     table.add_row("report", report_path)
     console.print(table)

@@ -47,7 +47,7 @@ def one_message(resume: str | None = None) -> Iterator[None]:
     def say(text: str) -> None:
         make_console(stderr=True).print(hide(text), markup=False)
 
-    with sigterm.as_ctrl_c(), sigterm.answered(lambda: say("stopping: what is being done is put in order first")):
+    with sigterm.as_ctrl_c(), sigterm.answered(lambda: say("Ctrl-C: stopping, which may take some seconds")):
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")

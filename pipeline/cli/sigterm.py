@@ -29,7 +29,8 @@ def answered(say: Callable[[], None]) -> Iterator[None]:
     """While the block lasts, `say` is called from a thread as soon as Ctrl-C comes, the first time it does.
 
     Python itself deals with it only where the main thread comes out of what it does, and putting a run in order then
-    takes seconds. Whoever handles Ctrl-C at this time (Ray, in a training) still does. Only the main thread has signals.
+    takes seconds. Whoever handles Ctrl-C at this time (Ray, in a training) still does. Nothing is said in other threads
+    than the main one, which alone has signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
