@@ -40,7 +40,7 @@ def mcnemar(reference_right: NDArray[np.bool_], pruned_right: NDArray[np.bool_])
     return McNemar(lost, won, min(1.0, 2.0 * tail), (lost - won) / samples, tango(lost, won, samples))
 
 
-def tango(lost: int, won: int, samples: int, z: float = Z95) -> tuple[float, float]:
+def tango(lost: float, won: float, samples: float, z: float = Z95) -> tuple[float, float]:
     """Score interval for (lost - won) / samples from paired data (Tango 1998, Statistics in Medicine 17:891).
 
     It holds the differences that a score test would not reject. It stays valid with few discordant pairs, and with
@@ -98,7 +98,7 @@ def deciding(lost: int, won: int, samples: int, margin: float) -> int | None:
     """
 
     def decided(times: float) -> bool:
-        low, high = tango(round(times * lost), round(times * won), round(times * samples))
+        low, high = tango(times * lost, times * won, times * samples)
         return verdict(low, high, margin) != "undecided"
 
     few, many = 1.0, 1.0

@@ -144,7 +144,7 @@ def outline(config: Config, counts: preflight.Counts, stages: Sequence[str], ten
         rounds=None if target.no_loss else len(round_plan.densities(config.prune, target, 1.0)),
         dense=images(config.dense) if config.start.source is None else 0,
         round=images(config.retrain),
-        scan=tensors * levels * (scan.samples or counts.val),
+        scan=tensors * levels * (scan.samples or counts.val) if "scan" in stages else 0,
         control=config.prune.dense_control,
     )
 

@@ -131,8 +131,8 @@ def test_how_many_samples_would_decide() -> None:
     assert deciding(0, 0, 100, 0.01) == pytest.approx(380.3, abs=2)
     wanted = deciding(12, 10, 1000, 0.01)  # a drop of 0.2 points, 1 point matters
     assert wanted is not None
-    for samples, decided in ((0.97 * wanted, False), (1.03 * wanted, True)):
-        times = samples / 1000
-        low, high = tango(round(12 * times), round(10 * times), round(samples))
+    for share, decided in ((0.97, False), (1.03, True)):
+        times = share * wanted / 1000
+        low, high = tango(12 * times, 10 * times, 1000 * times)
         assert (verdict(low, high, 0.01) != "undecided") is decided
     assert deciding(30, 5, 1000, 0.001) == 1000  # a loss already
