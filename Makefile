@@ -56,7 +56,7 @@ bench: install
 	$(BIN)/python benchmarks/run.py $(if $(ONLY),$(subst $(comma), ,$(ONLY)),$(BENCHES))
 
 schema: install
-	$(BIN)/python -c 'import json; from pipeline.settings.config import Config; print(json.dumps(Config.model_json_schema(), indent=1))' > configs/schema.json
+	$(BIN)/python -c 'import json; from pipeline.settings.config import Config; print(json.dumps(Config.model_json_schema(), indent=1))' > pipeline/settings/schema.json
 	$(BIN)/python -c 'import json; from pipeline.run.result import schema; print(json.dumps(schema(), indent=1))' > pipeline/results/result.schema.json
 
 # Tools that are not the project's own, and so stay out of its environment.

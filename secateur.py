@@ -26,7 +26,7 @@ from pipeline import stages
 from pipeline.base.errors import RunStopped, UserError
 from pipeline.cli import commands
 from pipeline.cli.called import Call
-from pipeline.cli.console import Display
+from pipeline.cli.display import Display
 from pipeline.engine import Engine
 from pipeline.export import load as loading
 from pipeline.export.bench import BATCHES, Bench
@@ -110,13 +110,18 @@ class Pruned:
         with configured(1), _known(self.given):
             return commands.bench(self.path, repeats, batches, trust_code=True)
 
+    def _rows(self) -> list[tuple[str, str]]:
+        run = contents.read(self.path)
+        classes = None if run.data is None else run.data.classes
+        return [*outcome.summary_rows(self.result, run.config.target.margin, classes), ("run", self.path)]
+
     def __str__(self) -> str:
-        rows = [*outcome.summary_rows(self.result), ("run", self.path)]
+        rows = self._rows()
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
     def _repr_html_(self) -> str:
-        return _html(self.result.name, [*outcome.summary_rows(self.result), ("run", self.path)], self.figures)
+        return _html(self.result.name, self._rows(), self.figures)
 
 
 @dataclass(frozen=True)

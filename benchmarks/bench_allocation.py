@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from pipeline import stages, storage
 from pipeline.base import stats
-from pipeline.cli.console import Display, show_tables
+from pipeline.cli.console import show_tables
+from pipeline.cli.display import Display
 from pipeline.cli.messages import make_console
 from pipeline.local import LocalEngine
 from pipeline.results.tables import TextTable, percent, signed

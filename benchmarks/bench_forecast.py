@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 
 from pipeline import stages
-from pipeline.cli.console import Display, show_tables
+from pipeline.cli.console import show_tables
+from pipeline.cli.display import Display
 from pipeline.cli.messages import make_console
 from pipeline.local import LocalEngine
 from pipeline.results import budgets

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.packed_cli import packed_app
-from pipeline.cli import messages
-from pipeline.cli.arguments import Address, ConfigPath, Overrides, RunPath, TrustCode, Workers, plan
+from pipeline.cli import messages, shared
+from pipeline.cli.arguments import Address, AsJson, ConfigPath, OneConfig, Overrides, TrustCode
 from pipeline.paper.arguments import ALL_NETWORKS, CONFIGS, Configs, DataRoot, Networks, RunsDir, Seeds, Target
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-shards_app = typer.Typer(help="Make, take over and check WebDataset shards.", no_args_is_help=True)
-app.add_typer(shards_app, name="shards")
-app.add_typer(packed_app, name="packed")
+app = shared.program(__doc__, completion=True)
 
 # Each command imports what it needs when it runs: help is printed at once.
 
@@ -26,9 +21,6 @@ def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode =
     from cluster import actions
 
     actions.run(config, overrides or [], trust_code)
-
-
-app.command()(plan)
 
 
 @app.command()
@@ -66,57 +58,6 @@ def reproduce(
     )
 
 
-@app.command()
-def report(run_dir: RunPath) -> None:
-    """Write report.html of a finished run again."""
-    from cluster import actions
-
-    print(actions.report(run_dir))
-
-
-@app.command()
-def bench(
-    run_dir: Annotated[
-        str, typer.Argument(metavar="RUN", help="Folder of a finished run; with --table, a run or a config.")
-    ],
-    overrides: Overrides = None,
-    table: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Only measure how long the network takes at some widths: target.latency_table.",
-        ),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed passes of each network.", min=5)] = 100,
-    batches: Annotated[
-        str, typer.Option(metavar="1,64", help="Samples in a pass; the first is the report's.")
-    ] = "1,64",
-    trust_code: TrustCode = False,
-) -> None:
-    """Measure dense, pruned, compact and CSR networks of a finished run on this machine, and export ONNX."""
-    from cluster import actions
-
-    if table is not None:
-        actions.bench_table(run_dir, overrides or [], table, trust_code)
-    else:
-        actions.bench(run_dir, overrides or [], repeats, batches, trust_code)
-
-
-@app.command()
-def sync(
-    run_dir: RunPath,
-    uri: Annotated[
-        str | None,
-        typer.Option(help="Tracking server; the run's by default, where no credentials would be sent to it."),
-    ] = None,
-) -> None:
-    """Bring MLflow up to date from the run's folder; twice is the same as once."""
-    from pipeline.cli import commands
-
-    synced = commands.sync(run_dir, uri)
-    print(f"MLflow at {synced.tracking_uri}: experiment {synced.experiment_id}, run {synced.run_id}")
-
-
 @app.command("submit")
 def submit_command(
     config: ConfigPath,
@@ -135,67 +76,29 @@ def submit_command(
 
 
 @app.command()
-def ui(
-    runs_dir: Annotated[Path, typer.Argument(help="Folder that holds runs and mlflow.db.")] = Path("runs"),
-    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+def logs(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of a run, or the name of a Ray job.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
+    address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Browse runs in the MLflow UI."""
-    from cluster import actions
+    """Print the log of a run, of all its processes in the order of time; or what a Ray job printed."""
+    if run_dir.startswith("raysubmit_"):
+        from cluster import submit
 
-    actions.ui(runs_dir, port)
-
-
-@shards_app.command("build")
-def shards_build(
-    config: ConfigPath,
-    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
-    overrides: Overrides = None,
-    workers: Workers = None,
-) -> None:
-    """Write WebDataset shards and manifest.json from the config's data source."""
-    from cluster import actions
-
-    actions.build_shards(config, overrides or [], out, workers)
+        raise SystemExit(submit.print_log(run_dir, address, follow))
+    shared.logs(run_dir, follow, as_json)
 
 
-@shards_app.command("index")
-def shards_index(
-    root: Annotated[str, typer.Argument(help="Folder with train*.tar, val*.tar, test*.tar.")],
-    label: Annotated[str, typer.Option(help="cls, or the name of a field of json.")] = "cls",
-    classes: Annotated[int | None, typer.Option(help="Number of classes; by default the largest label + 1.")] = None,
-    val_fraction: Annotated[float, typer.Option(help="Held out of train where there is no val.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Draws val.")] = 0,
-    skip_bad: Annotated[
-        bool,
-        typer.Option("--skip-bad", help="Leave out samples without label or image, or whose image cannot be decoded."),
-    ] = False,
-    workers: Workers = None,
-) -> None:
-    """Make a manifest.json for shards that another program wrote."""
-    from cluster import actions
+@app.command()
+def doctor(config: OneConfig = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check this machine, or what a config names: each problem with its remedy; exit code 1 where there is one."""
+    from cluster import checks
 
-    actions.index_shards(root, label, classes, val_fraction, seed, skip_bad, workers)
+    shared.examine(config, overrides, checks.ALL, as_json)
 
 
-@shards_app.command("verify")
-def shards_verify(
-    root: Annotated[str, typer.Argument(help="Folder with manifest.json.")], workers: Workers = None
-) -> None:
-    """Check shards against their manifest, down to every image."""
-    from cluster import actions
-
-    actions.verify_shards(root, workers)
-
-
-@shards_app.command("push")
-def shards_push(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder with manifest.json.")],
-    target: Annotated[str, typer.Argument(metavar="s3://BUCKET/PREFIX", help="Where the shards go.")],
-) -> None:
-    """Upload shards, those that are there already left out, and then their manifest."""
-    from cluster import actions
-
-    actions.push_shards(source, target)
+shared.add_rest(app)
 
 
 def command_line() -> None:

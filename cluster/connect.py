@@ -92,6 +92,20 @@ def started_here(config: Config) -> bool:
     return (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 
+def coming(config: Config) -> str:
+    """What happens while nothing of Ray is to be seen yet."""
+    if started_here(config):
+        return "Ray starts on this machine, which takes about ten seconds"
+    return f"joining the Ray cluster at {config.cluster.address or os.environ.get('RAY_ADDRESS')}"
+
+
+def have(ray: Any) -> str:
+    """What a cluster has, as in `2 nodes with 16 CPU and 2 GPU`."""
+    there = nodes(ray)
+    total = {kind: sum(node.get(kind, 0.0) for node in there) for kind in ("CPU", "GPU")}
+    return f"{len(there)} node{'s' * (len(there) != 1)} with {amounts({k: v for k, v in total.items() if v})}"
+
+
 def nodes(ray: Any) -> list[dict[str, float]]:
     """What each node that is alive has in all, by resource."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,9 +14,10 @@ from pipeline.base.errors import Lost, RunStopped
 from pipeline.base.hiding import hide
 from pipeline.base.spread import Spread, processes
 from pipeline.engine import Levels, OnLevel, Together, Work
-from pipeline.run.events import Event, Progress
+from pipeline.run.events import Event, Noted, Progress, unheard
 from pipeline.run.records import Figures
 from pipeline.run.state import Run
+from pipeline.settings.cluster import asked
 from pipeline.settings.config import Config
 
 T = TypeVar("T")
@@ -31,7 +33,8 @@ class RayEngine:
 
     def train(self, work: Work, config: Config, run: Run, progress: Progress) -> None:
         """Do it on a worker group of Ray Train."""
-        self._connect(config, run)
+        self._connect(config, run, progress)
+        progress(Noted(f"{work.stage}: Ray starts cluster.workers={asked(config.cluster.workers)}"))
         with self._in_a_sentence(work.stage):
             training.train(self.ray, work, config, run, progress)
 
@@ -62,8 +65,15 @@ class RayEngine:
         with self._in_a_sentence("shards"):
             yield from tasks.on_cluster(self.ray)(function, items, count)
 
-    def _connect(self, config: Config, run: Run) -> None:
+    def _connect(self, config: Config, run: Run, progress: Progress | None = None) -> None:
+        """Join Ray, or start it, and tell `progress` of it; later calls find it there."""
+        tell = progress or unheard
+        first, began = self.ray is None, time.monotonic()
+        if first:
+            tell(Noted(connect.coming(config)))
         self.ray = connect.connect(config)
+        if first:
+            tell(Noted(f"Ray is there after {time.monotonic() - began:.1f} s: {connect.have(self.ray)}"))
         if self.gauges is None or self.gauges.run != hide(run.root):
             from ray.util.metrics import Gauge
 

@@ -60,8 +60,7 @@ def submit(
     loaded = commands.read(config, overrides, trust_code=trust_code)
     require_shared_paths(loaded, "a job's working directory is temporary and the next submission does not see it")
     environment = job_env.make(loaded, runtime_env, Path.cwd())
-    where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-    where = where or "http://127.0.0.1:8265"
+    where = _where(address)
     client, command, root = _client(where), entrypoint(config, overrides, trust_code), run_root(loaded)
     job = _live_job(client, root, command)
     if job is None:
@@ -70,6 +69,32 @@ def submit(
         print(f"job {job} submitted; `ray job logs {job}` shows its log, `ray job stop {job}` ends it", flush=True)
     if not wait:
         return 0
+    return _followed(client, job, where)
+
+
+def print_log(job: str, address: str | None, follow: bool) -> int:
+    """Print what a job printed; with `follow` to its end, return its exit code. Raises UserError for no such job."""
+    where = _where(address)
+    client = _client(where)
+    if follow:
+        return _followed(client, job, where)
+    try:
+        print(client.get_job_logs(job), end="")
+    except RuntimeError as error:
+        raise UserError(
+            f"--address={where}: the cluster has no log of job {job}: `ray job list` shows its jobs"
+        ) from error
+    return 0
+
+
+def _where(address: str | None) -> str:
+    """The dashboard's address: as given, that of the environment, or this machine's."""
+    given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    return given or "http://127.0.0.1:8265"
+
+
+def _followed(client: Any, job: str, where: str) -> int:
+    """Follow a job's log to its end; returns the job's exit code."""
     try:
         return asyncio.run(_follow(client, job, where))
     except KeyboardInterrupt as error:

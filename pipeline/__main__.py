@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import typer
-
-from pipeline.cli import messages
-from pipeline.cli.arguments import ConfigPath, Overrides, TrustCode, plan
+from pipeline.cli import messages, shared
+from pipeline.cli.arguments import AsJson, ConfigPath, OneConfig, Overrides, TrustCode
 from pipeline.paper.arguments import ALL_NETWORKS, CONFIGS, Configs, DataRoot, Networks, RunsDir, Seeds, Target
 
 PROGRAM = "python -m pipeline"
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = shared.program(__doc__, completion=False)
 
 
 @app.command()
@@ -30,7 +28,10 @@ def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode =
             engine.follow()
 
 
-app.command()(plan)
+@app.command()
+def doctor(config: OneConfig = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check this machine, or what a config names: each problem with its remedy; exit code 1 where there is one."""
+    shared.examine(config, overrides, (), as_json)
 
 
 @app.command()
@@ -57,6 +58,10 @@ def reproduce(
             paper.carry_out(jobs, engine, messages.typed(PROGRAM))
         else:
             engine.follow()
+
+
+app.command()(shared.logs)
+shared.add_rest(app)
 
 
 def command_line() -> None:

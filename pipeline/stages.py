@@ -24,7 +24,7 @@ from pipeline.network.survey import Prunable
 from pipeline.network.survey import survey as survey_network
 from pipeline.prune import channels, round_plan
 from pipeline.results import final
-from pipeline.rounds import branch, comparison, preflight, same_data, timing
+from pipeline.rounds import branch, comparison, outlook, preflight, same_data, timing
 from pipeline.run import course, ended, log
 from pipeline.run.events import Event, Mirrored, Noted, Progress, ShardsCounted, StageBegun, Warned
 from pipeline.run.records import DataFacts, Scan
@@ -104,21 +104,26 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
     RunStopped; in both cases the state on disk is kept and the same command goes on from it.
     """
     config, run = driver.config, driver.run
+    driver.progress(Noted("settings, data and network are checked"))
     same_data.settle(config, run, lambda: fingerprint(SHARDS.name, *SHARDS.settings(driver)))
     preflight.check(config, run)
     made_from: list[str] = []
-    for stage in stages:
+    for number, stage in enumerate(stages, start=1):
         started = time.monotonic()
         made_from = [fingerprint(stage.name, *made_from, *stage.settings(driver))]
         there = run.finished(stage.name, made_from[0]) and all(run.has(file) for file in stage.gives)
         if there and not stage.again(driver):
-            driver.progress(StageBegun(stage.name, stage.title, skipped=True))
-            continue
-        driver.progress(StageBegun(stage.name, stage.title))
-        stage.drive(driver)
-        run.finish(stage.name, made_from[0], time.monotonic() - started)
-        if stage in (SHARDS, LATENCY):
-            preflight.check_again(config, run)
+            driver.progress(StageBegun(stage.name, stage.title, True, number, len(stages)))
+        else:
+            driver.progress(StageBegun(stage.name, stage.title, False, number, len(stages)))
+            stage.drive(driver)
+            run.finish(stage.name, made_from[0], time.monotonic() - started)
+            if stage in (SHARDS, LATENCY):
+                preflight.check_again(config, run)
+        if stage is SHARDS:
+            tensors = len(driver.prunable()) if SCAN in stages else 0
+            counts = preflight.known_counts(config.data, config.seed, run)
+            driver.progress(outlook.outline(config, counts, [each.name for each in stages], tensors))
 
 
 # Settings of data that change how it is read, but not what is read.

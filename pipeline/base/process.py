@@ -26,6 +26,12 @@ def started(pid: int) -> int | None:
     return int(text.rpartition(")")[2].split()[_START])  # a command's name may hold spaces and brackets
 
 
+def age_s(pid: int) -> float | None:
+    """Seconds since a process of this machine started; None where there is none, or it cannot be seen."""
+    ticks = started(pid)
+    return None if ticks is None else max(0.0, since_boot() - ticks / os.sysconf("SC_CLK_TCK"))
+
+
 def lives(pid: int, start: int | None) -> bool:
     """Whether the process of this machine with that id and that start is there.
 

@@ -40,7 +40,7 @@ def mcnemar(reference_right: NDArray[np.bool_], pruned_right: NDArray[np.bool_])
     return McNemar(lost, won, min(1.0, 2.0 * tail), (lost - won) / samples, tango(lost, won, samples))
 
 
-def tango(lost: int, won: int, samples: int, z: float = Z95) -> tuple[float, float]:
+def tango(lost: float, won: float, samples: float, z: float = Z95) -> tuple[float, float]:
     """Score interval for (lost - won) / samples from paired data (Tango 1998, Statistics in Medicine 17:891).
 
     It holds the differences that a score test would not reject. It stays valid with few discordant pairs, and with
@@ -89,6 +89,27 @@ def verdict(low: float, high: float, margin: float) -> Literal["no loss", "loss"
     if high <= margin:
         return "no loss"
     return "loss" if low > 0 else "undecided"
+
+
+def deciding(lost: int, won: int, samples: int, margin: float) -> int | None:
+    """About how many samples would decide a verdict, if they were lost and won as often as in these `samples`.
+
+    None where no number up to a thousand times as many would: the drop is too near to the margin.
+    """
+
+    def decided(times: float) -> bool:
+        low, high = tango(times * lost, times * won, times * samples)
+        return verdict(low, high, margin) != "undecided"
+
+    few, many = 1.0, 1.0
+    while not decided(many):
+        few, many = many, 2 * many
+        if many > 1000:
+            return None
+    for _ in range(30):
+        middle = (few + many) / 2
+        few, many = (few, middle) if decided(middle) else (middle, many)
+    return round(many * samples)
 
 
 def paired_mean(differences: NDArray[np.float64], z: float = Z95) -> tuple[float, float]:

@@ -1,7 +1,4 @@
-"""Arguments and options of the commands, with their help, and the command that both programs have.
-
-Loads nothing heavy.
-"""
+"""Arguments and options of the commands, with their help. Loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import Annotated
 import typer
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, as in configs/, or its URL.")]
+OneConfig = Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Also check what this config names.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
 Budgets = Annotated[
     str | None, typer.Option(metavar="2,4,8", help="Show what several compressions would keep, solved from the scan.")
@@ -25,19 +23,6 @@ TrustCode = Annotated[
 RunPath = Annotated[
     str, typer.Argument(metavar="RUN", help="Folder of a run, as in runs/demo or s3://bucket/runs/demo.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each core.")]
 Address = Annotated[str | None, typer.Option(help="Ray dashboard, as in http://127.0.0.1:8265.")]
-
-
-def plan(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    budgets: Budgets = None,
-    figure: FigureFile = None,
-    device: OnDevice = False,
-    trust_code: TrustCode = False,
-) -> None:
-    """Show the resolved config, every tensor, densities, sizes and steps; trains nothing."""
-    from pipeline.cli import commands
-
-    commands.plan(config, overrides or [], budgets, figure, device, trust_code)

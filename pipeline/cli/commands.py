@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
-from pipeline.cli.console import Display, show_plan, show_result, show_tables
+from pipeline.cli import plan as planning
+from pipeline.cli.console import show_plan, show_result, show_tables
+from pipeline.cli.display import Display
 from pipeline.cli.messages import make_console
 from pipeline.engine import Engine
 from pipeline.export.bench import Bench, bench_run
 from pipeline.network import given
 from pipeline.network.build import build_network
 from pipeline.results import budgets, figures, final, plots
+from pipeline.results import report as reports
 from pipeline.rounds import capacity, idle, outlook, preflight, timing
 from pipeline.run import lease
+from pipeline.run.records import DataFacts
 from pipeline.run.result import Result
 from pipeline.run.state import Run, as_begun, config_of, open_run, run_root
 from pipeline.settings import trust
@@ -95,54 +100,65 @@ def run(config: Config, engine: Engine) -> Result:
             result = stages.run(config, engine, display)
         finally:
             engine.close()
-    show_result(result, storage.join(run_root(config), "report.html"))
+    here = Run(run_root(config), 0)
+    classes = here.load(DataFacts, "data.json").classes
+    show_result(result, here.path("report.html"), config.target.margin, classes)
     return result
 
 
 def plan(
     path: str,
     overrides: list[str],
-    compressions: str | None,
-    figure: str | None,
+    compressions: str | None = None,
+    figure: str | None = None,
     device: bool = False,
     trust_code: bool = False,
+    full: bool = False,
+    as_json: bool = False,
 ) -> None:
-    """Print what a run of a config would do; with `device` also the largest batch that fits into this GPU."""
-    config = load(path, overrides, needs_data=False, trust_code=trust_code)
-    show(config, compressions, figure)
-    if device:
-        for fit in capacity.find(config, preflight.count_samples(config.data, config.seed).classes):
-            make_console().print(fit.sentence, markup=False)
+    """Print what a run of a config would do: a summary, with `full` every list too.
 
-
-def show(config: Config, compressions: str | None = None, figure: str | None = None) -> None:
-    """Print what a run would do; or, of several compressions, what `prune.allocation=budget` would keep.
-
-    `figure` is a file (.svg or .png) that their curve is drawn into.
+    With `device` also the largest batch that fits into this GPU. With `compressions` instead what
+    `prune.allocation=budget` would keep; `figure` is a file (.svg or .png) that their curve is drawn into.
     """
+    config = load(path, overrides, needs_data=False, trust_code=trust_code)
     if compressions is not None:
         show_options(config, compressions, figure)
-        return
-    if figure is not None:
+    elif figure is not None:
         raise UserError(f"--figure {figure} draws the curve of several budgets: give --budgets 2,4,8 too")
+    else:
+        show(config, full, as_json)
+    if device:
+        for fit in capacity.find(config, preflight.count_samples(config.data, config.seed).classes):
+            make_console(stderr=as_json).print(fit.sentence, markup=False)
+
+
+def show(config: Config, full: bool, as_json: bool) -> None:
+    """Print a plan."""
     made = outlook.make(config)
-    show_plan(made, dump_config(config))
+    needed, outline = planning.needs(config, made)
+    if as_json:
+        print(planning.as_json(made, needed))
+        return
+    console = make_console()
+    for line in planning.summary(config, made, needed, outline):
+        console.print(line, markup=False)
+    if full:
+        show_plan(made, dump_config(config), console)
+    for note in made.notes:
+        console.print(f"note: {note}", markup=False)
+    if not full:
+        console.print("every tensor, every round and every setting: the same command with --full", markup=False)
 
 
 def show_options(config: Config, compressions: str, figure: str | None) -> None:
     """Print several budgets solved from the run's scan, and draw their curve into a file. Raises UserError."""
-    if figure is not None and not figure.endswith((".svg", ".png")):
-        raise UserError(f"--figure {figure}: is written as SVG or PNG; end the name in .svg or .png")
+    figures.require_name(figure, "--figure")
     options = budgets.solve(config, budgets.parse(compressions))
     show_tables([budgets.table(options)], budgets.bars(options))
     if figure is not None:
-        drawn = plots.budgets(options)
         label = "Predicted rise of the loss against compression"
-        made = figures.to_png(drawn) if figure.endswith(".png") else figures.to_svg(drawn, label).encode()
-        try:
-            storage.write_bytes(figure, made)
-        except OSError as error:
-            raise UserError(f"--figure {figure}: cannot be written: {error.strerror}") from error
+        figures.write(plots.budgets(options), figure, label, "--figure")
 
 
 def bench(run_dir: str | Path, repeats: int, batches: Sequence[int], trust_code: bool = False) -> Bench:
@@ -158,7 +174,12 @@ def bench(run_dir: str | Path, repeats: int, batches: Sequence[int], trust_code:
 
 
 def bench_table(path: str, overrides: list[str], out: str, *, trust_code: bool = False) -> str:
-    """Measure a table of latencies of a config's network on this machine and write it into `out`; what it tells."""
+    """Measure a table of latencies on this machine and write it into `out`; what it tells.
+
+    `path` is a config, or a run's folder.
+    """
+    if storage.exists(storage.join(path, "config.yaml")):
+        path = storage.join(path, "config.yaml")
     config = load(path, overrides, needs_data=False, trust_code=trust_code)
     config = config.model_copy(update={"target": config.target.model_copy(update={"latency_table": None})})
     configure_process(config.threads, config.reproducible)
@@ -192,3 +213,24 @@ def sync(run_dir: str | Path, uri: str | None = None) -> Synced:
             final.update(Run(str(run_dir), held.fence, held.token, held.alive), mlflow=synced.place)
         synced = tracking.sync(run_dir, config)
     return synced
+
+
+def report(run_dir: str) -> str:
+    """Write report.html of a finished run again; where it is."""
+    config_of(run_dir)
+    if not storage.exists(storage.join(run_dir, "result.json")):
+        raise UserError(f"run '{run_dir}' has no result.json yet: run the command that started it again to finish it")
+    return reports.write(run_dir)
+
+
+def ui(runs_dir: Path, port: int) -> None:
+    """Become MLflow's UI for the runs of a folder."""
+    database = runs_dir.resolve() / "mlflow.db"
+    if not database.is_file():
+        raise UserError(
+            f"'{database}' does not exist: no run has been tracked there yet; give the runs_dir of your runs"
+        )
+    store = ["--backend-store-uri", f"sqlite:///{database}"]
+    command = [sys.executable, "-m", "mlflow", "ui", *store, "--port", str(port)]
+    print(f"http://127.0.0.1:{port}", flush=True)
+    os.execv(command[0], command)  # Ctrl-C and SIGTERM then reach the server itself

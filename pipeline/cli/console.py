@@ -1,144 +1,27 @@
-"""What a person sees: progress on a terminal or in a job's log, tables, and one message for an error."""
+"""Tables that commands print."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from typing import assert_never
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline.base.hiding import hide
 from pipeline.cli.messages import make_console
 from pipeline.export.bench import Bench, Foreseen
 from pipeline.network.groups import INPUTS, OUTPUTS, Groups
 from pipeline.results import outcome
 from pipeline.results.tables import TextTable
 from pipeline.rounds.outlook import RunPlan
-from pipeline.run.events import (
-    EpochEnded,
-    Event,
-    LevelMeasured,
-    Mirrored,
-    Noted,
-    Paced,
-    Resumed,
-    RoundBegun,
-    Saved,
-    ShardsCounted,
-    StageBegun,
-    Stepped,
-    TogetherMeasured,
-    Warned,
-    WorkersBegun,
-)
-from pipeline.run.records import Epoch, Scan
+from pipeline.run.records import Scan
 from pipeline.run.result import Result
-
-LOG_EVERY_S = 2.0  # a log gets at most one line of a running count in so many seconds
-STEPS_EVERY_S = 30.0  # and one of a training's steps, between the lines of its epochs
-
-
-def pace(epoch: Epoch) -> str:
-    """How fast an epoch went, and which part of its time its steps waited for data."""
-    if epoch.images_per_s is None or epoch.waiting is None:
-        return ""
-    return f", {epoch.images_per_s:,.0f} images/s, {epoch.waiting:.0%} of it waiting for data"
-
-
-class Display:
-    """Shows a run's events: bars on a terminal, plain lines in a log."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or make_console()
-        self.started = time.monotonic()
-        self.last_line = 0.0
-        self.bars: Progress | None = None
-        self.task: tuple[str, TaskID] | None = None
-
-    def __enter__(self) -> Display:
-        if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bars = Progress(*columns, console=self.console, transient=True)
-            self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bars is not None:
-            self.bars.stop()
-
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
-        match event:
-            case Warned(text):
-                self.line(f"warning: {text}")
-            case Noted(text):
-                self.line(text)
-            case StageBegun(title=title, skipped=skipped):
-                self.line(f"{title}: {'finished before, skipped' if skipped else 'started'}")
-            case ShardsCounted(text, done, total):
-                self.count(f"shards: {text}", done, total)
-            case LevelMeasured(done=done, total=total):
-                self.count("scan", done, total)
-                if self.bars is None and done == total:
-                    self.line(f"scan: {done} levels measured")
-            case TogetherMeasured(density, rise, power):
-                self.line(
-                    f"scan: all tensors together at density {density:.2%}: the loss rises by at least {rise:.4f} "
-                    f"(damages composed by the power {power:g})"
-                )
-            case RoundBegun():
-                self.round(event)
-            case Resumed(phase, step, steps, workers):
-                where = f" on {workers} workers" if workers > 1 else ""
-                self.line(f"{phase}: resumed at step {step} of {steps}{where}")
-            case Stepped(phase, step, steps):
-                self.count(phase, step, steps, every=STEPS_EVERY_S)
-            case EpochEnded(phase, epoch, epochs, steps):
-                if self.bars is not None:
-                    self.count(phase, epoch.step, steps)
-                self.line(
-                    f"{phase}: epoch {epoch.epoch}/{epochs}, loss {epoch.loss:.4f}, val {epoch.val_top1:.2%}, "
-                    f"{epoch.seconds:.1f} s{pace(epoch)}"
-                )
-            case Paced() | Saved() | WorkersBegun() | Mirrored():
-                pass  # for the log and for gauges
-            case _:
-                assert_never(event)
-
-    def round(self, event: RoundBegun) -> None:
-        """A round is pruned, and its retraining begins."""
-        self.line(
-            f"{event.phase}: {event.kept:,} weights {'kept in the end' if event.gradual else 'kept'} "
-            f"({event.density:.2%}), val {event.before:.2%}"
-            + (f", {event.dead:,} of dead neurons gone" if event.dead else "")
-            + "".join(f", {path} drops {rate:.3g}" for path, rate in event.dropout.items() if rate)
-        )
-
-    def count(self, text: str, done: int, total: int, every: float = LOG_EVERY_S) -> None:
-        """A running count: a bar, or now and then a line."""
-        if self.bars is not None:
-            if self.task is None or self.task[0] != text:
-                if self.task is not None:
-                    self.bars.remove_task(self.task[1])
-                self.task = (text, self.bars.add_task(text, total=total))
-            self.bars.update(self.task[1], completed=done, total=total)
-        elif done == total or time.monotonic() - self.last_line >= every:
-            self.line(f"{text}: {done}/{total}")
-
-    def line(self, text: str) -> None:
-        """One line, with the seconds since the start."""
-        self.last_line = time.monotonic()
-        self.console.print(f"[{self.last_line - self.started:7.1f} s] {hide(text)}", markup=False)
 
 
 def show_plan(plan: RunPlan, resolved: str, console: Console | None = None) -> None:
     """Print a plan: the resolved config (YAML text), every tensor, every round."""
     console = console or make_console()
-    console.print(resolved.rstrip(), markup=False)
+    console.print(f"\n{resolved.rstrip()}", markup=False)
     counts = plan.counts
     console.print(
         f"\ndata: {counts.train:,} train, {counts.val:,} val, {counts.test:,} test samples, {counts.classes} classes"
@@ -163,8 +46,6 @@ def show_plan(plan: RunPlan, resolved: str, console: Console | None = None) -> N
         rise = [] if not predicted else ["-" if row.rise is None else f"{row.rise:.4f}"]
         table.add_row(str(row.round), *cells, f"{row.steps:,}", *rise)
     console.print(table)
-    for note in plan.notes:
-        console.print(f"note: {note}", markup=False)
 
 
 def _tensor_table(plan: RunPlan) -> Table:
@@ -204,11 +85,15 @@ def _group_table(groups: Groups, kept: Mapping[str, int]) -> Table:
     return table
 
 
-def show_result(result: Result, report_path: str, console: Console | None = None) -> None:
-    """Print the result of a run as a table."""
+def show_result(
+    result: Result, report_path: str, margin: float, classes: int | None = None, console: Console | None = None
+) -> None:
+    """Print the result of a run as a table; `margin` and `classes` as for `outcome.summary_rows`."""
     console = console or make_console()
-    table = Table("", "", title=f"{result.name} ({result.network})", show_header=False)
-    for label, value in outcome.summary_rows(result):
+    table = Table(title=f"{result.name} ({result.network})", show_header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for label, value in outcome.summary_rows(result, margin, classes):
         table.add_row(label, value)
     table.add_row("report", report_path)
     console.print(table)

@@ -10,14 +10,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.base.errors import Away, Lost, RunStopped, UserError
 from pipeline.base.hiding import hide
 from pipeline.base.process import MIRROR_THREAD
 from pipeline.cli import sigterm
+
+if TYPE_CHECKING:  # loaded where something is printed with it: help is not
+    from rich.console import Console
 
 MISTAKE = 2  # exit code: the user can mend it, and trying again without that would end the same way
 PASSING = 75  # exit code (EX_TEMPFAIL of sysexits.h): something was away or lost, and the same command may work later
@@ -27,6 +28,8 @@ LOG_WIDTH = 180  # columns of a table in a log
 
 def make_console(stderr: bool = False) -> Console:
     """A console that writes whole lines: in a log, which has no width, tables are as wide as they need."""
+    from rich.console import Console
+
     console = Console(stderr=stderr, highlight=False, soft_wrap=True)
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=LOG_WIDTH)
 
@@ -40,12 +43,11 @@ def one_message(resume: str | None = None) -> Iterator[None]:
     """One message, and the exit code: MISTAKE for what the user can mend, or a run that had to stop; PASSING for what
     may work later; INTERRUPTED for Ctrl-C and SIGTERM.
     """
-    err = make_console(stderr=True)
 
     def say(text: str) -> None:
-        err.print(hide(text), markup=False)
+        make_console(stderr=True).print(hide(text), markup=False)
 
-    with sigterm.as_ctrl_c():
+    with sigterm.as_ctrl_c(), sigterm.answered(lambda: say("Ctrl-C: stopping, which may take some seconds")):
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")

@@ -21,7 +21,8 @@ from pipeline.base.errors import UserError
 from pipeline.base.names import lookup
 from pipeline.base.record import Record
 from pipeline.cli import commands
-from pipeline.cli.console import Display, show_tables
+from pipeline.cli.console import show_tables
+from pipeline.cli.display import Display
 from pipeline.engine import Engine
 from pipeline.paper import curves, figure5, figures, printed, seeds, tables
 from pipeline.paper.arguments import ALL_NETWORKS, CONFIGS

@@ -13,6 +13,7 @@ from pipeline import storage
 from pipeline.base import stats
 from pipeline.base.errors import UserError
 from pipeline.export.bench import Bench
+from pipeline.results import outcome
 from pipeline.results.words import count, number, percent, points, size, span
 from pipeline.run.contents import read
 from pipeline.run.result import Scores

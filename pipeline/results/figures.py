@@ -17,6 +17,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline import storage
+from pipeline.base.errors import UserError
+
 # Okabe and Ito's palette, told apart with every common colour blindness; yellow left out, too faint on white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#595959")
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d9dee3"
@@ -111,3 +114,18 @@ def to_png(figure: Figure, dots_per_inch: int = 144) -> bytes:
     with styled():
         figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def require_name(file: str | None, option: str) -> None:
+    """Raise UserError where a file that an option names is of no kind that figures are written as."""
+    if file is not None and not file.endswith((".svg", ".png")):
+        raise UserError(f"{option} {file}: is written as SVG or PNG; end the name in .svg or .png")
+
+
+def write(figure: Figure, file: str, label: str, option: str) -> None:
+    """Write a figure as SVG or PNG, by its file's name. Raises UserError, which names the option."""
+    made = to_png(figure) if file.endswith(".png") else to_svg(figure, label).encode()
+    try:
+        storage.write_bytes(file, made)
+    except OSError as error:
+        raise UserError(f"{option} {file}: cannot be written: {error.strerror}") from error

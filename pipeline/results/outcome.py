@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline import storage
-from pipeline.results.words import NOT_MEASURED, count, number, percent, points, size, span
+from pipeline.base import stats
+from pipeline.results.words import NOT_MEASURED, better, count, number, percent, points, size, span
 from pipeline.run.contents import Contents
 from pipeline.run.result import LatencySummary, OnTest, Result, Scores
 from pipeline.settings import trust
 
+FEW_CLASSES = 10  # top-5 of so many classes is nearly always right
 _FEW = 5000  # test images; below, an error is told to a tenth of a percent
 
 
@@ -52,21 +54,28 @@ def repeat_command(run: Contents, folder: str) -> str:
     return f"secateur run {storage.join(folder, 'config.yaml')} name={run.run.name}-again{trusted}"
 
 
-def summary_rows(result: Result) -> list[tuple[str, str]]:
-    """What a run found, as (label, value) for the terminal and the top of the report."""
+def summary_rows(result: Result, margin: float, classes: int | None = None) -> list[tuple[str, str]]:
+    """What a run found, as (label, value) for the terminal and the top of the report.
+
+    `margin` is as for `verdict`. Of networks that tell few `classes` apart, the top-5 error says nothing.
+    """
     test, stored, start = result.test, result.bytes, result.lineage
     low, high = test.mcnemar.drop_ci95
     return [
         *([("started from", f"round {start.round} of {start.run}")] if start else []),
         ("verdict", result.verdict),
+        *([("why", undecided(result, margin))] if result.verdict == "undecided" and not test.guessing else []),
         ("compression", f"{number(result.compression)}×"),
         ("weights kept", f"{count(result.weights_kept)} of {count(result.weights_total)}"),
         ("FLOPs left, by weights", percent(result.flops_density_weights, 1)),
         ("FLOPs left, zero inputs skipped too", percent(result.flops_density, 1)),
-        ("test error, dense", error(test.dense)),
-        ("test error, dense control", error(test.dense_control) if test.dense_control else NOT_MEASURED),
-        ("test error, pruned", error(test.pruned)),
-        (f"drop against {reference_name(result)}", f"{points(drop(result))} (95%: {span(low, high)})"),
+        ("test error, dense", error(test.dense, test.samples, classes)),
+        (
+            "test error, dense control",
+            error(test.dense_control, test.samples, classes) if test.dense_control else NOT_MEASURED,
+        ),
+        ("test error, pruned", error(test.pruned, test.samples, classes)),
+        (f"against {reference_name(result)}", f"{better(drop(result))} (95% of the drop: {span(low, high)})"),
         *_against_given(test),
         ("size, dense fp32", size(stored.dense_fp32)),
         ("size, pruned and gzipped", _smaller(stored.dense_gzip, stored.dense_fp32)),
@@ -82,7 +91,7 @@ def _against_given(test: OnTest) -> list[tuple[str, str]]:
     if test.against_dense is None:
         return []
     lost, (low, high) = test.dense.top1 - test.pruned.top1, test.against_dense.drop_ci95
-    return [("drop against the dense network as given", f"{points(lost)} (95%: {span(low, high)})")]
+    return [("against the dense network as given", f"{better(lost)} (95% of the drop: {span(low, high)})")]
 
 
 def _bits(result: Result) -> list[tuple[str, str]]:
@@ -147,8 +156,32 @@ def verdict(result: Result, margin: float) -> Verdict:
     return Verdict(
         "Undecided",
         f"The drop's 95% interval ({interval}) holds zero but reaches past {limit}: the test neither shows a loss "
-        "nor rules one out that matters. A larger test set, or less pruning, would decide.",
+        f"nor rules one out that matters. {more_images(result, margin)}",
     )
+
+
+def round_up(value: int) -> int:
+    """A number of images to two digits, upwards: 1234 as 1300."""
+    step = 10 ** max(0, len(str(value)) - 2)
+    return -(-value // step) * step
+
+
+def more_images(result: Result, margin: float) -> str:
+    """About how many more test images would decide."""
+    paired, samples = result.test.mcnemar, result.test.samples
+    wanted = stats.deciding(paired.only_dense_right, paired.only_pruned_right, samples, margin)
+    if wanted is None:
+        return "No number of test images that could be had would decide: less pruning, or another margin, would."
+    return (
+        f"About {count(round_up(wanted - samples))} more test images that go like these {count(samples)} would decide."
+    )
+
+
+def undecided(result: Result, margin: float) -> str:
+    """Why a verdict is undecided, and what would decide it, in a line."""
+    low, high = result.test.mcnemar.drop_ci95
+    may = f"the drop may be {points(low)} or {points(high)}, and {points(margin, sign='')} matter"
+    return f"{may}. {more_images(result, margin)}"
 
 
 def unpruned(result: Result) -> bool:
@@ -156,9 +189,12 @@ def unpruned(result: Result) -> bool:
     return result.weights_kept == result.weights_total and not any(row.accepted for row in result.rounds)
 
 
-def error(scores: Scores) -> str:
-    """Top-1 error, and top-5 error where it was measured."""
-    return percent(1 - scores.top1) + (f" (top-5 {percent(1 - scores.top5)})" if scores.top5 is not None else "")
+def error(scores: Scores, samples: int, classes: int | None = None) -> str:
+    """Top-1 error with its own 95% interval (Wilson's), and top-5 error where it was measured and says something."""
+    low, high = stats.wilson(round((1 - scores.top1) * samples), samples)
+    text = f"{percent(1 - scores.top1)} ({percent(low)} to {percent(high)})"
+    shown = scores.top5 is not None and (classes is None or classes > FEW_CLASSES)
+    return text + (f", top-5 {percent(1 - scores.top5)}" if shown and scores.top5 is not None else "")
 
 
 def _smaller(value: int | None, whole: int) -> str:

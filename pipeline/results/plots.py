@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 from pipeline.results.budgets import Options
 from pipeline.results.figures import GRID, INK, MUTED, PALETTE, new, styled
 from pipeline.run.records import DenseFigures, DenseMetrics, Level, RoundMetrics, Scan, TensorScan, WeightHistogram
-from pipeline.run.result import LayerResult
+from pipeline.run.result import LayerResult, Result
 
 Part = Mapping[str, Any]
 Metric = Literal["top1", "loss"]
@@ -172,6 +172,24 @@ def rounds(
             axis.set_xlabel("compression (weights / weights kept)")
         whole.set_ylabel("top-1 accuracy on val (%)")
         whole.legend(loc="lower left")
+    return figure
+
+
+def compared(results: Sequence[Result]) -> Figure:
+    """Error on val against compression: a line a run through its accepted rounds, from its dense network on."""
+    with styled():
+        figure, (axis,) = new(6.8, 3.8)
+        for number, result in enumerate(results):
+            rounds = sorted((each for each in result.rounds if each.accepted), key=lambda each: -each.density)
+            x = [1.0, *(1 / each.density for each in rounds)]
+            y = [100 * (1 - top1) for top1 in (result.val.dense.top1, *(each.val_top1 for each in rounds))]
+            colour, marker = PALETTE[number % len(PALETTE)], _MARKERS[number % len(_MARKERS)]
+            axis.plot(x, y, label=result.name, color=colour, marker=marker)
+        _compression_axis(axis, [1.0, *(result.compression for result in results)])
+        axis.margins(y=0.14)
+        axis.set_xlabel("compression (weights / weights kept)")
+        axis.set_ylabel("error on val (%)")
+        axis.legend(loc="best")
     return figure
 
 

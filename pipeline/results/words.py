@@ -17,6 +17,13 @@ def points(value: float, sign: str = "+") -> str:
     return f"{100 * value:{sign}.2f} points".replace("-", "−")
 
 
+def better(drop: float) -> str:
+    """A drop in words: -0.0028 as `0.28 points better`, 0.0028 as `0.28 points worse`."""
+    if f"{100 * abs(drop):.2f}" == "0.00":
+        return "as good"
+    return f"{points(abs(drop), sign='')} {'worse' if drop > 0 else 'better'}"
+
+
 def span(low: float, high: float) -> str:
     """An interval, in points."""
     return f"{points(low).removesuffix(' points')} to {points(high)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,9 +20,11 @@ from pipeline.prune.round_plan import Basis, Goal, Scanned, Standing
 from pipeline.rounds import branch, campaign, preflight, sharing
 from pipeline.rounds.subject import prunable_weights
 from pipeline.run import state
+from pipeline.run.events import Outlined
 from pipeline.run.records import RoundPlan, Scan
 from pipeline.settings.config import Config
 from pipeline.settings.pruning import Target
+from pipeline.settings.training import Train
 from pipeline.train import checkpoint, recipe
 
 
@@ -136,6 +139,25 @@ def make(config: Config) -> RunPlan:
     units = {group.name: group.keep for group in last.groups} if last else {}
     return RunPlan(
         counts, prunable, checked.left_out, flops, densities, dense_steps, rows, notes, checked.groups, units
+    )
+
+
+def outline(config: Config, counts: preflight.Counts, stages: Sequence[str], tensors: int) -> Outlined:
+    """What a run is to do, for those who watch it; `tensors` is how many the scan measures."""
+
+    def images(part: Train) -> int:
+        epoch = placement.steps_per_epoch(counts.train, config.data.lanes, part.batch_size)
+        return recipe.total_steps(part, epoch) * part.batch_size
+
+    target, scan = config.target, config.scan
+    levels = len(scan.levels) if scan.mode == "grid" else scan.max_levels
+    return Outlined(
+        stages=tuple(stages),
+        rounds=None if target.no_loss else len(round_plan.densities(config.prune, target, 1.0)),
+        dense=images(config.dense) if config.start.source is None else 0,
+        round=images(config.retrain),
+        scan=tensors * levels * (scan.samples or counts.val) if "scan" in stages else 0,
+        control=config.prune.dense_control,
     )
 
 

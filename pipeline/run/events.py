@@ -5,34 +5,56 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pipeline.base.record import Record
 from pipeline.run.records import Epoch, Level
+
+SCANNED = 1 / 3  # of a training step's time an image takes that is only looked at: a forward pass of three
 
 
 @dataclass(frozen=True)
-class Warned:
+class Warned(Record):
     """Something that the user should know, and may want to fix."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Noted:
+class Noted(Record):
     """Something that happened."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class StageBegun:
-    """A stage begins, or is skipped since it was finished before."""
+class StageBegun(Record):
+    """A stage begins, the `number`-th of `count`, or is skipped since it was finished before."""
 
     stage: str
     title: str
     skipped: bool = False
+    number: int = 0
+    count: int = 0
 
 
 @dataclass(frozen=True)
-class ShardsCounted:
+class Outlined(Record):
+    """What a run is to do, once its data are known: its stages, its rounds, and the images that each part takes.
+
+    `rounds` is None where they depend on what is measured. `dense`, `round` and `scan` count images: those of the dense
+    training, of the retraining of one round, and those that the scan looks at. With `control` the dense network gets
+    the training of the rounds, too.
+    """
+
+    stages: tuple[str, ...]
+    rounds: int | None
+    dense: int
+    round: int
+    scan: int
+    control: bool
+
+
+@dataclass(frozen=True)
+class ShardsCounted(Record):
     """How far the shards are, in what `text` names."""
 
     text: str
@@ -41,7 +63,7 @@ class ShardsCounted:
 
 
 @dataclass(frozen=True)
-class LevelMeasured:
+class LevelMeasured(Record):
     """A level of the scan, the `done`-th of `total`."""
 
     tensor: str
@@ -51,7 +73,7 @@ class LevelMeasured:
 
 
 @dataclass(frozen=True)
-class TogetherMeasured:
+class TogetherMeasured(Record):
     """All tensors were pruned together at a density: the least rise of the loss (nats), and the power that gave it."""
 
     density: float
@@ -60,7 +82,7 @@ class TogetherMeasured:
 
 
 @dataclass(frozen=True)
-class RoundBegun:
+class RoundBegun(Record):
     """A round is pruned and is now retrained. `before` is top1 on val; `gradual`: the weights go during retraining."""
 
     phase: str
@@ -73,7 +95,7 @@ class RoundBegun:
 
 
 @dataclass(frozen=True)
-class Resumed:
+class Resumed(Record):
     """A training goes on from a step checkpoint."""
 
     phase: str
@@ -83,7 +105,7 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class Stepped:
+class Stepped(Record):
     """A training is at a step within an epoch."""
 
     phase: str
@@ -92,7 +114,7 @@ class Stepped:
 
 
 @dataclass(frozen=True)
-class Paced:
+class Paced(Record):
     """How fast a training goes, since the last such report of this rank.
 
     `images_per_s` are those of all ranks; `waiting` is the share (0 to 1) of this rank's time in which it waited for
@@ -113,7 +135,7 @@ class Paced:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Saved(Record):
     """A training wrote a step checkpoint, which took so many seconds."""
 
     phase: str
@@ -122,7 +144,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class WorkersBegun:
+class WorkersBegun(Record):
     """The workers of a stage begin; `attempt` counts their starts, from 1, by this driver."""
 
     stage: str
@@ -131,14 +153,14 @@ class WorkersBegun:
 
 
 @dataclass(frozen=True)
-class Mirrored:
+class Mirrored(Record):
     """MLflow lacks what the run has held for `lag` seconds; 0 where it lacks nothing."""
 
     lag: float
 
 
 @dataclass(frozen=True)
-class EpochEnded:
+class EpochEnded(Record):
     """An epoch of a training ended."""
 
     phase: str
@@ -151,6 +173,7 @@ Event = (
     Warned
     | Noted
     | StageBegun
+    | Outlined
     | ShardsCounted
     | LevelMeasured
     | TogetherMeasured

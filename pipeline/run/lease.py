@@ -90,6 +90,25 @@ def hold(
     return _hold_remote(storage.join(root, NAME), root, seconds, before, tell)
 
 
+def holder(root: str) -> str | None:
+    """Who writes a run now, as far as can be seen from here without touching it; None where nobody does."""
+    url = storage.join(root, NAME)
+    if storage.is_local(root):
+        if not storage.exists(url):
+            return None
+        lease = _parsed(storage.read_bytes(url), url)
+        if lease.host != socket.gethostname():  # its kernel holds the lock
+            return f"process {lease.pid} on {lease.host}, if that is still alive, which cannot be seen from here"
+        age_s = process.age_s(lease.pid)  # of one that is younger than the lease, the id is used again
+        held = age_s is not None and age_s > time.time() - lease.since_ms / 1000 - 1
+        return f"process {lease.pid} on this machine" if held else None
+    there = storage.read_versioned(url)
+    if there is None:
+        return None
+    lease = _parsed(there.data, url)
+    return None if lease.over(there.age_s) else f"process {lease.pid} on {lease.host}, heard {there.age_s:.0f} s ago"
+
+
 def require(root: str, fence: int, token: str | None) -> None:
     """Raise RunStopped where the lease of a run is another writer's, and Lost where it has ended on S3."""
     url = storage.join(root, NAME)

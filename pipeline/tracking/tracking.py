@@ -155,12 +155,34 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
         # Last: a parent that says FINISHED has all its rounds, and its model.
         _set_status(client, client.get_run(run_id), whole)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = " ".join(hide(str(error)).split())[:300]
-        status = error.get_http_status_code() if isinstance(error, MlflowException) else 503
-        remedy = f" ({_REFUSED})" if status in (401, 403) else ""
-        kind = Away if status >= 500 else UserError
-        raise kind(f"tracking.uri='{hide(uri)}' did not take the run: {reason}{remedy}") from error
+        raise _refusal(uri, error, "did not take the run") from error
     return Synced(hide(uri), run_id, experiment)
+
+
+def look(config: Config) -> str:
+    """Ask the tracking server of a config for its experiment; where the server is. Makes nothing.
+
+    Raises UserError where it refuses, and Away where it does not answer.
+    """
+    server = Server(config.tracking, config.runs_dir)
+    uri, client = server.uri, server.client()
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        client.get_experiment_by_name(config.tracking.experiment)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise _refusal(uri, error, "does not answer") from error
+    return hide(uri)
+
+
+def _refusal(uri: str, error: Exception, what: str) -> UserError:
+    """What a person is told of an error of MLflow's; Away where it may pass."""
+    reason = " ".join(hide(str(error)).split())[:300]
+    ask = getattr(error, "get_http_status_code", None)
+    status = 503 if ask is None else ask()
+    remedy = f" ({_REFUSED})" if status in (401, 403) else ""
+    return (Away if status >= 500 else UserError)(f"tracking.uri='{hide(uri)}' {what}: {reason}{remedy}")
 
 
 def _known(client: Any, experiment: str, uid: str) -> list[Any]:

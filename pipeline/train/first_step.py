@@ -6,6 +6,7 @@ The network is built anew for the step and thrown away afterwards; none of the r
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -95,9 +96,13 @@ def require(config: Config, classes: int, batch: Batch, device: torch.device) ->
 
 
 def attempt(
-    config: Config, name: str, settings: Train, classes: int, batch: Batch, device: torch.device, steps: int = 1
-) -> nn.Module:
-    """A new network after steps of the training of this name, half pruned. Raises UserError where one fails."""
+    config: Config, name: str, settings: Train, classes: int, batch: Batch, device: torch.device, steps: int = 1,
+    taken: list[float] | None = None,
+) -> nn.Module:  # fmt: skip
+    """A new network after steps of the training of this name, half pruned. Raises UserError where one fails.
+
+    The seconds that each step took are added to `taken`.
+    """
     feed, factory = Feed.of(config), f"model.factory={config.model.factory}"
 
     def new() -> nn.Module:
@@ -108,7 +113,7 @@ def attempt(
     try:
         with memory.remedied(lambda: f"the first step of {name}", memory.of_training(name, settings)):
             gradients = Gradients(feed, settings, teacher, World(0, 1, device))
-            _steps(network, computed(network, config.compile), factory, gradients, batch, steps)
+            _steps(network, computed(network, config.compile), factory, gradients, batch, steps, taken)
     except FOREIGN as error:
         reason = (" ".join(str(error).split())[:300] or type(error).__name__) + blame.place(error)
         if of_compiler(error):
@@ -120,7 +125,10 @@ def attempt(
     return network
 
 
-def _steps(model: nn.Module, computes: nn.Module, factory: str, gradients: Gradients, batch: Batch, steps: int) -> None:
+def _steps(
+    model: nn.Module, computes: nn.Module, factory: str, gradients: Gradients, batch: Batch, steps: int,
+    taken: list[float] | None,
+) -> None:  # fmt: skip
     """Steps on one batch; `computes` has the parameters of the model."""
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     _require_trainable(factory, parameters)
@@ -132,6 +140,7 @@ def _steps(model: nn.Module, computes: nn.Module, factory: str, gradients: Gradi
     model.train()
     given = [each.to(device) for each in (batch.images, batch.labels, batch.weights)]
     for _ in range(steps):
+        began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             loss = gradients.loss(computes, *given) / len(batch.labels)
@@ -140,6 +149,10 @@ def _steps(model: nn.Module, computes: nn.Module, factory: str, gradients: Gradi
         loss.backward()
         optimizer.step()
         applier.apply()
+        if taken is not None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - began)
 
 
 def _require_trainable(factory: str, parameters: dict[str, nn.Parameter]) -> None:

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from support import ROOT, alone_on_the_network, environment, hearing_ctrl_c, program
 
+from cluster.cli import app as cluster_app
 from cluster.cli import command_line as cluster_main
 from pipeline import stages
+from pipeline.__main__ import app as pipeline_app
 from pipeline.__main__ import command_line as pipeline_main
 from pipeline.base.errors import UserError
 from pipeline.local import LocalEngine
@@ -28,7 +31,7 @@ from pipeline.train.world import World
 
 @pytest.mark.parametrize("module", ["cluster", "pipeline"])
 def test_plan_prints_config_tensors_and_rounds_and_runs_nothing(tiny_yaml: Path, module: str) -> None:
-    done = program(module, "plan", str(tiny_yaml), "prune.allocation=erk", ray=False)
+    done = program(module, "plan", str(tiny_yaml), "prune.allocation=erk", "--full", ray=False)
     assert done.returncode == 0, done.stderr
     for words in ("allocation: erk", "fc1.weight", "19,200", "fc1.bias", "8,366", "1,293 train"):
         assert words in done.stdout
@@ -81,6 +84,12 @@ def test_plan_shows_several_budgets_of_a_scan_without_scanning_again(
         (["run", "missing.yaml"], ["missing.yaml", "does not exist"]),
         (["report", "nowhere"], ["nowhere", "is not a run"]),
         (["sync", "nowhere"], ["nowhere", "is not a run"]),
+        (["list", "nowhere"], ["nowhere", "holds no run"]),
+        (["status", "nowhere"], ["nowhere", "is not a run", "secateur list"]),
+        (["watch", "nowhere"], ["nowhere", "is not a run"]),
+        (["logs", "nowhere"], ["nowhere", "is not a run"]),
+        (["compare", "nowhere"], ["nowhere", "not finished", "secateur status"]),
+        (["init", "--data", "nowhere", "--out", "new.yaml"], ["nowhere", "does not exist"]),
         (["ui", "nowhere"], ["mlflow.db", "does not exist"]),
         (["shards", "verify", "nowhere"], ["nowhere", "manifest.json"]),
         (["submit", "CONFIG"], ["below the current folder"]),
@@ -153,5 +162,44 @@ def test_torchrun_gives_the_kept_counts_and_the_sample_order_of_one_process(tiny
 def test_without_a_terminal_the_log_is_plain_lines(tiny_yaml: Path) -> None:
     done = program("pipeline", "run", str(tiny_yaml), ray=False)
     assert "\x1b" not in done.stdout
-    assert any("dense: epoch 1/3" in line for line in done.stdout.splitlines())
+    lines = done.stdout.splitlines()
+    assert any("dense: epoch 3/3" in line for line in lines)  # the end of a training always has its line
+    assert not any("dense: epoch 1/3" in line for line in lines)  # and an epoch of a moment has none
     assert os.path.exists(tiny_yaml.parent / "runs/tiny/report.html")
+
+
+LOADS = "import sys; from cluster.cli import app; app(sys.argv[1:], standalone_mode=False); print(sorted(sys.modules))"
+
+
+@pytest.mark.parametrize("args", [["--help"], ["run", "-h"], ["shards", "build", "-h"], ["list", "nowhere", "-h"]])
+def test_help_comes_by_h_too_and_loads_nothing_heavy(args: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, *args], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    help_text, _, loaded = done.stdout.rpartition("[")
+    assert "Usage:" in help_text
+    for heavy in ("torch", "ray", "mlflow", "numpy", "pydantic", "rich.console", "matplotlib"):
+        assert f"'{heavy}'" not in loaded
+
+
+def test_both_programs_have_the_commands_that_need_no_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for name, app in (("cluster", cluster_app), ("pipeline", pipeline_app)):
+        app(["-h"], standalone_mode=False)
+        text = capsys.readouterr().out.partition("Commands:")[2]
+        shown[name] = {line.split()[0] for line in text.splitlines() if line.strip()}
+    assert shown["cluster"] - shown["pipeline"] == {"scan", "submit"}
+    assert shown["pipeline"] <= shown["cluster"]
+    assert {"list", "status", "watch", "logs", "compare", "doctor", "init", "plan", "run"} <= shown["pipeline"]
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    cluster_app(["--version"], standalone_mode=False)
+    assert capsys.readouterr().out == f"secateur {metadata.version('secateur')}\n"
+
+
+def test_every_config_names_the_schema_that_travels_in_the_package() -> None:
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        first = path.read_text().splitlines()[0]
+        assert first.startswith("# yaml-language-server: $schema=")
+        assert (path.parent / first.partition("=")[2]).resolve() == ROOT / "pipeline/settings/schema.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +167,12 @@ def resumed_at(output: str, phase: str = "rounds/01") -> int:
 
 
 def seconds_to_resume(output: str, phase: str = "rounds/01") -> float:
-    """How long after its start a program resumed a phase, by the time that its log says."""
-    [text] = [text for text in output.splitlines() if f"{phase}: resumed at step" in text]
-    return float(text.split("s]")[0].lstrip("["))
+    """How long after the first line of its log a program resumed a phase, by the times that the lines say."""
+    lines = output.splitlines()
+    [text] = [text for text in lines if f"{phase}: resumed at step" in text]
+    first = next(line for line in lines if re.match(r"\d\d:\d\d:\d\d ", line))
+    began, then = (datetime.strptime(line[:8], "%H:%M:%S") for line in (first, text))
+    return (then - began).total_seconds() % 86400
 
 
 def copy_before_rounds(run: Path, runs: Path) -> Path:

@@ -65,7 +65,7 @@ def test_a_live_run_is_not_started_twice_and_a_cancelled_one_is_kept_and_resumes
             [*inside, *hearing_ctrl_c(submit_command(*mine))], cwd=ROOT, env=head.env, stdout=said, stderr=said
         )
         try:
-            wait_until(lambda: "dense: epoch 1/5" in (tmp_path / "follower.txt").read_text(), log)
+            wait_until(lambda: "dense: epoch 5/5" in (tmp_path / "follower.txt").read_text(), log)
             follower.send_signal(signal.SIGINT)
             assert follower.wait(LONG) == 130
         finally:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.base.stats import guessing, mcnemar, tango, verdict, wilson
+from pipeline.base.stats import deciding, guessing, mcnemar, tango, verdict, wilson
 
 
 def answers(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -124,3 +124,15 @@ def test_a_network_guesses_unless_its_interval_lies_above_the_largest_class(
     right: int, samples: int, largest: float, guesses: bool
 ) -> None:
     assert guessing(right, samples, largest) == guesses
+
+
+def test_how_many_samples_would_decide() -> None:
+    # Nothing lost, nothing won: the interval's end is z^2 / (n + z^2), which is 0.01 at n = 99 z^2 = 380.3.
+    assert deciding(0, 0, 100, 0.01) == pytest.approx(380.3, abs=2)
+    wanted = deciding(12, 10, 1000, 0.01)  # a drop of 0.2 points, 1 point matters
+    assert wanted is not None
+    for share, decided in ((0.97, False), (1.03, True)):
+        times = share * wanted / 1000
+        low, high = tango(12 * times, 10 * times, 1000 * times)
+        assert (verdict(low, high, 0.01) != "undecided") is decided
+    assert deciding(30, 5, 1000, 0.001) == 1000  # a loss already

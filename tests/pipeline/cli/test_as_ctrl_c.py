@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 
 import pytest
 
-from pipeline.cli.sigterm import as_ctrl_c
+from pipeline.cli.sigterm import answered, as_ctrl_c
 
 
 def terminate() -> None:
@@ -83,3 +84,26 @@ def test_where_ctrl_c_is_ignored_it_still_interrupts() -> None:
             terminate()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_answered_before_the_main_thread_deals_with_it() -> None:
+    """Within a handler the main thread deals with no other signal; the answer comes from another thread."""
+    said: list[str] = []
+    came = threading.Event()
+
+    def say() -> None:
+        said.append(threading.current_thread().name)
+        came.set()
+
+    before = signal.set_wakeup_fd(-1)
+    handler = signal.signal(signal.SIGINT, lambda *_: said.append(f"handled, answered: {came.wait(20)}"))
+    try:
+        with answered(say):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        assert said[0] == "ctrl-c"
+        assert said[1:] == ["handled, answered: True"] * 2  # it is said once
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.set_wakeup_fd(before)

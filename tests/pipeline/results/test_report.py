@@ -186,10 +186,10 @@ def test_user_mistakes_are_named(tmp_path: Path) -> None:
 
 
 def test_summary_rows(tmp_path: Path) -> None:
-    rows = dict(outcome.summary_rows(taken(result(config(tmp_path)))))
+    rows = dict(outcome.summary_rows(taken(result(config(tmp_path))), 0.005))
     assert rows["verdict"] == "no loss"
     assert rows["compression"] == "13.7×"
-    assert rows["drop against dense control"] == "+0.03 points (95%: −0.15 to +0.21 points)"
+    assert rows["against dense control"] == "0.03 points worse (95% of the drop: −0.15 to +0.21 points)"
     assert rows["size, packed"] == "90.3 kB (11.8× smaller)"
     assert rows["latency"] == "not measured"
 

@@ -17,7 +17,7 @@ from support import free_port
 
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
-from pipeline.cli.console import Display
+from pipeline.cli.display import Display
 from pipeline.local import LocalEngine
 from pipeline.run import log
 from pipeline.run.events import Event, Noted, Paced, Stepped, Warned

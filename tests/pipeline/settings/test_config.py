@@ -144,9 +144,9 @@ def test_every_setting_has_its_sentence() -> None:
 
 
 def test_the_schema_for_editors_is_up_to_date() -> None:
-    assert json.loads((ROOT / "configs/schema.json").read_text()) == json.loads(
+    assert json.loads((ROOT / "pipeline/settings/schema.json").read_text()) == json.loads(
         json.dumps(Config.model_json_schema())
-    ), "run `make schema`, which writes configs/schema.json"
+    ), "run `make schema`, which writes pipeline/settings/schema.json"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from cluster.packed_cli import packed_app
 from pipeline.base.errors import UserError
+from pipeline.cli.packed_cli import packed_app
 
 BOOK = np.array([0, 3, 1, 2, *[0] * 12], "<f4")
 # weights 0 and 17 of 20: code 3, then a filler over 16 zeros, code 1
