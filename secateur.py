@@ -5,7 +5,7 @@
     pruned = secateur.prune(model, train, val, test, compression=8, retrain={"epochs": 5})
     pruned.verdict, pruned.model, pruned.masks
 
-Settings have the names and defaults of the YAML files (pipeline/settings/schema.json), a dictionary for each group. A mistake
+Settings have the names and defaults of the YAML files, a dictionary for each group. A mistake
 raises `secateur.UserError` with one sentence: the setting, its value, the remedy.
 """
 

@@ -104,7 +104,7 @@ def carry_out(stages: Sequence[Stage], driver: Driver) -> None:
     RunStopped; in both cases the state on disk is kept and the same command goes on from it.
     """
     config, run = driver.config, driver.run
-    driver.progress(Noted("settings, data and network are checked"))
+    driver.progress(Noted("settings, data and network are being checked"))
     same_data.settle(config, run, lambda: fingerprint(SHARDS.name, *SHARDS.settings(driver)))
     preflight.check(config, run)
     made_from: list[str] = []

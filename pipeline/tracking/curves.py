@@ -106,7 +106,12 @@ def _moment(epoch: Epoch, phase: str, density: float, when: int) -> Moment:
 def _rounds(run: Contents) -> Iterator[Point]:
     """`round/*`, step = round, the dense network as round 0; and accuracy with step = compression, to be read off."""
     if run.dense is not None:
-        start = {"round/density": 1.0, "round/compression": 1.0, "round/val_accuracy": run.dense.val.top1}
+        start = {
+            "round/density": 1.0,
+            "round/sparsity": 0.0,
+            "round/compression": 1.0,
+            "round/val_accuracy": run.dense.val.top1,
+        }
         yield from _numbers(start, 0, run.dense.finished_ms)
         yield from _numbers({"compression/val_accuracy": run.dense.val.top1}, 1, run.dense.finished_ms)
     for metrics in run.finished_rounds:
@@ -119,6 +124,7 @@ def _rounds(run: Contents) -> Iterator[Point]:
 def _round(metrics: RoundMetrics) -> dict[str, float]:
     return {
         "round/density": metrics.density,
+        "round/sparsity": 1 - metrics.density,
         "round/compression": metrics.compression,
         "round/val_accuracy": metrics.val.top1,
         "round/val_accuracy_before_retraining": metrics.val_before_retrain.top1,

@@ -389,7 +389,7 @@ def test_mlflow_shows_the_run_and_a_child_for_each_round(tiny: Callable[..., Con
     assert parent.data.params["prune.rounds"] == "2"
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert {"report.html", "result.json", "config.yaml"} <= artifacts
-    steps = [(m.step, m.value) for m in client.get_metric_history(parent.info.run_id, "round.sparsity")]
+    steps = [(m.step, m.value) for m in client.get_metric_history(parent.info.run_id, "round/sparsity")]
     rounds = [json.loads((Path(run_root(config)) / f"rounds/0{n}/metrics.json").read_text()) for n in (1, 2)]
     assert dict(steps)[2] == pytest.approx(1 - rounds[1]["density"])
     children = client.search_runs(
@@ -399,8 +399,8 @@ def test_mlflow_shows_the_run_and_a_child_for_each_round(tiny: Callable[..., Con
     )
     assert len(children) == 2
     for child, metrics in zip(children, rounds, strict=True):
-        assert child.data.metrics["sparsity"] == pytest.approx(1 - metrics["density"])
-        assert child.data.metrics["val_top1"] == pytest.approx(metrics["val"]["top1"])
+        assert child.data.metrics["round/sparsity"] == pytest.approx(1 - metrics["density"])
+        assert child.data.metrics["round/val_accuracy"] == pytest.approx(metrics["val"]["top1"])
         assert client.list_artifacts(child.info.run_id)
 
 

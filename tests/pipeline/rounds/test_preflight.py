@@ -229,7 +229,7 @@ def test_an_unknown_criterion_is_refused_before_the_dense_network_is_trained(
     config, events = tiny(**{"prune.criterion": "magnitud"}), list[Event]()
     with pytest.raises(UserError, match=r"prune.criterion.*magnitud.*magnitude"):
         command(config, events.append)
-    assert events == []
+    assert not any(isinstance(event, StageBegun) for event in events)
     assert not Path(run_root(config), "dense").exists()
 
 
