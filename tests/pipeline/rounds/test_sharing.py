@@ -105,7 +105,9 @@ def two_ranks(rank: int, folder: str, config: Config, run: Run) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     session = open_session(config, World(rank, 2, torch.device("cpu")), run, unheard)
     model = session.new_model()
-    sharing.share(Subject(session, model, survey(model)[0], {}, scan=None))
+    prunable, _ = survey(model)
+    total = sum(tensor.weights for tensor in prunable)
+    sharing.share(Subject(session, model, prunable, {}, None, None, None, total))
     torch.save(model.state_dict(), Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 

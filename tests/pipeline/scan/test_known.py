@@ -77,7 +77,7 @@ def test_bytes_grow_with_the_levels_of_a_thousand_tensors(tmp_path: Path) -> Non
         config, here, prunable = many(tmp_path / str(levels), 1000, levels)
         events: list[Event] = []
         before = written_bytes()
-        found = scans.measure(prunable, config, Numbers(), here, events.append)
+        found = scans.measure(prunable, None, config, Numbers(), here, events.append)
         spent[levels] = written_bytes() - before
         done = [(event.done, event.total) for event in events if isinstance(event, LevelMeasured)]
         assert done == [(number, 1000 * levels) for number in range(1, 1000 * levels + 1)]
@@ -89,13 +89,13 @@ def test_bytes_grow_with_the_levels_of_a_thousand_tensors(tmp_path: Path) -> Non
 def test_a_stopped_scan_goes_on_with_all_that_was_measured(tmp_path: Path) -> None:
     config, here, prunable = many(tmp_path, 20, 10)
     with pytest.raises(KeyboardInterrupt):
-        scans.measure(prunable, config, Numbers(most=57), here, lambda event: None)
+        scans.measure(prunable, None, config, Numbers(most=57), here, lambda event: None)
     [file] = (tmp_path / "runs/tiny/scan/levels").glob("*/*.jsonl")
     assert len(file.read_bytes().splitlines()) == 57
     file.write_bytes(file.read_bytes()[:-10])  # the last line is torn
     seen: list[Event] = []
     again = Numbers()
-    found = scans.measure(prunable, config, again, here, seen.append)
+    found = scans.measure(prunable, None, config, again, here, seen.append)
     densities = list(config.scan.levels)
     assert again.given == {
         "block5.conv.weight": densities[:6],
@@ -103,9 +103,9 @@ def test_a_stopped_scan_goes_on_with_all_that_was_measured(tmp_path: Path) -> No
     }
     assert len(seen) == 200 - 56
     fresh = many(tmp_path / "fresh", 20, 10)
-    assert found == scans.measure(fresh[2], fresh[0], Numbers(), fresh[1], lambda event: None)
+    assert found == scans.measure(fresh[2], None, fresh[0], Numbers(), fresh[1], lambda event: None)
     nothing = Numbers()
-    assert scans.measure(prunable, config, nothing, here, seen.append) == found
+    assert scans.measure(prunable, None, config, nothing, here, seen.append) == found
     assert (nothing.given, len(seen)) == ({}, 200 - 56)
 
 
@@ -118,7 +118,7 @@ def test_the_mirror_is_not_woken_by_levels(tmp_path: Path) -> None:
     def look(event: Event) -> None:
         seen.append(mirrored_files(here.root))
 
-    scans.measure(prunable, config, Numbers(), here, look)
+    scans.measure(prunable, None, config, Numbers(), here, look)
     assert seen == [before] * 6
     assert sorted(mirrored_files(here.root).keys() - before.keys()) == ["scan/scan.json"]
 
