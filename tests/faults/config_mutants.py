@@ -206,7 +206,7 @@ def outcome(here: Path, overrides: list[str], what: str) -> str:
     config: Config = made["config"]
     (here / "again.yaml").write_text(dump_config(config))
     assert load_config(here / "again.yaml") == config, "dump and load"
-    if command(lambda: commands.show(config)) is not None:
+    if command(lambda: commands.show(config, full=True, as_json=False)) is not None:
         return "refused by the plan"
     if not small(config):
         return "planned"
