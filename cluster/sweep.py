@@ -105,10 +105,11 @@ def trials(
         results = tuner.fit()
     collector.raise_error()
     failed = {}
-    for result in results:
+    for tensor, result in zip(todo, results, strict=True):  # a trial that was lost before its first level has no config
+        assert result.config is None or result.config["tensor"] == tensor
         if result.error is not None:
-            require_loss(result.error, f"scan: {result.config['tensor']}")
-            failed[result.config["tensor"]] = result.error
+            require_loss(result.error, f"scan: {tensor}")
+            failed[tensor] = result.error
     return failed
 
 
