@@ -111,9 +111,7 @@ class Pruned:
             return commands.bench(self.path, repeats, batches, trust_code=True)
 
     def _rows(self) -> list[tuple[str, str]]:
-        run = contents.read(self.path)
-        classes = None if run.data is None else run.data.classes
-        return [*outcome.summary_rows(self.result, run.config.target.margin, classes), ("run", self.path)]
+        return [*outcome.rows_of(contents.read(self.path), self.result), ("run", self.path)]
 
     def __str__(self) -> str:
         rows = self._rows()

@@ -10,6 +10,7 @@ from importlib import metadata
 from cluster import connect
 from pipeline.cli.doctor import Check, Finding
 from pipeline.results.words import size
+from pipeline.settings.cluster import Cluster
 from pipeline.settings.config import Config
 
 LITTLE_SHM = 2**28  # bytes of /dev/shm, where Ray keeps objects and NCCL exchanges gradients
@@ -22,8 +23,8 @@ def ray(config: Config | None) -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("Ray", "broken", "not installed", "Install secateur again with pip, or use python -m pipeline")
         return
-    address = (config.cluster.address if config is not None else None) or os.environ.get("RAY_ADDRESS")
-    if address is None or address == "local":
+    address = (Cluster.model_validate({}) if config is None else config.cluster).place
+    if address == "local":
         cpus = os.cpu_count() or 1
         yield Finding("Ray", "ok", f"{found}, started on this machine when needed ({cpus} CPU)")
         return

@@ -77,7 +77,7 @@ def connect(config: Config) -> Any:
 
     patience = wanted.wait_seconds if ray.is_initialized() else 0.0
     if not ray.is_initialized():
-        _init(ray, wanted.address or os.environ.get("RAY_ADDRESS") or "local", config)
+        _init(ray, wanted.place, config)
     deadline = time.monotonic() + patience
     while (problem := shortage(nodes(ray), config)) and time.monotonic() < deadline:
         time.sleep(1)
@@ -89,14 +89,14 @@ def connect(config: Config) -> Any:
 
 def started_here(config: Config) -> bool:
     """Whether the run's Ray is one that it starts on this machine."""
-    return (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    return config.cluster.place == "local"
 
 
 def coming(config: Config) -> str:
     """What happens while nothing of Ray is to be seen yet."""
     if started_here(config):
         return "Ray starts on this machine, which takes about ten seconds"
-    return f"joining the Ray cluster at {config.cluster.address or os.environ.get('RAY_ADDRESS')}"
+    return f"joining the Ray cluster at {config.cluster.place}"
 
 
 def have(ray: Any) -> str:

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.base.errors import UserError
 from pipeline.data import shards, sources
 from pipeline.engine import Engine, Work
-from pipeline.export import export
+from pipeline.export import bench
 from pipeline.network.build import build_network
 from pipeline.network.survey import Prunable
 from pipeline.network.survey import survey as survey_network
@@ -284,7 +283,7 @@ def run(config: Config, engine: Engine, progress: Progress) -> Result:
                 carry_out(up_to(config, ROUNDS, FINAL), Driver(config, engine, here, heard))
             result = here.load(Result, "result.json")
             if mirror is not None:
-                export_for_mlflow(config, here, heard)
+                export_for_mlflow(here, heard)
             if mirror is not None and result.mlflow is None:
                 started = time.monotonic()
                 synced = mirror.flush(patience)
@@ -297,14 +296,13 @@ def run(config: Config, engine: Engine, progress: Progress) -> Result:
         return result
 
 
-def export_for_mlflow(config: Config, here: Run, progress: Progress) -> None:
+def export_for_mlflow(here: Run, progress: Progress) -> None:
     """Write final/model.onnx, which MLflow's model is made of, unless it is there; a network may have none."""
     if here.has("final", "model.onnx"):
         return
-    try:
-        export.write_final_onnx(config, here)
-    except UserError as error:
-        progress(Warned(f"MLflow gets no model of this run that it could load: {error}"))
+    why = bench.write_model_onnx(here)
+    if why is not None:
+        progress(Warned(f"MLflow gets no model of this run that it could load: {why}"))
 
 
 @contextmanager

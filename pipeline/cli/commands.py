@@ -16,7 +16,7 @@ from pipeline.cli.display import Display
 from pipeline.cli.messages import make_console
 from pipeline.engine import Engine
 from pipeline.export.bench import Bench, bench_run
-from pipeline.network import given
+from pipeline.export.load import require_known_code
 from pipeline.network.build import build_network
 from pipeline.results import budgets, figures, final, plots
 from pipeline.results import report as reports
@@ -164,8 +164,7 @@ def show_options(config: Config, compressions: str, figure: str | None) -> None:
 def bench(run_dir: str | Path, repeats: int, batches: Sequence[int], trust_code: bool = False) -> Bench:
     """Export and measure a finished run's networks on this machine, and tell its result and report."""
     config = config_of(run_dir)
-    if config.model.factory != given.FACTORY:  # that one says by itself that it is not here
-        trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
+    require_known_code(config, run_dir, trust_code)
     configure_process(config.threads, config.reproducible)
     with open_run(config) as here:
         found = bench_run(here.root, repeats, batches=batches, trust_code=trust_code, check=here.check_fence)

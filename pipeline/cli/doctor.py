@@ -185,7 +185,7 @@ def mlflow(config: Config | None) -> Iterator[Finding]:
 
 def _elsewhere(config: Config | None) -> bool:
     """Whether the work is done on other machines than this one."""
-    return config is not None and (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+    return config is not None and config.cluster.place != "local"
 
 
 def _required() -> list[str]:

@@ -18,7 +18,8 @@ from pipeline.settings.config import load_begun
 
 DEEPEST = 3  # levels of folders below runs_dir in which runs are looked for, as reproduce/lenet-5/seed-0
 FINISHED = "finished"
-STAGES = ("shards", "dense", "scan", "rounds", "final")
+STAGES = ("shards", "latency", "dense", "scan", "rounds", "final")
+NOT_ALWAYS = ("latency", "scan")  # stages that some runs have
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ def row(root: str) -> Row:
 
 
 def stage(run: Run) -> str:
-    """The stage that a run stands in: the first without its marker. The scan is one only where it has begun."""
+    """The stage that a run stands in: the first without its marker. Those of NOT_ALWAYS only where they have begun."""
     for name in STAGES:
         if run.has(name, MARKER):
             continue
-        begun = name != "scan" or storage.list_folders(run.path("scan")) or storage.list_files(run.path("scan"))
+        begun = name not in NOT_ALWAYS or storage.list_folders(run.path(name)) or storage.list_files(run.path(name))
         if begun:
             return name
     return FINISHED

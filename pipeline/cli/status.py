@@ -9,7 +9,7 @@ from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.record import Record, plain
 from pipeline.cli.progress import Tracker
-from pipeline.cli.runs import FINISHED, STAGES, last_ms, stage
+from pipeline.cli.runs import FINISHED, NOT_ALWAYS, STAGES, last_ms, stage
 from pipeline.results.words import duration, moment, number
 from pipeline.run import lease
 from pipeline.run.layout import trail
@@ -66,7 +66,7 @@ def of(run_dir: str) -> Status:
         path=run_dir,
         network=config.model.factory,
         stage=at,
-        stages=tracker.stages or tuple(name for name in STAGES if name != "scan" or name in (at, *markers)),
+        stages=tracker.stages or tuple(name for name in STAGES if name not in NOT_ALWAYS or name in (at, *markers)),
         seconds=markers,
         accepted=sum(metrics.accepted for metrics in trail(run)),
         rounds=tracker.rounds,

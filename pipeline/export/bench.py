@@ -39,6 +39,7 @@ from pipeline.train.world import choose_device
 BATCHES = (1, 64)
 MOST = 2**20  # samples in a batch
 SAMPLES = 64  # random and real inputs each, on which the compact network and the ONNX files are checked
+TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that passes for rounding of float32
 T = TypeVar("T")
 
 
@@ -192,14 +193,9 @@ def write_files(
     differences: dict[str, float] = {}
 
     def checked(name: str, write: Callable[[str], float]) -> None:
-        path = here.path("final", name)
         check()
-        difference = _attempt(name, lambda: write(path), missing)
-        if difference is not None and not difference <= _rounding(wanted):
-            missing[name] = f"it differs from the pruned network by {difference:.3g}, more than rounding"
-        if name in missing:
-            storage.remove(path)
-        elif difference is not None:
+        difference = _written(here.path("final", name), name, write, _rounding(wanted), missing)
+        if difference is not None:
             differences[name] = difference
 
     def compact_tensors(path: str) -> float:
@@ -217,19 +213,49 @@ def write_files(
         export.save_program(made, path)
         return difference
 
-    def onnx(model: nn.Module, path: str) -> float:
-        export.to_onnx(model, inputs[:2], path)
-        return export.check_onnx(path, pruned, inputs)
-
     if found is not None:
         checked("compact.safetensors", compact_tensors)
         checked("compact.pt2", program)
     check()
     export.save_csr(pruned, here.path("final", "fc.csr.safetensors"))
-    checked("model.onnx", partial(onnx, pruned))
+    checked("model.onnx", partial(_onnx, pruned, pruned, inputs))
     if found is not None:
-        checked("compact.onnx", partial(onnx, found.model))
+        checked("compact.onnx", partial(_onnx, found.model, pruned, inputs))
     return differences
+
+
+def write_model_onnx(here: Run) -> str | None:
+    """Write a finished run's final/model.onnx, checked on random inputs; None, or why this network has none.
+
+    The run is this process's own: its network's code is trusted.
+    """
+    config, name, missing = config_of(here.root), "model.onnx", dict[str, str]()
+    pruned = masked_of(here.root, trust_code=True)
+    inputs = torch.randn(4, *Feed.of(config).shape, generator=torch.Generator().manual_seed(config.seed))
+    with torch.no_grad():
+        wanted = pruned(inputs)
+    here.check_fence()
+    _written(here.path("final", name), name, partial(_onnx, pruned, pruned, inputs), _rounding(wanted), missing)
+    return missing.get(name)
+
+
+def _onnx(model: nn.Module, pruned: nn.Module, inputs: Tensor, path: str) -> float:
+    """Write a form of the pruned network as ONNX; how far its outputs are from the pruned network's."""
+    export.to_onnx(model, inputs[:2], path)
+    return export.check_onnx(path, pruned, inputs)
+
+
+def _written(
+    path: str, name: str, write: Callable[[str], float], rounding: float, missing: dict[str, str]
+) -> float | None:
+    """Write a file; the largest difference of its outputs. One that is no use is removed, and `missing` says why."""
+    difference = _attempt(name, lambda: write(path), missing)
+    if difference is not None and not difference <= rounding:
+        missing[name] = f"it differs from the pruned network by {difference:.3g}, more than rounding"
+    if name in missing:
+        storage.remove(path)
+        return None
+    return difference
 
 
 def _attempt(name: str, make: Callable[[], T], missing: dict[str, str]) -> T | None:
@@ -248,7 +274,7 @@ def _attempt(name: str, make: Callable[[], T], missing: dict[str, str]) -> T | N
 
 def _rounding(wanted: Tensor) -> float:
     """The largest difference from these outputs that passes for rounding."""
-    return export.TOLERANCE * max(1.0, float(wanted.abs().max()))
+    return TOLERANCE * max(1.0, float(wanted.abs().max()))
 
 
 def device_name(device: torch.device, threads: int) -> str:

@@ -20,17 +20,10 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from pipeline import storage
-from pipeline.base import blame
 from pipeline.base.errors import UserError
-from pipeline.network.build import FOREIGN, build_network
+from pipeline.network.build import FOREIGN
 from pipeline.network.compact import FORMAT, Compacted
-from pipeline.network.weights import load_weights
-from pipeline.run.records import DataFacts
-from pipeline.run.state import Run
-from pipeline.settings.config import Config
-from pipeline.task.feed import Feed
 
-TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that passes for rounding of float32
 OPSET = 18  # the one that torch's exporter writes without converting
 EXTRA = "pip install onnx onnxscript onnxruntime"
 
@@ -108,28 +101,6 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()  # stack traces, with the folders of whoever exported
         program.save(temporary, external_data=False)
-
-
-def write_final_onnx(config: Config, here: Run) -> None:
-    """Write a finished run's final/model.onnx, and check it on random inputs against the network itself.
-
-    Raises UserError where this network cannot be written as ONNX, or gives other outputs there.
-    """
-    model = build_network(config.model, here.load(DataFacts, "data.json").classes, config.seed).eval()
-    load_weights(model, here.path("final", "model.safetensors"))
-    path, shape = here.path("final", "model.onnx"), Feed.of(config).shape
-    inputs = torch.randn(4, *shape, generator=torch.Generator().manual_seed(config.seed))
-    here.check_fence()
-    try:
-        to_onnx(model, inputs, path)
-        difference = check_onnx(path, model, inputs)
-        with torch.no_grad():
-            reach = float(model(inputs).abs().max())
-    except FOREIGN as error:
-        raise UserError(f"'{path}' cannot be written: {blame.text(error)}") from error
-    if not difference <= TOLERANCE * max(1.0, reach):
-        storage.remove(path)
-        raise UserError(f"'{path}' differs from the network by {difference:.3g}, more than rounding")
 
 
 def check_onnx(path: str | Path, model: nn.Module, inputs: Tensor) -> float:

@@ -17,6 +17,7 @@ from pipeline.run.layout import DENSE, standing
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run, config_of
 from pipeline.settings import trust
+from pipeline.settings.config import Config
 from pipeline.task.feed import Feed
 from pipeline.train import checkpoint
 
@@ -37,8 +38,7 @@ def masked_of(run_dir: str | Path, model: nn.Module | None = None, trust_code: b
     config, here = config_of(run_dir), Run(str(run_dir), 0)
     require_finished(here)
     if model is None:
-        if config.model.factory != given.FACTORY:  # that one says by itself that it is not here
-            trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
+        require_known_code(config, run_dir, trust_code)
         plain = config.model.model_copy(update={"checkpoint": None})  # which may be gone, and is replaced
         network = build_network(plain, here.load(DataFacts, "data.json").classes, config.seed)
     else:
@@ -64,6 +64,12 @@ def masks_of(run_dir: str | Path) -> dict[str, Tensor]:
     weights = checkpoint.load(here, f"{folder}/checkpoint").weights
     names = [layer["name"] for layer in here.read("result.json")["layers"]]
     return {name: torch.ones_like(weights[name], dtype=torch.bool) for name in names}
+
+
+def require_known_code(config: Config, run_dir: str | Path, trust_code: bool) -> None:
+    """Raise UserError where a run's config names a network by import path, unless that code is trusted."""
+    if config.model.factory != given.FACTORY:  # that one says by itself that it is not here
+        trust.require_known_code(config.model, f"run '{run_dir}'", trust_code)
 
 
 def require_finished(here: Run) -> None:

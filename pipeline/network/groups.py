@@ -117,11 +117,14 @@ class Groups:
         return sum(self.counts(self.sizes).values()) - sum(self.counts(self.sizes | {name: 1}).values())
 
     def alive(self, masks: Mapping[str, Tensor]) -> dict[str, Flags]:
-        """Which units of each group stay in these masks, (units,): those whose rows and columns hold a kept weight."""
+        """Which units of each group stay in these masks, (units,): those whose rows and columns hold a kept weight.
+
+        A tensor without a mask is whole.
+        """
         found = {}
         for name, group in self.by_name.items():
             stays = np.ones(group.units, np.bool_)
-            for member in group.members:
+            for member in (each for each in group.members if each.tensor in masks):
                 others = [axis for axis in range(len(self.shapes[member.tensor])) if axis != member.axis]
                 used = masks[member.tensor].cpu().any(dim=others).numpy()
                 stays &= used[member.places].any(1)

@@ -3,7 +3,7 @@
 Allocations share out units as they share out weights: a group of channels (`pipeline.network.groups`) stands where a
 tensor stands otherwise, and a unit where a weight does. What the tensors then cost follows from the counts of all
 groups together, since a weight stays where both of its channels stay. The plan is the largest share of units whose cost
-is within the budget, or the units of least predicted damage (`solve`).
+is within the budget (`plan`), or the units of least predicted damage (`solve`).
 """
 
 from __future__ import annotations
@@ -86,14 +86,12 @@ def by_tensor(groups: Groups, costs: Mapping[str, Cost]) -> Price:
 
 def plan(
     prune: Prune, groups: Groups, units: Mapping[str, Tensor], alive: Mapping[str, Flags], budget: int,
-    price: Price, densities: dict[str, float] | None = None, damages: Composed | None = None,
-    unit: Quantity = "weights",
+    price: Price, densities: dict[str, float] | None = None, unit: Quantity = "weights",
 ) -> dict[str, int]:  # fmt: skip
     """How many units each group keeps, so that they cost `budget` at most, by no more than one unit less.
 
-    `units` are the units' scores. `densities` are those of `explicit`, by group, which uses no budget. `damages` are
-    the groups' predicted damages, for an allocation that goes by them. Raises UserError where even the fewest units
-    cost more.
+    `units` are the units' scores. `densities` are those of `explicit`, by group, which uses no budget. An allocation by
+    predicted damage is `solve`'s. Raises UserError where even the fewest units cost more.
     """
     least, most = bounds(prune, alive)
     flags = {name: torch.from_numpy(each) for name, each in alive.items()}
@@ -105,9 +103,6 @@ def plan(
     if allocation.of(prune).fixes_densities:
         return shared(0)
     require_possible(groups, least, budget, price, prune.pattern, unit)
-    if allocation.of(prune).spends_costs:
-        assert damages is not None, "allocation 'budget' needs the damage that the scan predicts"
-        return solve(damages, least, most, budget, price).keep
     low, high = sum(least.values()), sum(most.values())
     return shared(_largest(low, high, lambda number: price(shared(number)) <= budget))
 

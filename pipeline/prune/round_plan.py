@@ -15,7 +15,7 @@ from pipeline.network.groups import Groups
 from pipeline.prune import allocation, channels, criteria, damage, limits, patterns, schedules
 from pipeline.prune import budget as budgeting
 from pipeline.prune.allocation import Request, sigma
-from pipeline.prune.budget import Composed, Cost, Held, Priced
+from pipeline.prune.budget import Composed, Cost, Held, Priced, Solution
 from pipeline.run.records import GroupPlan, Prediction, RoundPlan, Scan, TensorPlan, TogetherRow
 from pipeline.settings.pruning import Prune, Target
 
@@ -274,44 +274,29 @@ def _of_channels(basis: Basis, groups: Groups, goal: Goal, standing: Standing) -
     densities = explicit_densities(prune, basis.target, goal.density) if fixed else None
     ranking, alive = channels.scores(groups, scores(basis, standing)), groups.alive(standing.alive)
     channels.require_whole(groups, alive, standing.alive, prune.pattern)
-    damages, unit, price = basis.scan.damages if basis.scan else None, basis.target.budget, basis.price
+    price, predicted = basis.price, None
     assert price is not None
-    keep = channels.plan(prune, groups, ranking, alive, goal.budget, price, densities, damages, unit)
+    if allocation.of(prune).spends_costs:
+        assert basis.scan is not None, "allocation 'budget' needs the damage that the scan predicts"
+        least, most = channels.bounds(prune, alive)
+        channels.require_possible(groups, least, goal.budget, price, prune.pattern, basis.target.budget)
+        best = channels.solve(basis.scan.damages, least, most, goal.budget, price)
+        keep = best.keep  # its `least` holds at the prices by which the groups were weighed
+        predicted = _prediction(basis, best, keep, goal.budget, best.spent)
+    else:
+        keep = channels.plan(prune, groups, ranking, alive, goal.budget, price, densities, basis.target.budget)
     counts = groups.counts(keep)
     return RoundPlan(
         round=goal.round,
         attempt=goal.attempt,
         planned_density=goal.density,
         budget=sum(counts.values()),
-        predicted=_predicted_channels(basis, keep, channels.bounds(prune, alive), goal.budget),
+        predicted=predicted,
         tensors=tuple(
             TensorPlan(name=name, weights=weight.numel(), keep=counts[name], threshold=None)
             for name, weight in standing.weights.items()
         ),
         groups=tuple(GroupPlan(name, group.units, keep[name]) for name, group in groups.by_name.items()),
-    )
-
-
-def _predicted_channels(
-    basis: Basis, keep: Mapping[str, int], within: tuple[dict[str, int], dict[str, int]], budget: int
-) -> Prediction | None:
-    """The scan's prediction for so many units of each group, as `prediction` for weights.
-
-    Its `least` holds at the prices by which the groups were weighed.
-    """
-    if basis.scan is None or not allocation.of(basis.prune).spends_costs:
-        return None
-    assert basis.price is not None
-    damages = basis.scan.damages
-    best = channels.solve(damages, *within, budget, basis.price)
-    return Prediction(
-        unit=basis.target.budget,
-        budget=budget,
-        spent=basis.price(keep),
-        rise=best.rise_of(budgeting.predicted(damages.by_power[best.held.power], keep)),
-        least=best.least,
-        power=best.held.power,
-        scale=best.held.scale,
     )
 
 
@@ -378,11 +363,17 @@ def prediction(
     spent = limits.spent(keep, scan.prices)
     money = spend if spend is not None and allocation.of(basis.prune).spends_costs else spent
     best = scan.damages.within(*within)(money)
+    return _prediction(basis, best, keep, money, spent)
+
+
+def _prediction(basis: Basis, best: Solution, keep: Mapping[str, int], budget: int, spent: int) -> Prediction:
+    """What the scan predicts for these counts, which cost `spent`, beside the best that `budget` buys."""
+    assert basis.scan is not None
     return Prediction(
         unit=basis.target.budget,
-        budget=money,
+        budget=budget,
         spent=spent,
-        rise=best.rise_of(budgeting.predicted(scan.damages.by_power[best.held.power], keep)),
+        rise=best.rise_of(budgeting.predicted(basis.scan.damages.by_power[best.held.power], keep)),
         least=best.least,
         power=best.held.power,
         scale=best.held.scale,

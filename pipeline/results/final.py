@@ -64,15 +64,17 @@ def finish(config: Config, here: Run, prunable: list[Prunable], started: float) 
 
     `started` is of time.monotonic().
     """
-    kept = attempts.standing_checkpoint(here, prunable, config, handed_over(here))
+    folder = handed_over(here)
+    kept = attempts.standing_checkpoint(here, prunable, config, folder)
     dense = checkpoint.load(here, "dense/checkpoint")
     model_bytes = save_safetensors(kept.weights)
     here.commit_bytes(model_bytes, "final", "model.safetensors")
     model = build_network(config.model, here.load(DataFacts, "data.json").classes, config.seed)
     once = stored_once(model, kept.weights)
     same = once.keys() == kept.weights.keys()  # nothing is tied
-    shared = handed_over(here) == CODEBOOK
-    sizes = packed.write(here.path("final", "model.packed"), once, check=here.check_fence, shared_values=shared)
+    sizes = packed.write(
+        here.path("final", "model.packed"), once, check=here.check_fence, shared_values=folder == CODEBOOK
+    )
     here.commit(histograms(prunable, dense.weights, kept), "final", "histograms.json")
     stored = StoredBytes(
         dense_fp32=sum(tensor.numel() * tensor.element_size() for tensor in once.values()),

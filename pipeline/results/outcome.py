@@ -86,6 +86,11 @@ def summary_rows(result: Result, margin: float, classes: int | None = None) -> l
     ]
 
 
+def rows_of(run: Contents, result: Result) -> list[tuple[str, str]]:
+    """The `summary_rows` of a finished run, by its folder's content."""
+    return summary_rows(result, run.config.target.margin, None if run.data is None else run.data.classes)
+
+
 def _against_given(test: OnTest) -> list[tuple[str, str]]:
     """The drop against the dense network as it was given, where the verdict rests on the dense control."""
     if test.against_dense is None:

@@ -32,9 +32,6 @@ if TYPE_CHECKING:  # matplotlib is loaded where a figure is drawn: it takes most
     from matplotlib.figure import Figure
 
 
-FEW_CLASSES = 10  # top-5 of so many classes is nearly always right
-
-
 def write(run_dir: str | Path, check: storage.Check | None = None) -> str:
     """Write `report.html` into the run directory and return where it is.
 
@@ -78,7 +75,7 @@ def render(run_dir: str | Path) -> str:
         result=result,
         verdict=outcome.verdict(result, run.config.target.margin),
         reference=outcome.reference_name(result),
-        rows=outcome.summary_rows(result, run.config.target.margin, None if run.data is None else run.data.classes),
+        rows=outcome.rows_of(run, result),
         rounds=run.finished_rounds,
         unpruned=outcome.unpruned(result),
         undone=not all(metrics.accepted for metrics in run.finished_rounds),

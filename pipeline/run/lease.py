@@ -137,14 +137,7 @@ def over(root: str) -> bool:
 
     False where the run has no lease, or a local one that was taken on another machine.
     """
-    url = storage.join(root, NAME)
-    if not storage.is_local(root):
-        found = storage.read_versioned(url)
-        return found is not None and _parsed(found.data, url).over(found.age_s)
-    if not storage.exists(url):
-        return False
-    holder = _parsed(storage.read_bytes(url), url)
-    return holder.host == socket.gethostname() and not process.lives(holder.pid, None)
+    return storage.exists(storage.join(root, NAME)) and holder(root) is None
 
 
 @contextmanager

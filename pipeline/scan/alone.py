@@ -33,8 +33,7 @@ class Alone:
         self.weights = {tensor: parameters[tensor] for tensor in tensors}
         self.dense = {tensor: weight.detach().clone() for tensor, weight in self.weights.items()}
         if given.groups is not None:
-            everything = {tensor: torch.ones(shape, dtype=torch.bool) for tensor, shape in given.groups.shapes.items()}
-            self.alive = torch.from_numpy(given.groups.alive({**everything, **given.alive})[name])
+            self.alive = torch.from_numpy(given.groups.alive(given.alive)[name])
         else:
             alive, weight = given.alive.get(name), self.dense[name]
             self.alive = torch.ones_like(weight, dtype=torch.bool) if alive is None else alive.to(weight.device)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.data.manifest import held_out
@@ -122,8 +120,7 @@ def _living(scanned: Sequence[Part], groups: Groups | None, saved: Checkpoint) -
     if groups is None:
         return {each.name: int(saved.masks[each.name].sum()) if each.name in saved.masks else each.size
                 for each in scanned}  # fmt: skip
-    everything = {name: torch.ones(shape, dtype=torch.bool) for name, shape in groups.shapes.items()}
-    return {name: int(flags.sum()) for name, flags in groups.alive({**everything, **saved.masks}).items()}
+    return {name: int(flags.sum()) for name, flags in groups.alive(saved.masks).items()}
 
 
 def _measure_missing(

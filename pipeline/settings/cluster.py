@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Annotated, Any, Literal
 
@@ -82,6 +83,11 @@ class Cluster(Section):
     def max_workers(self) -> int:
         """The most workers that a training uses."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def place(self) -> str:
+        """The Ray cluster that is meant: cluster.address, RAY_ADDRESS, or `local`, which is started on this machine."""
+        return self.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 with warnings.catch_warnings():

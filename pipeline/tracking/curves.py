@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from pipeline.results import outcome
 from pipeline.run.contents import Contents
 from pipeline.run.course import Moment, placed
 from pipeline.run.layout import DENSE, control_folder
@@ -149,7 +150,7 @@ def on_test(result: Result) -> dict[str, float | None]:
         "test/accuracy": test.pruned.top1,
         "test/dense_accuracy": test.dense.top1,
         "test/control_accuracy": None if test.dense_control is None else test.dense_control.top1,
-        "test/drop": test.reference.top1 - test.pruned.top1,
+        "test/drop": outcome.drop(result),
         "test/drop_low": low,
         "test/drop_high": high,
     }

@@ -146,3 +146,14 @@ def test_a_log_is_printed_as_sentences_or_as_json(tmp_path: Path, capsys: pytest
     assert [line["event"] for line in printed] == ["Outlined", "StageBegun", "RoundBegun", "Stepped", "Ended"]
     with pytest.raises(UserError, match="is not a run"):
         watch.print_log(str(tmp_path), follow=False, as_json=False)
+
+
+def test_a_run_that_measures_its_latency_table_stands_there(tmp_path: Path) -> None:
+    root = begin(config(tmp_path, "timed"))
+    put(root / "shards/finished.json", StageMarker("x", 2.0, 1_760_000_060_000))
+    assert runs.stage(Run(str(root), 0)) == "dense"  # a run without such a stage
+    (root / "latency").mkdir()
+    (root / "latency/table.json").write_text("{}")
+    assert runs.stage(Run(str(root), 0)) == "latency"
+    put(root / "latency/finished.json", StageMarker("x", 2.0, 1_760_000_070_000))
+    assert runs.stage(Run(str(root), 0)) == "dense"
