@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,27 @@ def accuracy(model: Any, config: Config) -> float:
     return right / samples
 
 
-def test_a_model_from_the_registry_gives_the_reports_accuracy(
-    tmp_path: Path, tracking_server: TrackingServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def loaded(name: str, server: str) -> Any:
+    """A model of a server's registry, as a user of MLflow loads it; MLflow's global places are then unset again."""
+    import mlflow
+
+    try:
+        mlflow.set_tracking_uri(server)
+        mlflow.set_registry_uri(server)
+        return mlflow.pyfunc.load_model(name)
+    finally:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+        os.environ.pop("MLFLOW_REGISTRY_URI", None)  # which set_registry_uri leaves behind
+
+
+def test_a_model_from_the_registry_gives_the_reports_accuracy(tmp_path: Path, tracking_server: TrackingServer) -> None:
     here = {"enabled": True, "uri": tracking_server.uri, "experiment": "models", "register": "small"}
     values = merged(TINY, {"runs_dir": str(tmp_path), "tracking": here, "target.margin": 0.5})
     config = parse_config(values)
     result = carry_out(config)
     assert result["verdict"] == "no loss"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server.uri)
-    import mlflow
-
-    mlflow.set_tracking_uri(tracking_server.uri)
-    mlflow.set_registry_uri(tracking_server.uri)
-    model = mlflow.pyfunc.load_model("models:/small@champion")
+    model = loaded("models:/small@champion", tracking_server.uri)
     assert accuracy(model, config) == pytest.approx(result["test"]["pruned"]["top1"], abs=1e-9)
     signature = model.metadata.signature
     assert signature.inputs.input_names() == ["input"]
