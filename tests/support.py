@@ -28,9 +28,13 @@ def alone_on_the_network() -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a program under test: our venv first on the path, and factories of tests found."""
+    """The environment of a program under test: our venv first on the path, and factories of tests found.
+
+    Its log leaves out no line, so that a test may wait for one.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "160", **extra}
+    ours = {"PATH": path, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "160", "SECATEUR_LINE_SECONDS": "0"}
+    return {**os.environ, **ours, **extra}
 
 
 def program(*args: str, ray: bool = True, cwd: Path = ROOT, timeout: float = 400, **extra: str) -> Any:

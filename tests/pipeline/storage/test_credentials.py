@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +29,25 @@ def proxy(s3: str, moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy
     storage.write_bytes(f"{s3}/x", b"x")
     yield made
     made.close()
+
+
+@contextlib.contextmanager
+def when_tried_again(name: str, then: Callable[[], object]) -> Iterator[None]:
+    """Call `then` as soon as storage has tried once more after an error of that name."""
+    before, left = storage.retries()[name], threading.Event()
+
+    def watch() -> None:
+        while storage.retries()[name] == before and not left.wait(0.001):
+            pass
+        then()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield
+    finally:
+        left.set()
+        watching.join()
 
 
 def expired(code: str = "ExpiredToken", **changes: Any) -> Fault:
@@ -92,10 +112,8 @@ def test_a_file_of_credentials_is_read_again(
     before = storage.retries()
     file.write_text("")
     proxy.fault = expired(times=1)
-    renewed = threading.Timer(0.5, write, args=("NEW",))
-    renewed.start()
-    assert storage.read_bytes(f"{s3}/x") == b"x"
-    renewed.join()
+    with when_tried_again("NoCredentialsError", lambda: write("NEW")):
+        assert storage.read_bytes(f"{s3}/x") == b"x"
     assert (storage.retries() - before)["NoCredentialsError"] >= 1
     assert "NEW" in key()
 
@@ -150,9 +168,9 @@ def test_a_service_of_credentials_that_is_away_is_waited_for(issuer: Issuer, s3:
 def test_a_service_that_gives_what_has_expired_is_waited_for(issuer: Issuer, s3: str) -> None:
     assert storage.read_bytes(f"{s3}/x") == b"x"
     before, issuer.minutes = storage.retries(), -1.0
-    threading.Timer(0.5, lambda: setattr(issuer, "minutes", 60.0)).start()
     started = time.monotonic()
-    assert storage.read_bytes(f"{s3}/x") == b"x"
+    with when_tried_again("RuntimeError", lambda: setattr(issuer, "minutes", 60.0)):
+        assert storage.read_bytes(f"{s3}/x") == b"x"
     assert time.monotonic() - started < 60
     assert (storage.retries() - before)["RuntimeError"] >= 1
 
