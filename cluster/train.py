@@ -10,6 +10,7 @@ import os
 import signal
 import uuid
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,8 +173,8 @@ def kind_of(error: Exception) -> type[Exception]:
 def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | None:
     """One training of Ray Train's; returns why it failed, if it did."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
+    from cluster.group import ProcessGroup, Trainer
     from cluster.patience import Patience
 
     wanted = config.cluster
@@ -182,10 +183,9 @@ def fit(ray: Any, job: dict[str, Any], config: Config, run: Run) -> Exception | 
         resources["GPU"] = wanted.gpus_per_worker
     name = f"{config.name}-{job['work'].stage}-{uuid.uuid4().hex[:8]}"
     with connect.ray_folder(run, name) as folder:
-        trainer = TorchTrainer(
-            worker,
-            train_loop_config=job,
-            torch_config=TorchConfig(
+        trainer = Trainer(
+            partial(worker, job),  # not as the loop's settings: the controller would load those, and torch with them
+            backend_config=ProcessGroup(
                 backend="nccl" if wanted.gpus_per_worker else "gloo",
                 timeout_s=int(collective_timeout(wanted.hang_seconds).total_seconds()),
             ),

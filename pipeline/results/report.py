@@ -195,8 +195,21 @@ class Plots:
     histograms: dict[str, Markup]
 
 
+_DRAWN: dict[str, Plots] = {}  # those of the report that was written last, by what they show
+
+
 def plots_of(run: Contents, result: Result) -> Plots:
-    """The figures of a finished run."""
+    """The figures of a finished run. They take seconds, and stay as they are where the report is written again."""
+    parts = (run.scan, run.dense, run.finished_rounds, run.control, run.histograms)
+    shown = repr((*parts, result.layers, result.density, result.network))
+    if shown not in _DRAWN:
+        _DRAWN.clear()
+        _DRAWN[shown] = drawn(run, result)
+    return _DRAWN[shown]
+
+
+def drawn(run: Contents, result: Result) -> Plots:
+    """The figures of a finished run, made anew."""
     from pipeline.results import plots
 
     scan, dense, rounds, network = run.scan, run.dense, run.finished_rounds, result.network

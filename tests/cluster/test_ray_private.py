@@ -17,6 +17,7 @@ from cluster.patience import UP
 CALLBACK = "ray.train.v2._internal.execution.callback"
 STATES = "ray.train.v2._internal.execution.controller.state"
 PACKAGING = "ray._private.runtime_env.packaging"
+TRAINER = "ray.train.v2.api.data_parallel_trainer"
 DRAIN = ["node_id", "reason", "reason_message", "deadline_timestamp_ms"]
 # Module, name in it, arguments that it must take (None: it is not called), and who uses it.
 NAMES: list[tuple[str, str, Sequence[str] | None, str]] = [
@@ -28,6 +29,9 @@ NAMES: list[tuple[str, str, Sequence[str] | None, str]] = [
         "cluster/patience.py",
     ),
     *((STATES, state, None, "cluster/patience.py") for state in UP),
+    ("ray.train._internal.utils", "get_address_and_port", [], "cluster/group.py"),
+    ("ray.train.v2._internal.callbacks.datasets", "DatasetsCallback", None, "cluster/group.py"),
+    (TRAINER, "DataParallelTrainer._create_default_callbacks", ["self"], "cluster/group.py"),
     (PACKAGING, "GCS_STORAGE_MAX_SIZE", None, "cluster/job_env.py"),
     (PACKAGING, "_get_excludes", ["path", "excludes"], "cluster/job_env.py"),
     (PACKAGING, "_dir_travel", ["path", "excludes", "handler", "include_gitignore", "logger"], "cluster/job_env.py"),
