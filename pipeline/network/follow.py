@@ -252,6 +252,8 @@ class Follower:
 
     def _concatenate(self, node: fx.Node) -> bool:
         given = bind(node, ("tensors", "dim"))
+        if isinstance(given["tensors"], fx.Node):  # a list that another operation made, as `chunk` does
+            return False
         parts = [self._signals.get(part) for part in given["tensors"]]
         rank = len(self._graph.shapes[node])
         if given.get("dim", 0) % rank != 1 or any(part is None or part.axis != 1 for part in parts):

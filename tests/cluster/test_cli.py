@@ -160,7 +160,7 @@ def test_torchrun_gives_the_kept_counts_and_the_sample_order_of_one_process(tiny
 
 
 def test_without_a_terminal_the_log_is_plain_lines(tiny_yaml: Path) -> None:
-    done = program("pipeline", "run", str(tiny_yaml), ray=False)
+    done = program("pipeline", "run", str(tiny_yaml), ray=False, SECATEUR_LINE_SECONDS="3600")
     assert "\x1b" not in done.stdout
     lines = done.stdout.splitlines()
     assert any("dense: epoch 3/3" in line for line in lines)  # the end of a training always has its line

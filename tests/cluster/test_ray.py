@@ -143,6 +143,7 @@ def test_a_cluster_without_what_is_asked_for_is_one_message(tiny_yaml: Path) -> 
     assert "cluster.address=127.0.0.1:6666" in gone.stderr
 
 
+@pytest.mark.timeout(1800)
 def test_a_job_runs_its_exit_code_and_log_come_back_and_it_resumes_when_submitted_again(
     head: Head, tiny_yaml: Path, tmp_path: Path
 ) -> None:
@@ -161,7 +162,7 @@ def test_a_job_runs_its_exit_code_and_log_come_back_and_it_resumes_when_submitte
 
     submitted = head.run(*job[:4], "--submission-id=first", "--no-wait", *job[4:], "name=job", *absolute)
     assert submitted.returncode == 0, submitted.stderr
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list((runs / "job").glob("rounds/01/steps/*/manifest.json")):
         assert time.monotonic() < deadline, head.run("ray", "job", "logs", address, "first").stdout
         time.sleep(0.05)

@@ -16,7 +16,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-_RAY = ("cluster/connect.py", "cluster/engine.py", "cluster/train.py", "cluster/losses.py", "cluster/board.py")
+_RAY = (
+    "cluster/connect.py",
+    "cluster/engine.py",
+    "cluster/train.py",
+    "cluster/group.py",
+    "cluster/losses.py",
+    "cluster/board.py",
+)
 _TRAINING = ("pipeline/train/*", "pipeline/rounds/*", "pipeline/stages.py")
 _STORE = ("pipeline/storage/*",)
 _STREAM = ("pipeline/data/stream.py", "pipeline/data/cache.py", "pipeline/data/split.py", "pipeline/data/manifest.py")
@@ -45,6 +52,7 @@ COVERS: dict[str, tuple[str, ...]] = {
     "test_s3_away": (*_STORE, *_STREAM),
     "test_scan_bookkeeping": ("pipeline/scan/*", "pipeline/run/journal.py"),
     "test_scan_nodes": ("cluster/sweep.py", "cluster/losses.py", "pipeline/scan/*"),
+    "test_scan_trials": ("cluster/sweep.py", "cluster/losses.py", "pipeline/scan/*"),
     "test_twenty_runs": ("pipeline/run/lease.py", "pipeline/run/state.py", "pipeline/tracking/*"),
     "test_two_mounts": ("pipeline/run/lease.py", "pipeline/storage/local.py", "pipeline/storage/locks.py"),
     "test_two_nodes": (*_RAY, *_STORE, *_STREAM),

@@ -10,7 +10,7 @@ from faults.shard_mutants import whole_shards
 
 SEED = 4
 COUNT = 200
-SAMPLE = range(20)  # those of the ordinary suite
+SAMPLE = range(10)  # those of the ordinary suite
 
 
 @pytest.fixture(scope="module")

@@ -213,6 +213,8 @@ class Odd(nn.Module):
         (lambda x: x.roll(1, 1), "roll"),
         (lambda x: x + torch.arange(4).view(4, 1, 1), "add"),
         (lambda x: torch.cat([x[:, :2], x[:, 2:]], 1), "getitem"),
+        (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), "chunk"),
+        (lambda x: torch.cat(x.split(2, 1), 1), "split"),
         (lambda x: x * x.size(1), "mul"),
         (lambda x: torch.dropout(x, 0.5, False), "dropout"),
     ],
