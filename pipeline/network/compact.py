@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import UserError
 from pipeline.network.follow import Follower
 from pipeline.network.layers import CONVOLUTIONS, LAYERS
-from pipeline.network.operations import BATCH_NORMS
+from pipeline.network.operations import BATCH_NORMS, CHANNELWISE
 from pipeline.network.signals import Layer, Units, constant_part
 from pipeline.network.trace import Traced, flatten_calls, graph_of, traced
 from pipeline.network.weights import load_weights
@@ -135,7 +135,7 @@ def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, part in model.named_modules():
         if type(part) not in (*LAYERS, *BATCH_NORMS, nn.PReLU):
             continue
-        for held in ("weight", "bias", "running_mean", "running_var"):
+        for held in CHANNELWISE:
             shape = shapes.get(f"{name}.{held}" if name else held)
             before: Any = getattr(part, held, None)
             if shape is not None and (before is None or tuple(before.shape) != shape):
@@ -174,7 +174,7 @@ def _cut_layer(layer: Layer, inputs: Alive, outputs: Alive) -> None:
 def _keep_rows(module: nn.Module, keep: Alive) -> None:
     """Keep the staying rows of every tensor that has a row for each channel."""
     if not keep.all():
-        for name in ("weight", "bias", "running_mean", "running_var"):
+        for name in CHANNELWISE:
             tensor: Any = getattr(module, name, None)
             if tensor is not None:
                 _put(module, name, tensor[torch.from_numpy(keep).to(tensor.device)])

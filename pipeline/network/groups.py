@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from pipeline.network.follow import Follower
 from pipeline.network.modes import evaluating
+from pipeline.network.operations import CHANNELWISE
 from pipeline.network.signals import Layer, Numbers, Units
 from pipeline.network.trace import Traced, traced
 
@@ -39,10 +41,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that go together through `members`. Its name is that of its first tensor."""
+    """Units that go together through `members`, prunable weights. Its name is that of its first tensor.
+
+    `carried` are the biases, norms and other tensors with a number for each channel in which the units lie too.
+    """
 
     name: str
     members: tuple[Member, ...]
+    carried: tuple[Member, ...] = ()
 
     @property
     def units(self) -> int:
@@ -71,13 +77,15 @@ class Step:
 class Groups:
     """The groups of a network by name, and notes on what is left alone. `shapes` are those of all prunable tensors.
 
-    `steps` are the operations of the network in their order.
+    `steps` are the operations of the network in their order. `hard_coded` are the calls in its code that name a number
+    of features, and take no other.
     """
 
     by_name: dict[str, Group]
     shapes: dict[str, tuple[int, ...]]
     notes: tuple[str, ...]
     steps: tuple[Step, ...] = ()
+    hard_coded: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -89,17 +97,26 @@ class Groups:
         """Every unit of each group stays."""
         return {name: np.ones(group.units, np.bool_) for name, group in self.by_name.items()}
 
+    def gone(self, kept: Mapping[str, Flags]) -> dict[str, tuple[list[int], list[int]]]:
+        """The rows and the columns that go from each tensor of the groups, carried ones too, in any order.
+
+        `kept` has (units,) for each group.
+        """
+        found: dict[str, tuple[list[int], list[int]]] = {}
+        for name, group in self.by_name.items():
+            for member in (*group.members, *group.carried):
+                lines = found.setdefault(member.tensor, ([], []))[member.axis]
+                lines.extend(member.places[~kept[name]].ravel().tolist())
+        return found
+
     def masks(self, kept: Mapping[str, Flags]) -> dict[str, Tensor]:
         """The mask of each tensor, True where all units stay that meet there; `kept` has (units,) for each group."""
-        sides = {
-            name: (np.ones(shape[0], np.bool_), np.ones(shape[1], np.bool_)) for name, shape in self.shapes.items()
-        }
-        for name, group in self.by_name.items():
-            for member in group.members:
-                sides[member.tensor][member.axis][member.places[~kept[name]].ravel()] = False
-        made = {}
+        gone, made = self.gone(kept), {}
         for name, shape in self.shapes.items():
-            rows, columns = (torch.from_numpy(side) for side in sides[name])
+            rows, columns = (torch.ones(size, dtype=torch.bool) for size in shape[:2])
+            if name in gone:
+                rows[gone[name][OUTPUTS]] = False
+                columns[gone[name][INPUTS]] = False
             both = rows[:, None] & columns[None, :]
             made[name] = both.view(*both.shape, *[1] * (len(shape) - 2)).expand(shape).contiguous()
         return made
@@ -147,28 +164,30 @@ def find(model: nn.Module, example: Tensor, prunable: Mapping[str, Sequence[int]
     for layer in followed.layers:
         _level(layer, followed.units)
     pinned, notes = _pinned(followed, shapes)
-    at: dict[int, dict[tuple[int, int], list[int]]] = {}  # root: (number of the layer, axis): places
-    for number, layer in enumerate(followed.layers):
-        for axis, units, places in _sides(layer):
-            for root, place in zip(followed.units.roots(units).tolist(), places.tolist(), strict=True):
-                held = at.setdefault(root, {}).setdefault((number, axis), [])
-                if place not in held:
-                    held.append(place)
-    alike: dict[tuple[tuple[int, int, int], ...], list[int]] = {}
-    for root, sides in at.items():
-        if root not in pinned:
-            alike.setdefault(tuple((*side, len(places)) for side, places in sorted(sides.items())), []).append(root)
+    weights, carried = [*_weights(followed)], [*_carried(followed)]
+    sides = (*weights, *carried)
+    at: dict[int, dict[int, list[int]]] = {}  # root: number of the side: places
+    for number, side in enumerate(sides):
+        for root, place in zip(followed.units.roots(side.units).tolist(), side.places.tolist(), strict=True):
+            held = at.setdefault(root, {}).setdefault(number, [])
+            if place not in held:
+                held.append(place)
+    alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for root, lies in at.items():
+        if root not in pinned and min(lies) < len(weights):
+            alike.setdefault(tuple((number, len(places)) for number, places in sorted(lies.items())), []).append(root)
     groups: dict[str, Group] = {}
     of_root: dict[int, str] = {}
     for signature, roots in alike.items():
-        members = tuple(
-            Member(_weight(followed.layers[number]), axis, np.array([at[root][number, axis] for root in roots]))
-            for number, axis, _ in signature
-        )
-        name = _free(members[0].tensor, groups)
-        groups[name] = Group(name, members)
+        members: tuple[list[Member], list[Member]] = ([], [])
+        for number, _ in signature:
+            places = np.array([at[root][number] for root in roots])
+            members[number >= len(weights)].append(Member(sides[number].tensor, sides[number].axis, places))
+        name = _free(members[0][0].tensor, groups)
+        groups[name] = Group(name, tuple(members[0]), tuple(members[1]))
         of_root |= dict.fromkeys(roots, name)
-    return Groups(groups, shapes, (*graph.notes, *followed.notes, *notes), _steps(graph, followed, of_root))
+    notes = [*graph.notes, *followed.notes, *notes]
+    return Groups(groups, shapes, tuple(notes), _steps(graph, followed, of_root), tuple(graph.hard_coded))
 
 
 def _steps(graph: Traced, followed: Follower, of_root: Mapping[int, str]) -> tuple[Step, ...]:
@@ -210,11 +229,32 @@ def _level(layer: Layer, units: Units) -> None:
                 units.join(first, other)
 
 
-def _sides(layer: Layer) -> Iterator[tuple[int, Numbers, Numbers]]:
-    """The axes of a layer's weight that hold channels: axis, the unit and the place of each channel."""
-    yield OUTPUTS, layer.outputs, np.arange(len(layer.outputs))
-    if not layer.depthwise:
-        yield INPUTS, layer.inputs, np.arange(len(layer.inputs)) % layer.reads.shape[2]
+class _Side(NamedTuple):
+    """An axis of a tensor that holds channels: the unit and the place of each."""
+
+    tensor: str
+    axis: int
+    units: Numbers
+    places: Numbers
+
+
+def _weights(followed: Follower) -> Iterator[_Side]:
+    """The sides of the layers' weights."""
+    for layer in followed.layers:
+        yield _Side(_weight(layer), OUTPUTS, layer.outputs, np.arange(len(layer.outputs)))
+        if not layer.depthwise:
+            places = np.arange(len(layer.inputs)) % layer.reads.shape[2]
+            yield _Side(_weight(layer), INPUTS, layer.inputs, places)
+
+
+def _carried(followed: Follower) -> Iterator[_Side]:
+    """The sides of all other tensors that have a number for each channel: biases, norms and their statistics."""
+    biases = [(layer.name, layer.module, layer.outputs, ("bias",)) for layer in followed.layers]
+    norms = [(each.name, each.module, each.units, CHANNELWISE) for each in followed.carriers]
+    for path, module, units, names in (*biases, *norms):
+        for name in names:
+            if getattr(module, name, None) is not None:
+                yield _Side(f"{path}.{name}" if path else name, OUTPUTS, units, np.arange(len(units)))
 
 
 def _pinned(followed: Follower, shapes: Collection[str]) -> tuple[set[int], list[str]]:

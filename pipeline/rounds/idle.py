@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pipeline import storage
 from pipeline.base.environment import number
 from pipeline.data import sources
-from pipeline.prune import allocation, criteria, schedules
+from pipeline.prune import allocation, criteria, patterns, schedules
 from pipeline.settings.base import is_default, short
 from pipeline.settings.config import Config
 from pipeline.settings.data import Data
@@ -95,6 +95,11 @@ ROWS = (
         lambda c: c.prune.allocation == "paper" or c.target.by_thresholds,
         "prune.allocation=paper or target.mode=thresholds",
     ),
+    Row(
+        "prune.shrink_between_rounds",
+        lambda c: patterns.of(c.prune).channels and c.retrain.epochs > 0,
+        "prune.pattern=channels and retrain.epochs: only whole channels leave a smaller network to retrain",
+    ),
     Row("prune.gradual_every", lambda c: c.prune.gradual > 0, "prune.gradual"),
     Row(
         "target.compression",
@@ -122,7 +127,7 @@ ROWS = (
 def idle(config: Config) -> Iterator[str]:
     """A sentence for each setting that was given, is not at its default and does nothing in this run.
 
-    The names of criterion, allocation, schedule and source must exist.
+    The names of criterion, allocation, pattern, schedule and source must exist.
     """
     for row in ROWS:
         *parents, leaf = row.setting.split(".")

@@ -16,13 +16,12 @@ from pipeline.base import stats
 from pipeline.base.errors import Agreed
 from pipeline.calibrate.statistics import statistics_for
 from pipeline.data.loader import EvalLoader
-from pipeline.network import dropout
 from pipeline.network.activity import ActivationMeter
 from pipeline.network.survey import Prunable, survey
 from pipeline.prune import masks, round_plan
 from pipeline.prune.gradual import Gradual
 from pipeline.prune.round_plan import Goal, Standing
-from pipeline.rounds import attempts, before_retraining, campaign, comparison, sharing
+from pipeline.rounds import attempts, before_retraining, campaign, comparison, retraining, sharing
 from pipeline.rounds.before_retraining import Pruned
 from pipeline.rounds.subject import Subject, open_subject
 from pipeline.run.events import Noted, RoundBegun
@@ -145,13 +144,9 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
     count, dead = sum(plan.keep.values()), plan.dead
     density = count / sum(mask.numel() for mask in kept.values())
     session.progress(RoundBegun(folder, density, count, dead, before.top1, rates, gradual is not None))
-    teacher = before_retraining.teacher(session, session.config.retrain)
-    training = Training(session, model, session.config.retrain, folder, order, list(kept), kept, gradual, teacher)
-    with dropout.use(model, rates):
-        position = training.fit()
-    training.applier.clean()
+    position, kept = retraining.retrain(subject, folder, order, kept, rates, gradual)
     if gradual:
-        plan, kept = run.load(RoundPlan, folder, "plan.json"), training.masks
+        plan = run.load(RoundPlan, folder, "plan.json")
     guard(subject, kept, plan)
     answers = session.evaluate(model, "val")
     against_dense = attempts.judge(session, answers)

@@ -19,7 +19,7 @@ from pipeline.network.groups import Groups
 from pipeline.network.survey import LeftOut, Prunable, survey
 from pipeline.prune import axes, channels, latency, patterns, round_plan
 from pipeline.prune.channels import Price
-from pipeline.rounds import attempts, before_retraining, branch, campaign, sharing, subject, timing
+from pipeline.rounds import attempts, before_retraining, branch, campaign, retraining, sharing, subject, timing
 from pipeline.rounds.campaign import Origin
 from pipeline.run.records import DataFacts
 from pipeline.run.state import Run, run_root
@@ -134,6 +134,8 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     campaign.require_room(config.prune, config.target, begin, fewest, config.start.source)
     phases.require_layers(model, config.retrain.phases)
     before_retraining.check(model, config.prune, [*sizes], counted.outside)
+    if config.prune.shrink_between_rounds:
+        retraining.require(model, groups, feed, f"model.factory={config.model.factory}")
     sharing.bits(config, model, prunable)
     for name, samples in (("prune", config.prune.bn_samples), ("scan", config.scan.bn_samples)):
         if samples and not batch_norm.norms(model):

@@ -35,6 +35,7 @@ ADDED = (
     "data.decoder", "reproducible", "dense.accumulate", "retrain.accumulate",
     "eval_precision", "exchange_precision", "compile", "export.codebook_bits", "export.codebook_epochs",
     "target.latency_ms", "target.latency_table", "target.latency_device", "target.latency_batch",
+    "prune.shrink_between_rounds",
 )  # fmt: skip
 # What such a setting stands at in a run that is older than it, where that is not its default.
 EARLIER = {"data.decoder": "pillow"}

@@ -145,6 +145,11 @@ class Prune(Section):
         "Gupta 2017); the later updates only train the survivors. 0 prunes all before the first update.",
     )
     gradual_every: Positive = Field(100, description="gradual: updates from one prune to the next.")
+    shrink_between_rounds: bool = Field(
+        False,
+        description="pattern channels: each round retrains a network that has only the channels which are left, and "
+        "so is faster; all files of the run still have the whole one. With compile=true each round compiles its own.",
+    )
     dense_control: bool = Field(
         True, description="Also train the dense network further for the same steps: the reference of the verdict."
     )
@@ -155,6 +160,11 @@ class Prune(Section):
             raise ValueError(
                 f"reconstruct_samples={self.reconstruct_samples} is of no use with survivors=reinitialise, which "
                 "replaces the network: leave one out"
+            )
+        if self.gradual and self.shrink_between_rounds:
+            raise ValueError(
+                f"gradual={self.gradual:g} prunes during the retraining, and shrink_between_rounds=true retrains what "
+                "the prune before it left: leave one of the two out"
             )
         if self.gradual and self.reconstruct_samples:
             raise ValueError(

@@ -49,6 +49,7 @@ class Training:
     `phase` names its folder in the run. `order` names its stream of batches and random numbers, so that the dense
     control can get exactly those of the pruned network. `masks` stay fixed, or are those that `gradual` pruning starts
     from. The network also learns from the `teacher`'s answers, if there is one. `shared`: which weights share values.
+    `cut` tells how a small network was cut out of the whole one, whose tensors step checkpoints then hold.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Training:
         gradual: Gradual | None = None,
         teacher: nn.Module | None = None,
         shared: dict[str, Sharing] | None = None,
+        cut: str = "",
     ) -> None:
-        self.session, self.model, self.phase, self.order = session, model, phase, order
+        self.session, self.model, self.phase, self.order, self.cut = session, model, phase, order, cut
         self.world, self.config, self.feed = session.world, session.config, session.feed
         self.settings = recipe.resolve(settings, session.config.dense)
         self.phases = settings.phases if isinstance(settings, Retrain) else ("all",)
@@ -274,6 +276,7 @@ class Training:
             "history": [epoch.to_json() for epoch in self.position.history],
             "seconds": self.position.seconds,
             "data": self.session.manifest.identity,
+            "cut": self.cut,
             **sums,
         }
         names = list(self.parameters)
@@ -294,6 +297,11 @@ class Training:
         state, session = saved.state, self.session
         what = f"the checkpoint of {self.phase} at step {steps}"
         require_same_data(session.config, session.run, session.manifest, state.get("data"), what)
+        if state.get("cut", "") != self.cut:
+            raise Agreed(
+                f"{what} is of {_kind(state.get('cut', ''))}, and {_kind(self.cut)} is trained: set "
+                f"prune.shrink_between_rounds as it was, or remove '{session.run.path(self.phase, 'steps')}'"
+            )
         if self.gradual:
             self._use(saved.masks)
         elif masking.digest(saved.masks) != masking.digest(self.masks):
@@ -304,6 +312,10 @@ class Training:
         self.position = Position(state["step"], history, state["seconds"])
         self.tally.load(state)
         self.session.progress(Resumed(self.phase, steps, self.total, self.world.size))
+
+
+def _kind(cut: str) -> str:
+    return f"a small network (cut {cut})" if cut else "the whole network"
 
 
 def steps_per_epoch(session: Session, settings: Train) -> int:

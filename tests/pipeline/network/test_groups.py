@@ -70,6 +70,27 @@ def test_what_is_concatenated_is_two_groups() -> None:
     assert found["0.right.weight"][1] == ("1.weight", 1, [[3], [4], [5], [6]])
 
 
+def test_biases_and_norms_go_with_the_channels_that_they_carry() -> None:
+    found = groups_of(nn.Sequential(Fire(1, 2, 3, 4), nn.BatchNorm2d(7), nn.Conv2d(7, 2, 1)), 1, 4, 4)
+    carried = {
+        name: {(each.tensor, each.axis): each.places.tolist() for each in group.carried}
+        for name, group in found.by_name.items()
+    }
+    norm = [f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+    assert carried == {
+        "0.squeeze.weight": {("0.squeeze.bias", 0): [[0], [1]]},
+        "0.left.weight": {("0.left.bias", 0): [[0], [1], [2]]} | {(each, 0): [[0], [1], [2]] for each in norm},
+        "0.right.weight": {("0.right.bias", 0): [[0], [1], [2], [3]]}
+        | {(each, 0): [[3], [4], [5], [6]] for each in norm},
+    }
+    kept = found.whole | {"0.left.weight": np.array([True, False, True]), "0.right.weight": np.arange(4) > 1}
+    gone = {name: (sorted(rows), sorted(columns)) for name, (rows, columns) in found.gone(kept).items()}
+    assert gone["1.running_var"] == ([1, 3, 4], [])
+    assert gone["2.weight"] == ([], [1, 3, 4])
+    assert gone["0.right.bias"] == ([0, 1], [])
+    assert gone["0.squeeze.weight"] == ([], [])
+
+
 def test_the_groups_of_a_convolution_keep_equally_many() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 6, 1, groups=2), nn.Conv2d(6, 2, 1))
     found = members(groups_of(model, 1, 4, 4))

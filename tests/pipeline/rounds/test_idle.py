@@ -29,6 +29,7 @@ IDLE: dict[str, Any] = {
     "retrain.milestones": [0.3], "retrain.gamma": 0.2, "retrain.power": 0.5, "retrain.temperature": 2.0,
     "scan.tolerance": 0.1, "scan.max_levels": 5, "scan.hopeless": 0.7, "scan.together": [0.5],
     "prune.statistics_samples": 50, "prune.densities": {"a": 0.5}, "prune.list": [0.5], "prune.gradual_every": 7,
+    "prune.shrink_between_rounds": True,
     "target.latency_ms": 3.0, "target.latency_table": "t.json", "target.latency_device": "a phone",
     "target.latency_batch": 8,
     "target.step": 0.7, "target.smallest_step": 0.9, "target.tolerance": 0.01, "target.confidence": 0.9,

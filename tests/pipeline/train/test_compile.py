@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pipeline.base.errors import UserError
+from pipeline.network.groups import find
+from pipeline.network.shrink import shrink
+from pipeline.network.survey import survey
 from pipeline.settings.training import Train
 from pipeline.train import first_step
 from pipeline.train.loop import Training
@@ -49,6 +53,26 @@ def test_it_learns_the_same_and_is_compiled_once_for_all_rounds(compiling: Sessi
     assert counters["stats"]["unique_graphs"] == graphs
     compiling.config = compiling.config.model_copy(update={"compile": False})
     for ours, eager in zip(first.parameters(), trained(compiling, "eager", 0.5).parameters(), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
+
+
+def test_a_small_network_is_compiled_by_itself_and_learns_the_same(compiling: Session) -> None:
+    torch.manual_seed(0)
+    model = small.network(dropout=0.0)
+    groups = find(model, torch.zeros(2, 1, 8, 8), {tensor.name: tensor.shape for tensor in survey(model)[0]})
+
+    def learnt(phase: str, every: int) -> nn.Module:
+        masks = groups.masks({name: np.arange(len(flags)) % every == 0 for name, flags in groups.whole.items()})
+        cut = shrink(model, groups, masks)
+        Training(compiling, cut.model, STEPS, phase, "compiled", [NAME], cut.cut(masks), cut=cut.digest).fit()
+        return cut.model
+
+    first = learnt("halved", 2)
+    graphs = counters["stats"]["unique_graphs"]
+    learnt("in four", 4)
+    assert counters["stats"]["unique_graphs"] > graphs
+    compiling.config = compiling.config.model_copy(update={"compile": False})
+    for ours, eager in zip(first.parameters(), learnt("halved, eager", 2).parameters(), strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
 
 

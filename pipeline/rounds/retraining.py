@@ -1,0 +1,104 @@
+"""The retraining of a round: in the whole network, or in one that has only the channels that are left.
+
+SPMD, as `pipeline.rounds.method`. A small network lives for one training. All else (plans, masks, checkpoints of
+rounds, results) has the whole network, into which the trained numbers are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.base import blame
+from pipeline.base.errors import UserError
+from pipeline.network import dropout
+from pipeline.network.build import FOREIGN
+from pipeline.network.groups import Groups
+from pipeline.network.modes import evaluating
+from pipeline.network.shrink import Small, shrink
+from pipeline.prune.gradual import Gradual
+from pipeline.rounds import before_retraining
+from pipeline.rounds.subject import Subject
+from pipeline.run.events import Noted
+from pipeline.task.feed import Feed
+from pipeline.train.loop import Position, Training
+from pipeline.train.session import Session
+
+SETTING = "prune.shrink_between_rounds=true"
+SAMPLES = 2  # that the small network is tried with; batch norm needs more than one
+ROUNDING = 1e-2  # of the largest output (TF32 rounds to 1e-3): by how much the small network's may differ
+
+
+def retrain(
+    subject: Subject,
+    folder: str,
+    order: str,
+    kept: dict[str, Tensor],
+    rates: Mapping[str, float],
+    gradual: Gradual | None,
+) -> tuple[Position, dict[str, Tensor]]:
+    """Retrain the network with the masks `kept`; returns where it ended, and its masks, which `gradual` changes.
+
+    `folder` and `order` are those of `Training`, `rates` those of its dropouts.
+    """
+    session, model, recipe = subject.session, subject.model, subject.session.config.retrain
+    small = None
+    if session.config.prune.shrink_between_rounds and subject.groups is not None:
+        small = _small(session, model, subject.groups, kept, folder)
+    network, masks, cut = (model, kept, "") if small is None else (small.model, small.cut(kept), small.digest)
+    teacher = before_retraining.teacher(session, recipe)
+    training = Training(session, network, recipe, folder, order, list(kept), masks, gradual, teacher, cut=cut)
+    with dropout.use(network, rates):
+        position = training.fit()
+    training.applier.clean()
+    if small is not None:
+        model.load_state_dict(small.put_back(model.state_dict()))
+    return position, training.masks if gradual else kept
+
+
+def require(model: nn.Module, groups: Groups | None, feed: Feed, factory: str) -> None:
+    """Raise UserError if a network on the CPU cannot be retrained with fewer channels; tries one channel a group."""
+    if groups is None:
+        return
+    if groups.hard_coded:
+        raise UserError(
+            f"{SETTING}: {factory} has a number of features in its code, at {', '.join(groups.hard_coded)}, and takes "
+            "no other: write torch.flatten(x, 1) there, or set it to false"
+        )
+    masks = groups.masks({name: flags.cumsum() == 1 for name, flags in groups.whole.items()})
+    try:
+        with torch.random.fork_rng(devices=[]):
+            shrink(model, groups, masks).model.train()(feed.zeros(SAMPLES))
+    except FOREIGN as error:
+        raise UserError(
+            f"{SETTING}: {factory} cannot be trained with fewer channels: {' '.join(str(error).split())[:300]}"
+            f"{blame.place(error)}; set it to false, or name the layer in prune.exclude"
+        ) from error
+
+
+def _small(session: Session, model: nn.Module, groups: Groups, kept: dict[str, Tensor], folder: str) -> Small:
+    """The network without the channels that go. Raises Agreed, on every rank, if it is not the same function."""
+    small = shrink(model, groups, kept)
+    session.feed.place(small.model, session.world.device)
+    apart = _apart(model, small.model, session.feed.zeros(SAMPLES, session.world.device))
+    session.world.agree(
+        f"{folder}: outputs of the small network differ from the masked one's by {apart:.1%} of the largest: set "
+        "prune.shrink_between_rounds=false"
+        if not apart <= ROUNDING
+        else None
+    )
+    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (small.model, model)]
+    session.progress(Noted(f"{folder} retrains a network of {sizes[0]:,} of {sizes[1]:,} parameters"))
+    return small
+
+
+@torch.no_grad()
+def _apart(whole: nn.Module, small: nn.Module, like: Tensor) -> float:
+    """The largest difference of two networks' outputs, as a share of the largest output; 0 where that is not finite."""
+    inputs = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    with evaluating(whole), evaluating(small):
+        wanted, got = whole(inputs), small(inputs)
+    largest = wanted.abs().max()
+    return float((wanted - got).abs().max() / largest) if largest.isfinite() and largest > 0 else 0.0
