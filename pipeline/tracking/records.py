@@ -22,7 +22,7 @@ from pipeline.tracking.networks import UID, Model
 
 MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 4000, 250  # characters that MLflow takes
 KIND, ROUND, ATTEMPT = "secateur.kind", "secateur.round", "secateur.attempt"
-VERSION = "secateur.version"  # of the program that made the run, or its result
+MADE_BY = "secateur.version"  # of the program that began the run, or made its result
 PARENT = "secateur.parent_run"  # the MLflow run of the run that this one branched off from
 
 
@@ -75,7 +75,7 @@ def parent(run: Contents, config: Config) -> MlflowRun:
     parts = {busy.node: busy.parts for busy in run.machines}
     tags |= {"machines": _cut("; ".join(f"{node}: {held}" for node, held in parts.items()), MAX_TAG)} if parts else {}
     made_by = run.run.version if result is None else result.versions.get("secateur")
-    tags |= {VERSION: made_by} if made_by is not None else {}
+    tags |= {MADE_BY: made_by} if made_by is not None else {}
     drawn = [table("layers.json", result.layers)] if result is not None else []
     points = tuple(curves.of_run(run))
     status = _status(run, result is not None)

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -154,7 +154,8 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
         children = [_store(client, experiment, each, known, above) for each in rounds]
         if {run_id, *children} != {run.info.run_id for run in known}:  # some were made, or are too many
             _delete_twins(client, _known(client, experiment, contents.run.uid))
-        lacks = _store_models(client, config, run_id, [*zip(children, rounds, strict=True), (run_id, whole)])
+        everything = [*zip(children, rounds, strict=True), (run_id, whole)]
+        lacks = _store_models(client, config, everything, {run.info.run_id: run for run in known})
         # Last: a parent that says FINISHED has all its rounds, and its model.
         _set_status(client, client.get_run(run_id), whole)
     except (MlflowException, SQLAlchemyError, OSError) as error:
@@ -162,19 +163,21 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
     return Synced(hide(uri), run_id, experiment, lacks)
 
 
-def _store_models(client: Any, config: Config, parent: str, runs: Sequence[tuple[str, MlflowRun]]) -> str:
-    """Make MLflow hold the networks of these MLflow runs, the parent's last.
+def _store_models(client: Any, config: Config, runs: Sequence[tuple[str, MlflowRun]], known: Mapping[str, Any]) -> str:
+    """Make MLflow hold the networks of these MLflow runs, the parent's last; `known` were there before, by their ids.
 
     Returns why it does not, where the server knows no models, or refuses them: the rest of the run is there then.
     """
     from mlflow.exceptions import MlflowException
 
-    data = {each.split: each for each in runs[-1][1].data}
+    parent, whole = runs[-1]
+    data = {each.split: each for each in whole.data}
     for run_id, record in runs:
         if record.model is not None:
             register = config.tracking.register if run_id == parent else None
             try:
-                models.store(client, client.get_run(run_id), parent, record.model, data, register)
+                run = known.get(run_id) or client.get_run(run_id)
+                models.store(client, run, parent, record.model, data, register)
             except MlflowException as error:
                 if error.get_http_status_code() >= 500 and error.error_code not in _UNKNOWN:
                     raise

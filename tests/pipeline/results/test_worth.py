@@ -51,6 +51,7 @@ def test_the_report_of_a_small_run_has_its_tables_and_no_empty_figure(tmp_path: 
     levels = [scan_records.level(0.5, quality=0.7, samples=60, top1=0.97, loss=0.1)]
     put(run / "scan/scan.json", scan_records.scan([scan_records.tensor("fc1.weight", 10, levels)], samples=60))
     round_done(run, 1, 0.0724)
+    put(run / "rounds/01/metrics.json", replace(round_metrics(1, 0.0724), history=short))
     finals(run, settings)
     text = report.render(run)
     for label in ("Validation accuracy against", "Training loss and", "one tensor pruned at a time"):
