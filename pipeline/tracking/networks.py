@@ -68,7 +68,7 @@ def final(run: Contents, config: Config, points: Sequence[Point]) -> Model | Non
         return None
     url = storage.join(run.path, path)
     return Model(
-        name=artifacts.safe(f"{run.run.name}-{number(result.compression)}x"),
+        name=_named(run, "final"),
         weights=artifacts.of_file(path, url, there[path].version),
         settings=None if path == ONNX else run.config_text,
         facts=facts,
@@ -99,7 +99,7 @@ def of_round(run: Contents, each: Round, config: Config, points: Sequence[Point]
     told = f"{number(reached.compression)}× fewer weights, {percent(1 - reached.val.top1)} error on val"
     before = f"{percent(1 - reached.val_before_retrain.top1)} before retraining"
     return Model(
-        name=artifacts.safe(f"{run.run.name}-round-{reached.round}-{number(reached.compression)}x"),
+        name=_named(run, f"round-{reached.round}"),
         weights=artifacts.known_as(TENSORS, url, identity),
         settings=run.config_text,
         facts=facts,
@@ -111,6 +111,11 @@ def of_round(run: Contents, each: Round, config: Config, points: Sequence[Point]
         tags=tags,
         note=f"Round {reached.round}: {told} ({before}).",
     )
+
+
+def _named(run: Contents, part: str) -> str:
+    """A model's name, which may hold no dot, as run names may. How small it is stands in tags and params."""
+    return f"{artifacts.safe(run.run.name).replace('.', '_')}-{part}"
 
 
 def _updates(points: Sequence[Point], until: int) -> int:
