@@ -29,8 +29,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/secateur run configs/demo.yaml
-	@echo "report: runs/demo/report.html    MLflow: $(BIN)/secateur ui"
+	$(BIN)/secateur demo
 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -24,6 +24,14 @@ def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode =
 
 
 @app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Prune a network on scikit-learn's digits, through every stage, into runs/demo; takes about two minutes."""
+    config = shared.demo_config()
+    run(config, overrides)
+    print(f"config: {config}    MLflow: secateur ui")
+
+
+@app.command()
 def scan(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -19,11 +19,11 @@ from cluster import connect, losses
 from cluster.board import Board
 from cluster.connect import NoRoom
 from cluster.losses import Tries, Written
-from pipeline.base import blame
+from pipeline.base import blame, machine
 from pipeline.base.errors import Agreed, Away, Leaving, Lost, RunStopped, UserError
 from pipeline.engine import Work
-from pipeline.run import log
-from pipeline.run.events import Event, Paced, Progress, Warned, WorkersBegun
+from pipeline.run import log, machines
+from pipeline.run.events import Busy, Event, Paced, Progress, Warned, WorkersBegun
 from pipeline.run.state import Run
 from pipeline.settings.config import Config, parse_config
 from pipeline.train import memory
@@ -51,7 +51,7 @@ def worker(job: dict[str, Any]) -> None:
     board, rank, stage = job["board"], context.get_world_rank(), job["work"].stage
 
     def progress(event: Event) -> None:
-        if rank == 0 or isinstance(event, Paced):  # each rank's own
+        if rank == 0 or isinstance(event, Paced | Busy):  # each rank's own
             board.push.remote(event)
 
     def hung(found: str) -> None:
@@ -78,7 +78,11 @@ def worker(job: dict[str, Any]) -> None:
             device = choose_device(config.device, context.get_local_rank())
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            with watched(current_world(device), stage, config.cluster.hang_seconds, hung) as world:
+            elsewhere = context.get_local_rank() == 0 and machine.node() != job["driver"]  # which watches its own
+            with (
+                watched(current_world(device), stage, config.cluster.hang_seconds, hung) as world,
+                machines.watched(progress, elsewhere and config.tracking.watches_machines),
+            ):
                 job["work"].do(open_session(config, world, run, heard, leaving))
     except Leaving as error:
         progress(Warned(f"a node is about to be taken away; {error}, and the training goes on elsewhere"))
@@ -119,6 +123,7 @@ def train(ray: Any, work: Work, config: Config, run: Run, progress: Progress) ->
             "fence": run.fence,
             "token": run.token,
             "board": board.actor,
+            "driver": machine.node(),
             "watched": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
         }
         carry_out(ray, job, config, run, progress)

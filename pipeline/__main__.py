@@ -29,6 +29,12 @@ def run(config: ConfigPath, overrides: Overrides = None, trust_code: TrustCode =
 
 
 @app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Prune a network on scikit-learn's digits, through every stage, into runs/demo; takes about two minutes."""
+    run(shared.demo_config(), overrides)
+
+
+@app.command()
 def doctor(config: OneConfig = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check this machine, or what a config names: each problem with its remedy; exit code 1 where there is one."""
     shared.examine(config, overrides, (), as_json)

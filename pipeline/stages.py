@@ -24,9 +24,10 @@ from pipeline.network.survey import survey as survey_network
 from pipeline.prune import channels, round_plan
 from pipeline.results import final
 from pipeline.rounds import branch, comparison, outlook, preflight, same_data, timing
-from pipeline.run import course, ended, log
-from pipeline.run.events import Event, Mirrored, Noted, Progress, ShardsCounted, StageBegun, Warned
-from pipeline.run.records import DataFacts, Scan
+from pipeline.run import course, ended, log, machines
+from pipeline.run.events import Busy, Event, Mirrored, Noted, Progress, ShardsCounted, StageBegun, Warned
+from pipeline.run.layout import NO_ONNX
+from pipeline.run.records import DataFacts, NoOnnx, Scan
 from pipeline.run.result import Result
 from pipeline.run.state import Run, fingerprint, open_run
 from pipeline.scan import scan as scans
@@ -279,10 +280,10 @@ def run(config: Config, engine: Engine, progress: Progress) -> Result:
         if config.tracking.enabled:
             mirror = Mirror(here.root, config, lambda text: heard(Warned(text)), lambda lag: heard(Mirrored(lag)))
         try:
-            with ended.noted(here):
+            with ended.noted(here), machines.watched(heard, config.tracking.watches_machines):
                 carry_out(up_to(config, ROUNDS, FINAL), Driver(config, engine, here, heard))
             result = here.load(Result, "result.json")
-            if mirror is not None:
+            if mirror is not None and config.tracking.models != "none":
                 export_for_mlflow(here, heard)
             if mirror is not None and result.mlflow is None:
                 started = time.monotonic()
@@ -297,24 +298,40 @@ def run(config: Config, engine: Engine, progress: Progress) -> Result:
 
 
 def export_for_mlflow(here: Run, progress: Progress) -> None:
-    """Write final/model.onnx, which MLflow's model is made of, unless it is there; a network may have none."""
+    """Write final/model.onnx, which MLflow's model is made of, unless it is there.
+
+    A network may have none. It is then written down why, and tried again only with another torch.
+    """
     if here.has("final", "model.onnx"):
+        return
+    if here.has(NO_ONNX) and here.load(NoOnnx, NO_ONNX).torch == torch.__version__:
         return
     why = bench.write_model_onnx(here)
     if why is not None:
-        progress(Warned(f"MLflow gets no model of this run that it could load: {why}"))
+        here.commit(NoOnnx(why, torch.__version__), NO_ONNX)
+        progress(Warned(f"MLflow gets this network as tensors, which only secateur loads, and not as ONNX: {why}"))
 
 
 @contextmanager
 def logged(engine: Engine, here: Run, progress: Progress) -> Iterator[Progress]:
-    """A progress function for a run's driver: events also go to the driver's log, the run's course and the engine."""
+    """A progress function for a run's driver: events also go to the driver's log, the run's course and the engine.
+
+    Those of machines go to their journal alone.
+    """
 
     def tell(text: str) -> None:
         progress(Warned(text))
 
-    with log.kept(here, log.driver_name(here), tell) as kept, course.kept(here, tell) as curves:
+    with (
+        log.kept(here, log.driver_name(here), tell) as kept,
+        course.kept(here, tell) as curves,
+        machines.kept(here, tell) as busy,
+    ):
 
         def heard(event: Event) -> None:
+            if isinstance(event, Busy):
+                busy.add(event)
+                return
             kept(event)
             engine.hear(event)
             curves(event)

@@ -1,13 +1,3 @@
-"""Which version of secateur this is."""
+"""Which version of secateur this is. pyproject.toml reads it from here."""
 
-from __future__ import annotations
-
-from importlib import metadata
-
-
-def version() -> str:
-    """As in 0.1.0; `unknown` where the code runs without being installed."""
-    try:
-        return metadata.version("secateur")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+VERSION = "0.2.0"

@@ -211,6 +211,8 @@ def sync(run_dir: str | Path, uri: str | None = None) -> Synced:
         with lease.hold(str(run_dir), config.cluster.lease_seconds, lambda: None, warnings.warn) as held:
             final.update(Run(str(run_dir), held.fence, held.token, held.alive), mlflow=synced.place)
         synced = tracking.sync(run_dir, config)
+    if synced.lacks:
+        warnings.warn(f"{synced.lacks}. The rest of the run is there", stacklevel=2)
     return synced
 
 

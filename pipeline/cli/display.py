@@ -16,6 +16,7 @@ from pipeline.base.hiding import hide
 from pipeline.cli.messages import make_console
 from pipeline.cli.progress import Tracker, clock
 from pipeline.run.events import (
+    Busy,
     EpochEnded,
     Event,
     LevelMeasured,
@@ -85,7 +86,7 @@ def said(event: Event) -> str:
         case WorkersBegun(stage, attempt, workers):
             again = f", start {attempt}" if attempt > 1 else ""
             return f"{stage}: {workers} worker{'s' * (workers > 1)} began{again}"
-        case Paced() | Saved() | Mirrored() | Outlined():
+        case Paced() | Saved() | Mirrored() | Busy() | Outlined():
             return ""  # for the log and for gauges
         case _:
             assert_never(event)

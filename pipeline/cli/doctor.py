@@ -21,7 +21,7 @@ import torch
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.record import Record, plain
-from pipeline.base.version import version
+from pipeline.base.version import VERSION
 from pipeline.cli import commands
 from pipeline.results.words import size
 from pipeline.settings.config import Config
@@ -62,7 +62,7 @@ def versions(config: Config | None) -> Iterator[Finding]:
     """Python, secateur, and that all packages that it requires are installed."""
     missing = [name for name in _required() if not _installed(name)]
     shown = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision") if _installed(name))
-    said = f"secateur {version()}, Python {platform.python_version()}, {shown}"
+    said = f"secateur {VERSION}, Python {platform.python_version()}, {shown}"
     if missing:
         yield Finding("versions", "broken", f"{said}; missing: {', '.join(missing)}", "Install secateur again with pip")
     else:

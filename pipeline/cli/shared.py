@@ -42,6 +42,13 @@ def program(help: str, completion: bool) -> typer.Typer:
     return app
 
 
+def demo_config() -> str:
+    """The demo's config: in a checkout among the others, in an installed package beside `import secateur`."""
+    root = Path(__file__).parents[2]
+    installed = root / "secateur" / "demo.yaml"
+    return str(installed if installed.is_file() else root / "configs" / "demo.yaml")
+
+
 def add_rest(app: typer.Typer) -> None:
     """Add the commands that look at runs, and those for shards and released files."""
     app.command("list")(list_command)
@@ -53,9 +60,9 @@ def add_rest(app: typer.Typer) -> None:
 
 def _say_version(wanted: bool) -> None:
     if wanted:
-        from pipeline.base.version import version
+        from pipeline.base.version import VERSION
 
-        print(f"secateur {version()}")
+        print(f"secateur {VERSION}")
         raise typer.Exit
 
 

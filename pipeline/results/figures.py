@@ -25,7 +25,8 @@ from pipeline.base.errors import UserError
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#595959")
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d9dee3"
 # A page that holds the SVG recolours these by CSS variables (dark mode); alone, the colour itself stands.
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {colour: f"c{i}" for i, colour in enumerate(PALETTE)}
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", "#ffffff": "page"}
+VARIABLES |= {colour: f"c{i}" for i, colour in enumerate(PALETTE)}
 
 _STYLE: Any = {
     "svg.fonttype": "none",

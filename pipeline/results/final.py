@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.base import stats
+from pipeline.base.version import VERSION
 from pipeline.export import packed
 from pipeline.network import cost
 from pipeline.network.build import build_network
@@ -149,7 +150,11 @@ def assemble(config: Config, here: Run, layers: Sequence[LayerResult], stored: S
             final=stage_seconds(here, "final"),
         ),
         mlflow=None,
-        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        versions={
+            "secateur": VERSION,
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
     )
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from pipeline import storage
 from pipeline.base.errors import UserError
-from pipeline.results import outcome
+from pipeline.results import outcome, worth
 from pipeline.results.words import (
     count,
     duration,
@@ -216,25 +216,27 @@ def drawn(run: Contents, result: Result) -> Plots:
     alone = f"of {network} against percent of weights kept, one tensor pruned at a time"
     by_round = "Validation accuracy against compression, before and after retraining, for each round"
     by_epoch = "Training loss and validation accuracy by epoch"
-    epochs = sum(len(part.history) for part in (dense, *rounds) if part is not None)
     return Plots(
         layers=_both(
             lambda narrow: plots.layers(result.layers, result.density, narrow),
             f"Percent of weights kept in each layer of {network}",
         ),
-        sensitivity=_both(lambda narrow: plots.sensitivity(scan, narrow=narrow), f"Accuracy {alone}") if scan else None,
+        sensitivity=_both(lambda narrow: plots.sensitivity(scan, narrow=narrow), f"Accuracy {alone}")
+        if scan and worth.sensitivity(scan)
+        else None,
         sensitivity_loss=_both(lambda narrow: plots.sensitivity(scan, "loss", narrow), f"Loss {alone}")
-        if scan
+        if scan and worth.sensitivity(scan)
         else None,
         rounds=_both(lambda narrow: plots.rounds(dense, rounds, run.control, narrow), by_round)
-        if dense and rounds
+        if dense and worth.rounds(rounds)
         else None,
         training=_both(lambda narrow: plots.training(dense, rounds, run.control, narrow), by_epoch)
-        if dense and epochs > 1
+        if dense and worth.training(dense, rounds)
         else None,
         histograms={
             each.name: _svg(plots.histogram(each), f"Histogram of the weights of {each.name}, dense and after pruning")
             for each in (run.histograms.tensors if run.histograms else ())
+            if worth.histogram(each)
         },
     )
 

@@ -120,7 +120,13 @@ ROWS = (
     Row("cluster.lease_seconds", lambda c: not storage.is_local(c.runs_dir), "runs_dir on S3"),
     Row("tracking.uri", lambda c: c.tracking.enabled, "tracking.enabled=true"),
     Row("tracking.experiment", lambda c: c.tracking.enabled, "tracking.enabled=true"),
-    Row("tracking.register", lambda c: c.tracking.enabled, "tracking.enabled=true"),
+    Row(
+        "tracking.register",
+        lambda c: c.tracking.enabled and c.tracking.models != "none",
+        "tracking.enabled=true, and tracking.models=rounds or final",
+    ),
+    Row("tracking.models", lambda c: c.tracking.enabled, "tracking.enabled=true"),
+    Row("tracking.system_metrics", lambda c: c.tracking.enabled, "tracking.enabled=true"),
 )
 
 

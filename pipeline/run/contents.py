@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.record import Record
-from pipeline.run import course, lease
+from pipeline.run import course, lease, machines
 from pipeline.run.course import Moment
+from pipeline.run.events import Busy
 from pipeline.run.records import (
     DataFacts,
     DenseMetrics,
@@ -78,6 +79,7 @@ class Contents:
     result: Result | None
     looks: int
     course: tuple[Moment, ...]
+    machines: tuple[Busy, ...]
     ended: Ended | None
 
     @property
@@ -130,6 +132,7 @@ def read(run_dir: str | Path) -> Contents:
         result=parsed(Result, "result.json"),
         looks=sum(1 for line in looks.splitlines() if line),
         course=course.read(str(run_dir)),
+        machines=machines.read(str(run_dir)),
         ended=_ended(str(run_dir)),
     )
 
@@ -143,11 +146,10 @@ def _ended(root: str) -> Ended | None:
     return known
 
 
-def course_version(run_dir: str | Path) -> str:
-    """What changes when the course's journal has grown."""
-    return repr(
-        sorted((name, stat.version) for name, stat in storage.stats(storage.join(run_dir, course.FOLDER)).items())
-    )
+def journals_version(run_dir: str | Path) -> str:
+    """What changes when the journal of the course, or of the machines, has grown."""
+    folders = (storage.join(run_dir, name) for name in (course.FOLDER, machines.FOLDER))
+    return repr([sorted((name, stat.version) for name, stat in storage.stats(folder).items()) for folder in folders])
 
 
 def mirrored_files(run_dir: str | Path) -> dict[str, Stat]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pipeline.base.record import Record, optional
 from pipeline.run import journal
 from pipeline.run.events import EpochEnded, Event, Paced, RoundBegun
-from pipeline.run.journal import Journal
+from pipeline.run.journal import Kept
 from pipeline.run.state import Run, now_ms
 
 FOLDER = "course"
@@ -45,11 +45,9 @@ class Moment(Record):
 class Course:
     """Called with events, from any thread, it writes the journal."""
 
-    def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
-        self._run, self._tell = run, tell
+    def __init__(self, book: Kept) -> None:
+        self._book = book
         self._lock = threading.Lock()
-        self._book: Journal | None = None
-        self._sound = True
         self._density: dict[str, float] = {}
         self._last: dict[str, float] = {}  # when a training's last line was written
 
@@ -57,21 +55,8 @@ class Course:
         """Write down what an event says of a training."""
         with self._lock:
             moment = self._moment(event)
-            if moment is None or not self._sound:
-                return
-            try:
-                if self._book is None:
-                    self._book = Journal(self._run, FOLDER)
-                self._book.add(moment)
-            except Exception as error:  # noqa: BLE001 - whatever goes wrong with it, the run must not end by it
-                self._sound = False
-                self._tell(f"the curves for MLflow cannot be kept ({error or type(error).__name__}); the run goes on")
-
-    def close(self) -> None:
-        """Bring the last lines to their place."""
-        with self._lock:
-            if self._book is not None:
-                self._book.give_up()
+        if moment is not None:
+            self._book.add(moment)
 
     def _moment(self, event: Event) -> Moment | None:
         now = time.monotonic()
@@ -97,11 +82,8 @@ class Course:
 @contextmanager
 def kept(run: Run, tell: Callable[[str], None]) -> Iterator[Course]:
     """The journal of a run's trainings while the block lasts. Raises nothing of its own."""
-    course = Course(run, tell)
-    try:
-        yield course
-    finally:
-        course.close()
+    with journal.kept(run, FOLDER, "the curves for MLflow", tell) as book:
+        yield Course(book)
 
 
 def read(root: str) -> tuple[Moment, ...]:

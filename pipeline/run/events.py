@@ -160,6 +160,17 @@ class Mirrored(Record):
 
 
 @dataclass(frozen=True)
+class Busy(Record):
+    """What a machine was busy with at `ms` (since 1970). `parts` are its processors and GPUs, `values` by MLflow's
+    names of system metrics: percent, megabytes, watts."""
+
+    node: str
+    ms: int
+    parts: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
 class EpochEnded(Record):
     """An epoch of a training ended."""
 
@@ -184,6 +195,7 @@ Event = (
     | Saved
     | WorkersBegun
     | Mirrored
+    | Busy
     | EpochEnded
 )
 Progress = Callable[[Event], None]

@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, Self, TypeVar
 
 from pipeline import storage
@@ -67,6 +68,48 @@ class Journal:
 
     def _send(self, data: bytes) -> None:
         storage.write_bytes(self._file(), data, check=self._run.check_fence)
+
+
+class Kept:
+    """A journal that is written while a run goes on, from any thread. Whatever goes wrong with it, the run goes on.
+
+    `tell` is told once, that `what` cannot be kept; the journal ends there.
+    """
+
+    def __init__(self, run: Run, folder: str, what: str, tell: Callable[[str], None]) -> None:
+        self._run, self._folder, self._what, self._tell = run, folder, what, tell
+        self._lock = threading.Lock()
+        self._book: Journal | None = None
+        self._sound = True
+
+    def add(self, record: Record) -> None:
+        """Add a record. Raises nothing of its own."""
+        with self._lock:
+            if not self._sound:
+                return
+            try:
+                if self._book is None:
+                    self._book = Journal(self._run, self._folder)
+                self._book.add(record)
+            except Exception as error:  # noqa: BLE001 - whatever goes wrong with it, the run must not end by it
+                self._sound = False
+                self._tell(f"{self._what} cannot be kept ({error or type(error).__name__}); the run goes on")
+
+    def close(self) -> None:
+        """Bring the last lines to their place. Raises nothing of its own."""
+        with self._lock:
+            if self._book is not None:
+                self._book.give_up()
+
+
+@contextmanager
+def kept(run: Run, folder: str, what: str, tell: Callable[[str], None]) -> Iterator[Kept]:
+    """A journal for as long as the block lasts."""
+    book = Kept(run, folder, what, tell)
+    try:
+        yield book
+    finally:
+        book.close()
 
 
 def read(run: Run, kind: type[R], *folder: str) -> Iterator[R]:

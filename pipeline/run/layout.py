@@ -10,6 +10,7 @@ from pipeline.run.state import Run
 DENSE = "dense"
 
 
+NO_ONNX = "final/no-onnx.json"  # why the final network has no ONNX form, once that was tried
 CODEBOOK = "rounds/codebook"  # the network whose values are shared, after the last round
 START = "start"  # what a run that branched off from another begins with; `pipeline.rounds.branch` fills it
 

@@ -23,6 +23,7 @@ class RunFacts(Record):
     uid: str
     name: str
     created_ms: int
+    version: str | None = optional()  # of secateur, when it was begun
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Ended(Record):
     how: Literal["killed", "failed"]
     why: str
     ms: int
+
+
+@dataclass(frozen=True)
+class NoOnnx(Record):
+    """final/no-onnx.json: why the final network has no ONNX form, by which torch."""
+
+    why: str
+    torch: str
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.record import Record, plain
+from pipeline.base.version import VERSION
 from pipeline.run import lease
 from pipeline.run.records import RunFacts, StageMarker
 from pipeline.settings.config import UNHASHED, Config, differences, dump_config, load_begun
@@ -129,7 +130,7 @@ def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Ite
         run = Run(root, held.fence, held.token, held.alive)
         storage.remove_leftovers(root)
         if not run.has("run.json"):
-            run.commit(RunFacts(uuid.uuid4().hex, config.name, now_ms()), "run.json")
+            run.commit(RunFacts(uuid.uuid4().hex, config.name, now_ms(), VERSION), "run.json")
         run.commit_bytes(dump_config(config).encode(), "config.yaml")
         yield run
 

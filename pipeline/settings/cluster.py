@@ -107,6 +107,20 @@ with warnings.catch_warnings():
             description="Name under which MLflow's model registry gets the final network, a version a run. The alias "
             "champion goes to the smallest one without loss.",
         )
+        models: Literal["rounds", "final", "none"] = Field(
+            "rounds",
+            description="Networks that MLflow gets as models: that of each accepted round and the final one, the final "
+            "one alone, or none. A round's takes as many bytes as its tensors in their dense shapes.",
+        )
+        system_metrics: bool = Field(
+            True,
+            description="What the run's machines are busy with, every 30 s: processors, memory, disk, network, GPUs.",
+        )
+
+        @property
+        def watches_machines(self) -> bool:
+            """Whether anything asks what the machines are busy with."""
+            return self.enabled and self.system_metrics
 
 
 def asked(workers: int | tuple[int, int]) -> str:

@@ -42,7 +42,7 @@ EARLIER = {"data.decoder": "pillow"}
 # Settings that change no result, and no fingerprint.
 UNHASHED = (
     "dense.checkpoint_minutes", "retrain.checkpoint_minutes", "data.build_workers", "data.decoded_cache",
-    "data.decoded_cache_bytes", "model.licence", "tracking.register",
+    "data.decoded_cache_bytes", "model.licence", "tracking.register", "tracking.models", "tracking.system_metrics",
 )  # fmt: skip
 
 

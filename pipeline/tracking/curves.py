@@ -40,10 +40,26 @@ def of_run(run: Contents) -> Iterator[Point]:
 
 def of_round(metrics: RoundMetrics) -> Iterator[Point]:
     """The metrics of an attempt at a round: what it came to, and its retraining by its own updates."""
-    outcome = _round(metrics) | {"round/val_loss": metrics.val.loss, "round/seconds": metrics.seconds}
-    yield from _numbers(outcome, metrics.round, metrics.finished_ms)
+    yield from came_to(metrics)
     for moment in _told(metrics, "", metrics.density):
         yield from _training(moment, moment.step)
+
+
+def came_to(metrics: RoundMetrics) -> Iterator[Point]:
+    """What an attempt at a round came to."""
+    outcome = _round(metrics) | {"round/val_loss": metrics.val.loss, "round/seconds": metrics.seconds}
+    yield from _numbers(outcome, metrics.round, metrics.finished_ms)
+
+
+def of_machines(run: Contents) -> list[list[Point]]:
+    """MLflow's system metrics of the run's machines, a list a line of the journal. The step is in seconds."""
+    return [
+        [
+            Point(f"system/{busy.node}/{name}", value, max(0, busy.ms - run.run.created_ms) // 1000, busy.ms)
+            for name, value in busy.values.items()
+        ]
+        for busy in run.machines
+    ]
 
 
 def _trainings(run: Contents) -> Iterator[Point]:

@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.base.environment import number
 from pipeline.base.errors import UserError
 from pipeline.base.process import MIRROR_THREAD
-from pipeline.run.contents import course_version, mirrored_files
+from pipeline.run.contents import journals_version, mirrored_files
 from pipeline.settings import trust
 from pipeline.settings.config import Config
 from pipeline.tracking import tracking
@@ -51,6 +51,7 @@ class Mirror:
         self._failed = False  # the last try
         self._problem = ""
         self._told = False  # that problem, through `on_problem`
+        self._lacked = ""  # what MLflow did not take, and `on_problem` was told of
         self._latest: Synced | None = None
         self._on_lag = on_lag
         self._behind: float | None = None  # when a change was seen that MLflow still lacks
@@ -136,6 +137,9 @@ class Mirror:
     def _try(self) -> bool:
         try:
             self._latest = tracking.sync(self._run_dir, self._config)
+            if self._latest.lacks not in ("", self._lacked):
+                self._lacked = self._latest.lacks
+                self._on_problem(f"{self._lacked}. The rest of the run is there")
         except Exception as error:  # noqa: BLE001 - whatever goes wrong in MLflow, the run must not end by it
             self._problem = f"MLflow: {error}" if str(error) else f"MLflow: {error!r}"
             return False
@@ -147,8 +151,8 @@ class Mirror:
         is away, which the run itself meets and tells."""
         try:
             found = mirrored_files(self._run_dir)
-            course = course_version(self._run_dir)
+            journals = journals_version(self._run_dir)
         except (UserError, OSError):
             return ()
         files = tuple((name, known.version) for name, known in found.items())
-        return (*files, ("course", course)) if "run.json" in found else ()
+        return (*files, ("journals", journals)) if "run.json" in found else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.results import outcome
+from pipeline.results import outcome, worth
 from pipeline.results.tables import TextTable
 from pipeline.results.words import NOT_MEASURED, percent
 from pipeline.run.contents import Contents
@@ -22,7 +22,7 @@ def of_run(run: Contents) -> str:
         return f"{_so_far(run)}\n\n{again}\n"
     told = outcome.verdict(run.result, run.config.target.margin)
     parts = [f"**{outcome.sentence(run.result)}**", f"{told.title}. {told.text}", _table(run.result).markdown()]
-    if run.dense is not None and run.finished_rounds:
+    if run.dense is not None and worth.rounds(run.finished_rounds):
         parts.append(_picture("rounds", "Accuracy against compression"))
     parts.append(_picture("layers", "Weights kept in each layer"))
     return "\n\n".join([*parts, again]) + "\n"

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline import storage
 from pipeline.base.hiding import hide
-from pipeline.base.record import plain
-from pipeline.results import outcome
+from pipeline.results import worth
 from pipeline.results.words import number
 from pipeline.run.contents import Contents, Round, mirrored_files
-from pipeline.run.records import LayerCount, WeightHistogram
-from pipeline.run.result import LayerResult
+from pipeline.run.records import WeightHistogram
 from pipeline.settings.config import Config, flatten
-from pipeline.tracking import curves, notes
+from pipeline.tracking import artifacts, curves, networks, notes
+from pipeline.tracking.artifacts import Artifact, figure, table
 from pipeline.tracking.curves import Point
+from pipeline.tracking.networks import UID, Model
 
-MAX_PARAM, MAX_KEY = 6000, 250  # characters that MLflow takes
-# Raised when a figure or table is drawn differently, so that those already in MLflow are replaced.
-_DRAWN = b"1"
-UID, KIND, ROUND, ATTEMPT = "secateur.uid", "secateur.kind", "secateur.round", "secateur.attempt"
-_ONNX = "final/model.onnx"
+MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 4000, 250  # characters that MLflow takes
+KIND, ROUND, ATTEMPT = "secateur.kind", "secateur.round", "secateur.attempt"
+MADE_BY = "secateur.version"  # of the program that began the run, or made its result
 PARENT = "secateur.parent_run"  # the MLflow run of the run that this one branched off from
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A file by its place in MLflow; `digest` tells whether MLflow has it, `open` gives its bytes' place on disk."""
-
-    path: str
-    digest: str
-    open: Callable[[Path], Path] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -49,21 +35,6 @@ class DataSet:
     digest: str
     source: str | None
     samples: int
-
-
-@dataclass(frozen=True)
-class Model:
-    """The final network as a model of MLflow: an ONNX file that takes (batch, *shape), float32, and gives logits."""
-
-    name: str
-    onnx: Artifact
-    shape: tuple[int, ...]
-    classes: int
-    step: int  # on the run's axis
-    params: dict[str, str]
-    metrics: tuple[Point, ...]
-    tags: dict[str, str]
-    note: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +57,7 @@ class MlflowRun:
     note: str = ""
     data: tuple[DataSet, ...] = ()
     model: Model | None = None
+    machines: tuple[tuple[Point, ...], ...] = ()  # points that come in lines, one after the other, and only grow
 
 
 def parent(run: Contents, config: Config) -> MlflowRun:
@@ -100,7 +72,11 @@ def parent(run: Contents, config: Config) -> MlflowRun:
         tags |= {PARENT: run.start.mlflow_run_id} if run.start.mlflow_run_id else {}
     if run.ended is not None and result is None:
         tags |= {"ended by": run.ended.why}
-    drawn = [_table("layers.json", result.layers)] if result is not None else []
+    parts = {busy.node: busy.parts for busy in run.machines}
+    tags |= {"machines": _cut("; ".join(f"{node}: {held}" for node, held in parts.items()), MAX_TAG)} if parts else {}
+    made_by = run.run.version if result is None else result.versions.get("secateur")
+    tags |= {MADE_BY: made_by} if made_by is not None else {}
+    drawn = [table("layers.json", result.layers)] if result is not None else []
     points = tuple(curves.of_run(run))
     status = _status(run, result is not None)
     return MlflowRun(
@@ -116,7 +92,8 @@ def parent(run: Contents, config: Config) -> MlflowRun:
         tables=tuple(each.path for each in drawn),
         note=notes.of_run(run),
         data=tuple(_data(run, config)),
-        model=_model(run, config, max((p.step for p in points if p.key == "train/loss"), default=0)),
+        model=networks.final(run, config, points),
+        machines=tuple(tuple(line) for line in curves.of_machines(run)),
     )
 
 
@@ -161,41 +138,8 @@ def _data(run: Contents, config: Config) -> Iterator[DataSet]:
         )
 
 
-def _model(run: Contents, config: Config, step: int) -> Model | None:
-    """The final network, where the run is finished and has it as ONNX."""
-    result, facts = run.result, run.data
-    url = storage.join(run.path, _ONNX)
-    known = mirrored_files(run.path).get(_ONNX)
-    if result is None or facts is None or known is None:
-        return None
-    points = curves.on_test(result)
-    data = config.data
-    return Model(
-        name=_safe(f"{run.run.name}-{number(result.compression)}x"),
-        onnx=Artifact(_ONNX, _file_digest(url, known.version), partial(_fetch, url)),
-        shape=(data.channels, data.size, data.size),
-        classes=facts.classes,
-        step=step,
-        params={
-            "network": result.network,
-            "compression": number(result.compression),
-            "input": "float32, (value / 255 - mean) / std of each channel",
-            "mean": json.dumps(list(data.mean)),
-            "std": json.dumps(list(data.std)),
-            "output": "logits",
-        },
-        metrics=tuple(
-            Point(key, float(value), result.test_looks, run.finished_ms)
-            for key, value in points.items()
-            if value is not None
-        ),
-        tags={UID: run.run.uid, "verdict": result.verdict, "compression": f"{result.compression:.6g}"},
-        note=outcome.sentence(result),
-    )
-
-
-def child(run: Contents, each: Round) -> MlflowRun:
-    """One round: its numbers, its retraining, its plan."""
+def child(run: Contents, each: Round, config: Config, of_run: Sequence[Point]) -> MlflowRun:
+    """One round: its numbers, its retraining, its plan, its network; `of_run` are the points of the run as a whole."""
     metrics = each.metrics
     again = f" (attempt {each.attempt})" if each.attempt > 1 else ""
     points: list[Point] = []
@@ -203,7 +147,7 @@ def child(run: Contents, each: Round) -> MlflowRun:
     tags, reached = {}, ""
     if metrics is not None:
         points = list(curves.of_round(metrics))
-        tables = [_table("layers.json", metrics.layers)]
+        tables = [table("layers.json", metrics.layers)]
         tags = {"secateur.accepted": str(metrics.accepted).lower()}
         reached = f" · {number(metrics.compression)}×{'' if metrics.accepted else ' · undone'}"
     folder = f"{each.folder}/"
@@ -228,12 +172,13 @@ def child(run: Contents, each: Round) -> MlflowRun:
         status=status,
         end_ms=metrics.finished_ms if metrics is not None else None if status == "RUNNING" else _ended_ms(run),
         tables=tuple(table.path for table in tables),
+        model=networks.of_round(run, each, config, of_run),
     )
 
 
 def _of_the_run(name: str) -> bool:
     """Whether a file is one of the run as a whole; the ONNX file goes into MLflow as a model."""
-    if name == _ONNX:
+    if name == networks.ONNX:
         return False
     return name == "rounds/control.json" or not name.startswith("rounds/")
 
@@ -249,23 +194,7 @@ def _files(run: Contents, wanted: Callable[[str], bool], strip: str = "") -> Ite
     for name, known in mirrored_files(run.path).items():
         if wanted(name):
             url = storage.join(run.path, name)
-            yield Artifact(name.removeprefix(strip), _file_digest(url, known.version), partial(_fetch, url))
-
-
-def _fetch(url: str, folder: Path) -> Path:
-    if storage.is_local(url):
-        return storage.local_path(url)
-    target = Path(tempfile.mkdtemp(dir=folder), PurePosixPath(url).name)
-    storage.copy(url, str(target))
-    return target
-
-
-def _table(path: str, rows: Sequence[LayerResult] | Sequence[LayerCount]) -> Artifact:
-    """A table in the form that MLflow's page shows: pandas' "split" JSON, columns and rows apart."""
-    plain_rows = [plain(row) for row in rows]
-    columns = list(plain_rows[0]) if plain_rows else []
-    text = json.dumps({"columns": columns, "data": [list(row.values()) for row in plain_rows]})
-    return _generated(path, text.encode(), lambda: text.encode())
+            yield artifacts.of_file(name.removeprefix(strip), url, known.version)
 
 
 def _figures(run: Contents) -> Iterator[Artifact]:
@@ -273,52 +202,26 @@ def _figures(run: Contents) -> Iterator[Artifact]:
     from pipeline.results import figures, plots
 
     control, metrics = run.control, run.finished_rounds
-    if run.scan is not None:
+    if run.scan is not None and worth.sensitivity(run.scan):
         scan = run.scan
-        yield _figure("sensitivity", scan.to_json(), lambda: figures.to_png(plots.sensitivity(scan)))
-        yield _figure("sensitivity-loss", scan.to_json(), lambda: figures.to_png(plots.sensitivity(scan, "loss")))
-    if run.dense is not None and metrics:
+        yield figure("sensitivity", scan.to_json(), lambda: figures.to_png(plots.sensitivity(scan)))
+        yield figure("sensitivity-loss", scan.to_json(), lambda: figures.to_png(plots.sensitivity(scan, "loss")))
+    if run.dense is not None:
         dense = run.dense
         basis = [dense, metrics, control]
-        yield _figure("rounds", basis, lambda: figures.to_png(plots.rounds(dense, metrics, control)))
-        yield _figure("training", basis, lambda: figures.to_png(plots.training(dense, metrics, control)))
+        if worth.rounds(metrics):
+            yield figure("rounds", basis, lambda: figures.to_png(plots.rounds(dense, metrics, control)))
+        if worth.training(dense, metrics):
+            yield figure("training", basis, lambda: figures.to_png(plots.training(dense, metrics, control)))
     if run.result is not None:
         layers, density = run.result.layers, run.result.density
-        yield _figure("layers", [layers, density], lambda: figures.to_png(plots.layers(layers, density)))
-    for tensor in run.histograms.tensors if run.histograms is not None else ():
+        yield figure("layers", [layers, density], lambda: figures.to_png(plots.layers(layers, density)))
+    for tensor in filter(worth.histogram, run.histograms.tensors if run.histograms is not None else ()):
 
         def draw(tensor: WeightHistogram = tensor) -> bytes:
             return figures.to_png(plots.histogram(tensor))
 
-        yield _figure(f"weights/{_safe(tensor.name)}", tensor, draw)
-
-
-def _figure(name: str, basis: Any, draw: Callable[[], bytes]) -> Artifact:
-    return _generated(f"figures/{name}.png", json.dumps(plain(basis), sort_keys=True).encode(), draw)
-
-
-def _generated(path: str, basis: bytes, make: Callable[[], bytes]) -> Artifact:
-    """An artifact that is made when it is needed; its digest is that of what it is made from."""
-
-    def write(folder: Path) -> Path:
-        target = Path(tempfile.mkdtemp(dir=folder)) / Path(path).name
-        target.write_bytes(make())
-        return target
-
-    return Artifact(path, hashlib.sha256(_DRAWN + basis).hexdigest(), write)
-
-
-@lru_cache(maxsize=256)
-def _file_digest(url: str, version: str) -> str:
-    """SHA-256 of a local file. The version is the cache's key, so that a large model is not read again each time.
-
-    On S3, the SHA-256 of the version, which identifies the content without a download.
-    """
-    return storage.sha256(url) if storage.is_local(url) else hashlib.sha256(version.encode()).hexdigest()
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[:120]
+        yield figure(f"weights/{artifacts.safe(tensor.name)}", tensor, draw)
 
 
 def _key(name: str) -> str:
@@ -330,5 +233,5 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_PARAM else text[: MAX_PARAM - 1] + "…"
+def _cut(text: str, most: int = MAX_PARAM) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

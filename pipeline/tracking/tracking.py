@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +34,7 @@ from pipeline.tracking.records import ATTEMPT, KIND, PARENT, ROUND, UID, Artifac
 _LEDGER, _LEDGER_PART = "mlflow.secateur.artifacts", 4000
 _LARGE = 2**20  # bytes
 _POINTS = "mlflow.secateur.points"  # digest of the points that are all there
+_LINES = "mlflow.secateur.machines"  # how many lines of machines are all there
 _NOTE = "mlflow.note.content"
 _KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"  # shows the page of trainings, not of prompts
 _CONTEXTS = {"train": "training", "val": "validation", "test": "testing"}
@@ -41,6 +42,7 @@ _REFUSED = (
     "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of a user who may write there, and name the server as "
     "its --allowed-hosts does"
 )
+_UNKNOWN = ("NOT_IMPLEMENTED", "FEATURE_DISABLED")  # what a store says of a request that it never takes
 _BATCH = 100  # params, tags or points in one request
 # Set only where the user has not: a server that is away is noticed in seconds, a request that hangs is given up after
 # 30 s and tried twice more, no usage statistics are sent out of the cluster, and none of mlflow's own lines are among
@@ -62,6 +64,7 @@ class Synced:
     tracking_uri: str
     run_id: str
     experiment_id: str
+    lacks: str = ""  # why it does not hold the run's networks, where it holds all else
 
     @property
     def place(self) -> MlflowPlace:
@@ -147,16 +150,39 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
         whole = records.parent(contents, config)
         run_id = _store(client, experiment, whole, known, _parent_run(client, experiment, contents.start))
         above = {"mlflow.parentRunId": run_id}
-        children = [_store(client, experiment, records.child(contents, e), known, above) for e in contents.rounds]
+        rounds = [records.child(contents, each, config, whole.points) for each in contents.rounds]
+        children = [_store(client, experiment, each, known, above) for each in rounds]
         if {run_id, *children} != {run.info.run_id for run in known}:  # some were made, or are too many
             _delete_twins(client, _known(client, experiment, contents.run.uid))
-        if whole.model is not None:
-            models.store(client, experiment, run_id, whole.model, config.tracking.register)
+        everything = [*zip(children, rounds, strict=True), (run_id, whole)]
+        lacks = _store_models(client, config, everything, {run.info.run_id: run for run in known})
         # Last: a parent that says FINISHED has all its rounds, and its model.
         _set_status(client, client.get_run(run_id), whole)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise _refusal(uri, error, "did not take the run") from error
-    return Synced(hide(uri), run_id, experiment)
+    return Synced(hide(uri), run_id, experiment, lacks)
+
+
+def _store_models(client: Any, config: Config, runs: Sequence[tuple[str, MlflowRun]], known: Mapping[str, Any]) -> str:
+    """Make MLflow hold the networks of these MLflow runs, the parent's last; `known` were there before, by their ids.
+
+    Returns why it does not, where the server knows no models, or refuses them: the rest of the run is there then.
+    """
+    from mlflow.exceptions import MlflowException
+
+    parent, whole = runs[-1]
+    data = {each.split: each for each in whole.data}
+    for run_id, record in runs:
+        if record.model is not None:
+            register = config.tracking.register if run_id == parent else None
+            try:
+                run = known.get(run_id) or client.get_run(run_id)
+                models.store(client, run, parent, record.model, data, register)
+            except MlflowException as error:
+                if error.get_http_status_code() >= 500 and error.error_code not in _UNKNOWN:
+                    raise
+                return f"MLflow did not take the model '{record.model.name}': {_reason(error)}"
+    return ""
 
 
 def look(config: Config) -> str:
@@ -178,11 +204,15 @@ def look(config: Config) -> str:
 
 def _refusal(uri: str, error: Exception, what: str) -> UserError:
     """What a person is told of an error of MLflow's; Away where it may pass."""
-    reason = " ".join(hide(str(error)).split())[:300]
+    reason = _reason(error)
     ask = getattr(error, "get_http_status_code", None)
     status = 503 if ask is None else ask()
     remedy = f" ({_REFUSED})" if status in (401, 403) else ""
     return (Away if status >= 500 else UserError)(f"tracking.uri='{hide(uri)}' {what}: {reason}{remedy}")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(hide(str(error)).split())[:300]
 
 
 def _known(client: Any, experiment: str, uid: str) -> list[Any]:
@@ -210,6 +240,7 @@ def _store(client: Any, experiment: str, record: MlflowRun, known: Sequence[Any]
         run = client.create_run(experiment, record.start_ms, {**record.identity, **record.tags, **tags}, record.name)
     _set_params(client, run, record)
     _add_points(client, run, record.points, new=not same)
+    _add_lines(client, run, record.machines)
     _upload(client, run, record.artifacts)
     tables = {"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in record.tables])}
     note = {_NOTE: record.note.replace("{run_id}", run.info.run_id)} if record.note else {}
@@ -249,20 +280,39 @@ def _set_params(client: Any, run: Any, record: MlflowRun) -> None:
 
 def _add_points(client: Any, run: Any, points: Sequence[Point], new: bool) -> None:
     """Log the points that MLflow lacks. sqlite ignores a second identical point; other stores may keep both."""
-    from mlflow.entities import Metric
-
     digest = hashlib.sha256(repr(points).encode()).hexdigest()[:16]
     if run.data.tags.get(_POINTS) == digest:
         return
+    _log_missing(client, run, points, () if new else points)
+    _set_tags(client, run, {_POINTS: digest})  # after the points, so that an interrupted sync looks again
+
+
+def _add_lines(client: Any, run: Any, lines: Sequence[Sequence[Point]]) -> None:
+    """Log the lines of points that came since the last time. Those before are not asked for: there may be very many.
+
+    The tag is "DONE", or "DONE+SENT" while lines are sent: an interrupted sync looks which of these are there.
+    """
+    done, _, sent = run.data.tags.get(_LINES, "0").partition("+")
+    if int(done) >= len(lines):
+        return
+    unsure = [point for line in lines[int(done) : int(sent or done)] for point in line]
+    _set_tags(client, run, {_LINES: f"{done}+{len(lines)}"})
+    _log_missing(client, run, [point for line in lines[int(done) :] for point in line], unsure)
+    _set_tags(client, run, {_LINES: str(len(lines))})
+
+
+def _log_missing(client: Any, run: Any, points: Sequence[Point], unsure: Sequence[Point]) -> None:
+    """Log the points, but for those among `unsure` that are there."""
+    from mlflow.entities import Metric
+
     there: set[Point] = set()
-    for key in sorted({point.key for point in points}) if not new else ():
+    for key in sorted({point.key for point in unsure}):
         if key in run.data.metrics:
             history = client.get_metric_history(run.info.run_id, key)
             there |= {Point(m.key, m.value, m.step, m.timestamp) for m in history}
     missing = [Metric(p.key, p.value, p.when, p.step) for p in dict.fromkeys(points) if p not in there]
     for start in range(0, len(missing), _BATCH):
         client.log_batch(run.info.run_id, metrics=missing[start : start + _BATCH])
-    _set_tags(client, run, {_POINTS: digest})  # after the points, so that an interrupted sync looks again
 
 
 def _add_data(client: Any, run: Any, data: Sequence[DataSet]) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from pipeline import stages
 from pipeline.__main__ import app as pipeline_app
 from pipeline.__main__ import command_line as pipeline_main
 from pipeline.base.errors import UserError
+from pipeline.base.version import VERSION
 from pipeline.local import LocalEngine
 from pipeline.run.events import unheard
 from pipeline.run.state import open_run
@@ -195,7 +195,7 @@ def test_both_programs_have_the_commands_that_need_no_ray(capsys: pytest.Capture
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     cluster_app(["--version"], standalone_mode=False)
-    assert capsys.readouterr().out == f"secateur {metadata.version('secateur')}\n"
+    assert capsys.readouterr().out == f"secateur {VERSION}\n"
 
 
 def test_every_config_names_the_schema_that_travels_in_the_package() -> None:

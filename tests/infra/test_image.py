@@ -12,6 +12,8 @@ import pytest
 from infra_files import INFRA
 from support import ROOT
 
+from pipeline.base.version import VERSION
+
 DOCKERFILES = sorted([*INFRA.rglob("Dockerfile"), *INFRA.rglob("*.Dockerfile")])
 IMAGE = INFRA / "docker/Dockerfile"
 
@@ -83,6 +85,7 @@ def test_the_image_has_what_pip_reads_and_what_it_copies() -> None:
     packages = [name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]]
     needed = {"infra/docker/requirements.lock", "pyproject.toml", project["project"]["readme"], "configs", *packages}
     needed |= set(project["project"]["license-files"])
+    needed |= {"setup.py", *(f"{name}.py" for name in project["tool"]["setuptools"]["py-modules"])}
     allowed = (INFRA / "docker/Dockerfile.dockerignore").read_text().splitlines()
     assert {f"!{name}" for name in needed} <= set(allowed)
 
@@ -94,3 +97,9 @@ def test_the_image_serves_ray() -> None:
     for tool in ("wget", "rsync", "openssh-client"):
         assert re.search(rf"\b{tool}\b", text)
     assert re.search(r"^ENV RAY_AUTH_MODE=token", text, re.MULTILINE)
+
+
+def test_the_image_is_named_by_the_version() -> None:
+    files = [*INFRA.rglob("*.yaml"), *INFRA.rglob("*.md"), IMAGE]
+    named = {tag for path in files for tag in re.findall(r"secateur:(\d[\w.]*)", path.read_text())}
+    assert named == {VERSION}

@@ -52,7 +52,9 @@ BESIDE: dict[str, tuple[Any, dict[str, Any]]] = {
     "target.compression": (3.0, {"target.budget": "latency", "target.latency_ms": 3.0}),
     "tracking.uri": ("http://x", {"tracking.enabled": False}),
     "tracking.experiment": ("mine", {"tracking.enabled": False}),
-    "tracking.register": ("small", {"tracking.enabled": False}),
+    "tracking.register": ("small", {"tracking.models": "none"}),
+    "tracking.models": ("final", {"tracking.enabled": False}),
+    "tracking.system_metrics": (False, {"tracking.enabled": False}),
 }
 
 

@@ -20,6 +20,7 @@ from tracking_server import TrackingServer, client_of, everything, named, same_e
 from pipeline.base.errors import UserError
 from pipeline.results import report
 from pipeline.run.course import Moment
+from pipeline.run.events import Busy
 from pipeline.run.lease import Lease
 from pipeline.run.records import Ended, RunFacts
 from pipeline.settings.config import Config
@@ -373,3 +374,60 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     put(run / "lease.json", replace(Lease.mine(1), pid=2**22 + 1))  # no process has such a number
     tracking.sync(run, settings)
     assert named(everything(settings))["lenet"]["info"][1::2] == ("KILLED", CREATED + 20_000)
+
+
+def busy(run: Path, *lines: Busy) -> None:
+    """Lines of the machines, as the run's driver adds them."""
+    file = run / "machines" / "000001-000001.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a") as journal:
+        journal.writelines(json.dumps(line.to_json()) + "\n" for line in lines)
+
+
+def line(node: str, second: int, share: float) -> Busy:
+    return Busy(node, CREATED + 1000 * second, "8 × c, 1 × H200", {"cpu_utilization_percentage": share})
+
+
+@pytest.mark.parametrize("store", ["sqlite", "files"])  # files keep a point that comes twice
+def test_what_machines_are_busy_with_comes_once(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    settings = config(tmp_path, tracking={} if store == "sqlite" else {"uri": f"file://{tmp_path}/store"})
+    run = begin(settings)
+    busy(run, line("a", 10, 50.0), line("b", 11, 25.0))
+    tracking.sync(run, settings)
+    busy(run, line("a", 40, 60.0), line("b", 9, 20.0))  # another machine's clock is behind
+    original = MlflowClient.log_batch
+
+    def lost(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if kwargs.get("metrics"):
+            raise ConnectionResetError("the answer got lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", lost)
+        with pytest.raises(UserError, match="did not take the run"):
+            tracking.sync(run, settings)
+    busy(run, line("a", 70, 70.0))
+    for _ in range(2):
+        tracking.sync(run, settings)
+        parent = named(everything(settings))["lenet"]
+        assert {key: sorted(points) for key, points in parent["points"].items()} == {
+            "system/a/cpu_utilization_percentage": [
+                (10, CREATED + 10_000, 50.0), (40, CREATED + 40_000, 60.0), (70, CREATED + 70_000, 70.0),
+            ],
+            "system/b/cpu_utilization_percentage": [(9, CREATED + 9000, 20.0), (11, CREATED + 11_000, 25.0)],
+        }  # fmt: skip
+    assert parent["tags"]["machines"] == "a: 8 × c, 1 × H200; b: 8 × c, 1 × H200"
+
+
+def test_the_version_that_made_a_run_is_told(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = begin(settings)
+    put(run / "run.json", RunFacts("0123456789abcdef", "lenet", CREATED, "0.1.9"))
+    tracking.sync(run, settings)
+    assert named(everything(settings))["lenet"]["tags"]["secateur.version"] == "0.1.9"
+    finals(run, settings, versions={"secateur": "0.2.0"})
+    tracking.sync(run, settings)
+    assert named(everything(settings))["lenet"]["tags"]["secateur.version"] == "0.2.0"
