@@ -15,6 +15,7 @@ SETTINGS = ROOT / "pipeline/settings/schema.json"
 RESULT = ROOT / "pipeline/results/result.schema.json"
 WIDTH = 100  # columns of a command's help
 PYTHON = "# Python\n\n::: secateur\n"  # mkdocstrings does the rest
+KINDS = {"integer": "whole number", "string": "text", "boolean": "true or false", "number": "number", "null": "null"}
 Schema = dict[str, Any]
 
 
@@ -60,7 +61,12 @@ def _default(field: Schema) -> str:
 def result() -> str:
     """Every field of result.json, a table a part."""
     schema = json.loads(RESULT.read_text())
-    lines = ["# result.json", "", "What a finished run leaves for scripts. Accuracies and drops are fractions in 0..1.", ""]
+    lines = [
+        "# result.json",
+        "",
+        "What a finished run leaves for scripts. Accuracies and drops are fractions in 0..1.",
+        "",
+    ]
     lines += _fields(schema)
     for name, part in schema["$defs"].items():
         lines += [f"## {name}", "", _plain(part.get("description", "")), "", *_fields(part)]
@@ -91,26 +97,18 @@ def _allowed(field: Schema) -> str:
         return ", ".join(_code(json.dumps(value).strip('"')) for value in field.get("enum", [field.get("const")]))
     kind = field.get("type")
     if kind == "array":
-        inner = field.get("items") or (field.get("prefixItems") or [{}])[0]
-        return f"{_count(field)}list of {_allowed(inner)}"
+        pair = field.get("prefixItems")
+        return f"list of {len(pair)}: {_allowed(pair[0])}" if pair else f"list of {_allowed(field['items'])}"
     if kind == "object":
         values = field.get("additionalProperties")
         return f"mapping to {_allowed(values)}" if isinstance(values, dict) else "mapping"
-    names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
-    return f"{names.get(str(kind), 'anything')}{_bounds(field)}"
+    return f"{KINDS.get(str(kind), 'anything')}{_bounds(field)}"
 
 
 def _bounds(field: Schema) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     found = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
     return f" {', '.join(found)}" if found else ""
-
-
-def _count(field: Schema) -> str:
-    least, most = field.get("minItems"), field.get("maxItems")
-    if least is not None and least == most:
-        return f"{least}-item "
-    return ""
 
 
 def commands() -> str:

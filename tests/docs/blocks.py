@@ -75,9 +75,7 @@ def commands(block: Block) -> list[Command]:
 
 def matches(shown: str, printed: str) -> bool:
     """Whether a page's output is what was printed, but for ... and for how wide gaps are."""
-    pattern = r"\s+".join(
-        ".*?".join(re.escape(part) for part in word.split("...")) for word in shown.split()
-    )
+    pattern = r"\s+".join(".*?".join(re.escape(part) for part in word.split("...")) for word in shown.split())
     return re.search(pattern, printed, re.DOTALL) is not None
 
 

@@ -9,12 +9,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import secateur
 import torch
 import typer
 import webdataset
@@ -26,6 +26,7 @@ from support import ROOT
 from support import program as process
 from tiny_run import ALONE, TINY
 
+import secateur
 from cluster import actions
 from cluster.cli import app as with_ray
 from pipeline.__main__ import app as without_ray
@@ -145,7 +146,8 @@ def execute(command: Command, block: Block, capsys: pytest.CaptureFixture[str]) 
         try:
             app(arguments, standalone_mode=False)
         except SystemExit as ended:
-            assert not ended.code, f"{block.place}: {command.words}: {capsys.readouterr()}"
+            if ended.code:
+                pytest.fail(f"{block.place}: {command.words}: {capsys.readouterr()}")
     printed = capsys.readouterr().out
     assert not [str(one.message) for one in said if "is ignored" in str(one.message)], (block.place, command.words)
     assert command.shown is None or matches(command.shown, printed), f"{block.place}: {command.shown}\n---\n{printed}"
@@ -163,10 +165,12 @@ def run_block(block: Block, folder: Path, capsys: pytest.CaptureFixture[str]) ->
         (folder / text.splitlines()[0][2:]).write_text(text)
 
 
+RUN = [page for page in PAGES if any(block.kind and not block.reason for block in blocks(page))]
+MARKED = [block for page in PAGES for block in blocks(page) if block.reason]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(block.kind and not block.reason for block in blocks(page))], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_a_page_does_what_it_says(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_data(folder / "data")
     for block in blocks(page):
@@ -175,17 +179,16 @@ def test_a_page_does_what_it_says(page: Path, folder: Path, capsys: pytest.Captu
 
 
 def test_no_more_is_marked_as_not_run_than_needs_it() -> None:
-    marked = [block for page in PAGES for block in blocks(page) if block.reason]
-    print("\n".join(f"{block.place}: {block.reason}" for block in marked))
-    assert Counter(block.reason for block in marked) == NOT_RUN
-    assert all(commands(block) for block in marked)
+    print("\n".join(f"{block.place}: {block.reason}" for block in MARKED))
+    assert Counter(block.reason for block in MARKED) == NOT_RUN
+    assert all(commands(block) for block in MARKED)
 
 
 def ours(words: list[str]) -> tuple[Any, list[str]] | None:
     """Our program within a command, and its arguments; None where it is another one alone."""
     if words[0] == "secateur":
         return with_ray, words[1:]
-    for place, (flag, module) in enumerate(zip(words, words[1:], strict=False)):
+    for place, (flag, module) in enumerate(pairwise(words)):
         if flag == "-m" and module in ("cluster", "pipeline"):
             return with_ray if module == "cluster" else without_ray, words[place + 2 :]
     return None
@@ -195,7 +198,8 @@ def configs(given: dict[str, Any], folder: Path) -> list[Config]:
     """The configs that a command with these arguments would run."""
     overrides = given.get("overrides") or []
     if "seeds" in given:  # of the paper
-        wanted = reproduce.Wanted(*(given[name] for name in ("target", "data", "seeds", "runs_dir", "networks", "configs")))
+        names = ("target", "data", "seeds", "runs_dir", "networks", "configs")
+        wanted = reproduce.Wanted(*(given[name] for name in names))
         return [config for job in reproduce.jobs(wanted, overrides) for config in job.runs.values()]
     if "config" not in given:
         return []
@@ -204,9 +208,7 @@ def configs(given: dict[str, Any], folder: Path) -> list[Config]:
     return [load_config(ROOT / given["config"], overrides)]
 
 
-@pytest.mark.parametrize(
-    "block", [block for page in PAGES for block in blocks(page) if block.reason], ids=lambda block: block.place
-)
+@pytest.mark.parametrize("block", MARKED, ids=lambda block: block.place)
 def test_what_is_not_run_has_options_and_settings_that_fit_together(block: Block, folder: Path) -> None:
     for command in commands(block):
         found = ours(command.words)
