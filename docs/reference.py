@@ -107,8 +107,12 @@ def _allowed(field: Schema) -> str:
 
 def _bounds(field: Schema) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    found = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
+    found = [f"{sign}&nbsp;{_number(field[key])}" for key, sign in signs.items() if key in field]
     return f" {', '.join(found)}" if found else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if value == int(value) and abs(value) <= 2**32 else f"{value:.3g}"
 
 
 def commands() -> str:
