@@ -5,6 +5,7 @@ options and settings are read. Ray's place is taken by the engine without Ray.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -84,6 +85,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(secateur, "prune", partial(secateur.prune, tracking={"enabled": False}))
     with configured(1):
         yield tmp_path
+    sys.modules.pop("my_module", None)
 
 
 def make_data(folder: Path) -> None:
