@@ -8,7 +8,7 @@ PIP := -m pip --quiet --disable-pip-version-check
 export SECATEUR_DATA ?= $(abspath $(wildcard ../shared/data))
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install demo test faults lint format bench schema lock sbom clean
+.PHONY: help install demo test faults lint format bench docs schema lock sbom clean
 
 help:
 	@echo "make demo    prune a real network on real digits, through every stage (about 2 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make faults  every fault that a run should survive, made; ends with a table (two hours on 2 cores)"
 	@echo "make lint    ruff, the layers of imports, mypy"
 	@echo "make bench   benchmarks, each prints a table (half an hour on 2 cores); ONLY=images,gpu takes those named"
+	@echo "make docs    build/site/index.html: the pages of docs/ and the reference"
 	@echo "make install only the environment in $(VENV)"
 	@echo "make lock    the locks again, as pyproject.toml wants; UPGRADE=--upgrade takes newer versions"
 	@echo "make sbom    build/sbom.json: what is installed in $(VENV), in CycloneDX's form"
@@ -53,6 +54,10 @@ BENCHES := manifest checkpoint packed imagenet overhead $(if $(SECATEUR_DATA),im
 comma := ,
 bench: install
 	$(BIN)/python benchmarks/run.py $(if $(ONLY),$(subst $(comma), ,$(ONLY)),$(BENCHES))
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html; its search wants a server: $(BIN)/python -m http.server -d build/site"
 
 schema: install
 	$(BIN)/python -c 'import json; from pipeline.settings.config import Config; print(json.dumps(Config.model_json_schema(), indent=1))' > pipeline/settings/schema.json
