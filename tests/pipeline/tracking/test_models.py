@@ -28,6 +28,12 @@ from pipeline.tracking.mirror import Mirror
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run waits for MLflow at its end as long as a busy machine takes."""
+    monkeypatch.setenv("SECATEUR_MLFLOW_PATIENCE_S", "600")
+
+
 def accuracy(model: Any, config: Config, split: str = "test") -> float:
     """Of a model as `mlflow.pyfunc` loads it, on a split of the run's data."""
     root = f"{run_root(config)}/shards"
