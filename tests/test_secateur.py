@@ -23,9 +23,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import secateur
 from pipeline import storage
 from pipeline.base.errors import UserError
+from pipeline.cli.called import Call
 from pipeline.data import given
 from pipeline.data.shards import load_manifest
-from pipeline.run.events import Event, StageBegun
+from pipeline.run.events import Event, StageBegun, unheard
+from pipeline.settings.config import Config
 from pipeline.settings.data import Data
 
 SETTINGS: dict[str, Any] = {
@@ -252,11 +254,23 @@ def test_sets_that_are_left_out_are_held_out_of_train(tmp_path: Path) -> None:
     assert load_manifest(made.root).sizes == {"train": 60, "val": 20, "test": 20}
 
 
+def called(train: Any, folder: Path, **data: Any) -> Config:
+    """The config that a call with a data set makes."""
+    settings = {"runs_dir": str(folder), "data": data}
+    call = Call(model="torchvision.models.resnet18", sets={"train": train}, settings=settings)
+    with call.opened(unheard, needs_data=False) as config:
+        return config
+
+
 def test_colours_and_sizes_are_told_by_the_images(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     square = [(draw.integers(0, 256, (9, 9, 3), dtype=np.uint8), i % 2) for i in range(40)]
     made = written({"train": square}, tmp_path)
     assert (made.channels, made.size) == (3, 9)
+    config = called(square, tmp_path, mean=[0.5, 0.5, 0.5], std=[0.2, 0.2, 0.2])
+    assert (config.data.channels, config.data.mean) == (3, (0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match="mean and std take 1 or 3 numbers"):
+        called(square, tmp_path, mean=[0.5, 0.5])
     mixed = [(Image.new("RGB", (8 + i % 3, 8)), i % 2) for i in range(40)]
     assert written({"train": mixed}, tmp_path).size is None
 

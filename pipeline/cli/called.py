@@ -58,7 +58,7 @@ class Call:
         if self.config is not None:
             named = "uri" in self.settings.get("tracking", {})
             trusted = self.trust_code or self.model is not None  # then the network is not the config's
-            commands.require_trusted(self._parsed(tree), self.config, trusted, named)
+            commands.require_trusted(self._before_data(tree), self.config, trusted, named)
         with self._model(tree) as model:
             tree["model"] = {**tree.get("model", {}), **model}
             if self.model is not None and model.get("trained"):
@@ -104,7 +104,7 @@ class Call:
                 raise UserError(f"train='{train}' is a folder of shards, which holds val and test too: leave them out")
             return {**given, "source": "shards", "root": str(train)}
         config = commands.absolute(
-            self._parsed({**tree, "data": {**given, "source": "shards", "root": "written below"}})
+            self._before_data({**tree, "data": {**given, "source": "shards", "root": "written below"}})
         )
 
         def counted(text: str, done: int, total: int) -> None:
@@ -122,6 +122,13 @@ class Call:
                 )
             kept["size"] = written.size
         return {"channels": written.channels, **kept, "source": "shards", "root": written.root}
+
+    def _before_data(self, tree: dict[str, Any]) -> Config:
+        """The config before data sets are looked at: only they tell how many numbers mean and std take."""
+        data = dict(tree.get("data", {}))
+        if any(value is not None for value in self.sets.values()) and "channels" not in data:
+            data = {key: value for key, value in data.items() if key not in {"mean", "std"}}
+        return self._parsed({**tree, "data": data})
 
     @staticmethod
     def _parsed(tree: dict[str, Any]) -> Config:

@@ -7,6 +7,7 @@ lease lasts can be taken over, so it stops by itself.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -33,9 +34,9 @@ _TELL_S = 10.0  # between two lines about waiting
 class Lease(Record):
     """lease.json: who writes a run; no two writers have the same `token`.
 
-    On a file system a lock holds it, and the fields from `machine` on are left out. `machine` is where `pid` is a
-    process that started at `start` (`process.started`); the lease lasts `seconds` beyond its last renewal, of which
-    `beats` were.
+    `released` says that it was given back. On a file system a lock holds it, and the other fields from `machine` on are
+    left out. `machine` is where `pid` is a process that started at `start` (`process.started`); the lease lasts
+    `seconds` beyond its last renewal, of which `beats` were.
     """
 
     fence: int
@@ -97,6 +98,8 @@ def holder(root: str) -> str | None:
         if not storage.exists(url):
             return None
         lease = _parsed(storage.read_bytes(url), url)
+        if lease.released:
+            return None
         if lease.host != socket.gethostname():  # its kernel holds the lock
             return f"process {lease.pid} on {lease.host}, if that is still alive, which cannot be seen from here"
         age_s = process.age_s(lease.pid)  # of one that is younger than the lease, the id is used again
@@ -158,7 +161,17 @@ def _hold_local(root: Path, before: Callable[[], None]) -> Iterator[Held]:
             storage.write_json(path, lease.to_json())
         except OSError as error:
             raise _unusable(str(root), error) from error
-        yield Held(lease.fence, lease.token)
+        try:
+            yield Held(lease.fence, lease.token)
+        finally:
+            _give_back(path, lease)
+
+
+def _give_back(path: str, lease: Lease) -> None:
+    """Say that this process writes no more, though it may live on; the lock ends in any case."""
+    with contextlib.suppress(OSError, UserError):  # a folder that is gone, or a disk that is full
+        if _parsed(storage.read_bytes(path), path).token == lease.token:
+            storage.write_json(path, dataclasses.replace(lease, released=True).to_json())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from few_samples import run_in
 
 from pipeline.base.errors import RunStopped, UserError
 from pipeline.rounds.idle import idle
+from pipeline.run import lease
 from pipeline.run.state import as_begun, config_of, fingerprint, open_run, run_root
 from pipeline.settings.config import Config
 
@@ -24,6 +25,19 @@ from pipeline.settings.config import Config
 def test_a_second_writer_is_refused_while_the_first_lives(tiny: Callable[..., Config]) -> None:
     with open_run(tiny()), pytest.raises(UserError, match="is being written by process"), open_run(tiny()):
         pass
+
+
+def test_a_run_that_is_over_is_held_by_none_though_its_process_lives(tiny: Callable[..., Config]) -> None:
+    """As in a notebook."""
+    root = run_root(tiny())
+    with open_run(tiny()) as held:
+        assert lease.holder(root) == f"process {os.getpid()} on this machine"
+        assert not lease.over(root)
+    assert lease.holder(root) is None
+    assert lease.over(root)
+    with open_run(tiny()):
+        shutil.rmtree(root)
+    assert not os.path.exists(root)  # what was removed is not made again
 
 
 def test_a_killed_writer_is_followed_at_once_though_a_child_of_it_lives(tiny: Callable[..., Config]) -> None:
