@@ -30,7 +30,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(tiny: Callable[..., Co
 def test_a_run_that_is_over_is_held_by_none_though_its_process_lives(tiny: Callable[..., Config]) -> None:
     """As in a notebook."""
     root = run_root(tiny())
-    with open_run(tiny()) as held:
+    with open_run(tiny()):
         assert lease.holder(root) == f"process {os.getpid()} on this machine"
         assert not lease.over(root)
     assert lease.holder(root) is None
