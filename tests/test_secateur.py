@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_a_network_is_pruned_on_data_sets_and_judged(pruned: secateur.Pruned) ->
     assert kept == pruned.result.weights_kept
     assert pruned.table.columns[0] == "tensor"
     assert [row[0] for row in pruned.table.rows] == [*pruned.masks]
-    assert {"layers", "rounds", "training"} <= pruned.figures.keys()
+    assert "layers" in pruned.figures  # those of one round would show little, and are left out
     page = pruned._repr_html_()
     assert "<svg" in page
     assert "verdict" in page
@@ -398,6 +399,8 @@ def test_a_run_on_s3_is_loaded_by_its_url(pruned: secateur.Pruned, network: nn.M
 @pytest.mark.slow
 def test_a_cluster_prunes_what_its_workers_can_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(small.__file__).parent))  # of the workers
+    inside = import_module("ray._private.worker")
+    monkeypatch.setattr(inside, "print_to_stdstream", inside.print_to_stdstream)  # as it was, after this test
     more = {**SETTINGS, "dense": {"epochs": 1, "batch_size": 64}, "runs_dir": str(tmp_path)}
     local, ray = (
         secateur.prune(small.network, *SETS, compression=4, engine=engine, name=engine, **more)  # type: ignore[arg-type]

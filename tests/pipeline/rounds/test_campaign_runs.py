@@ -119,14 +119,15 @@ def test_report_and_mlflow_tell_attempts_apart(campaign: tuple[Config, dict[str,
     assert [(each.number, each.attempt) for each in run.rounds] == [
         (row["round"], row["attempt"]) for row in result["rounds"]
     ]
-    children = [child(run, each) for each in run.rounds]
+    whole = parent(run, config).points
+    children = [child(run, each, config, whole) for each in run.rounds]
     assert [each.tags["secateur.accepted"] for each in children] == [
         str(row["accepted"]).lower() for row in result["rounds"]
     ]
     assert len({tuple(each.identity.values()) for each in children}) == len(children)
     for each in children:
         assert sorted(artifact.path for artifact in each.artifacts) == ["layers.json", "metrics.json", "plan.json"]
-    course = [point for point in parent(run, config).points if point.key == "round/density"]
+    course = [point for point in whole if point.key == "round/density"]
     assert [point.step for point in course] == [0, 1, 2]
     text = Path(run_root(config), "report.html").read_text()
     assert text.count("(undone)") == sum(not row["accepted"] for row in result["rounds"])
