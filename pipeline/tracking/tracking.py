@@ -352,7 +352,7 @@ def _upload(client: Any, run: Any, artifacts: Sequence[Artifact]) -> None:
     """
     ledger: dict[str, list[Any]] = _read_ledger(run.data.tags)
     run_id = run.info.run_id
-    there = _listing(client, run_id, {str(PurePosixPath(path).parent) for path in ledger})
+    there = _listing(client, run, {str(PurePosixPath(path).parent) for path in ledger})
     with tempfile.TemporaryDirectory(prefix="secateur-mlflow-") as scratch:
         for artifact in artifacts:
             digest, size = ledger.get(artifact.path, ("", -1))
@@ -367,11 +367,16 @@ def _upload(client: Any, run: Any, artifacts: Sequence[Artifact]) -> None:
     _set_tags(client, run, _write_ledger(ledger))
 
 
-def _listing(client: Any, run_id: str, folders: set[str]) -> dict[str, int]:
-    """The size in bytes of each artifact that the store has in these folders."""
-    found = {}
+def _listing(client: Any, run: Any, folders: set[str]) -> dict[str, int]:
+    """The size in bytes of each artifact that the store has in these folders.
+
+    By the store itself: MLflow's client would also look for models of the run, which an old server does not know.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    found, store = {}, get_artifact_repository(run.info.artifact_uri, tracking_uri=client.tracking_uri)
     for folder in sorted(folders):
-        for info in client.list_artifacts(run_id, None if folder == "." else folder):
+        for info in store.list_artifacts(None if folder == "." else folder):
             if not info.is_dir:
                 found[info.path] = int(info.file_size)
     return found

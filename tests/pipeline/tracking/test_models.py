@@ -23,6 +23,7 @@ from pipeline.run.state import run_root
 from pipeline.settings.config import Config, parse_config
 from pipeline.task.feed import Feed
 from pipeline.tracking import tracking
+from pipeline.tracking.mirror import Mirror
 
 pytestmark = pytest.mark.slow
 
@@ -192,6 +193,10 @@ def test_a_server_that_knows_no_models_gets_all_else(tmp_path: Path, tracking_se
     try:
         synced = tracking.sync(run_root(told), told)
         assert re.match(r"MLflow did not take the model 'tiny-round-1': .*404", synced.lacks)
+        problems: list[str] = []
+        mirror = Mirror(run_root(told), told, problems.append)
+        assert mirror.close(600) == synced
+        assert problems == [f"{synced.lacks}. The rest of the run is there"]
     finally:
         proxy.close()
     assert client_of(told).get_run(synced.run_id).info.status == "FINISHED"
