@@ -108,6 +108,12 @@ def damage(network: nn.Module, seed: int) -> None:
                 if part.bias is not None:
                     part.bias.copy_(torch.randn(part.bias.shape, generator=draw))
                     part.bias[hit(len(part.bias), 0.3)] = 0
+            if isinstance(part, nn.MultiheadAttention):
+                part.in_proj_weight[torch.rand(part.in_proj_weight.shape, generator=draw) < 0.5] = 0
+                part.in_proj_weight[hit(len(part.in_proj_weight), 0.3)] = 0
+                part.in_proj_bias.copy_(torch.randn(part.in_proj_bias.shape, generator=draw))
+                for head in hit(part.num_heads, 0.3).nonzero().flatten() * part.head_dim:
+                    part.out_proj.weight[:, head : head + part.head_dim] = 0
             if isinstance(part, nn.BatchNorm2d):
                 assert part.running_mean is not None
                 assert part.running_var is not None
@@ -185,6 +191,51 @@ class Encoding(nn.Module):
         return logits
 
 
+FORMS = ("timm", "products", "normed", "views", "chunks", "masked", "causal")  # of Attention
+
+
+class Attention(nn.Module):
+    """Attention of (batch, tokens, width) to itself, as networks spell it out.
+
+    `masked` takes 5 tokens, and `counted` multiplies by the number of heads.
+    """
+
+    def __init__(self, width: int, heads: int, form: str) -> None:
+        super().__init__()
+        self.heads, self.size, self.form = heads, width // heads, form
+        if form == "views":
+            self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        else:
+            self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(self.size) if form == "normed" else nn.Identity()
+        self.drop, self.out = nn.Dropout(0.1), nn.Linear(width, width)
+        self.mask = nn.Buffer(torch.ones(5, 5).tril() > 0) if form == "masked" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        attend = nn.functional.scaled_dot_product_attention
+        if self.form == "views":  # as in Hugging Face's networks
+            shape = (batch, -1, self.heads, self.size)
+            q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+            mixed = self.drop(torch.softmax(q @ k.transpose(-1, -2) / self.size**0.5, -1)) @ v
+            logits: Tensor = self.out(mixed.permute(0, 2, 1, 3).contiguous().view(batch, tokens, width))
+            return logits
+        if self.form in ("chunks", "causal"):  # with no number that a head less would change
+            q, k, v = self.qkv(x).chunk(3, -1)
+            q, k, v = (part.unflatten(2, (-1, self.size)).transpose(1, 2) for part in (q, k, v))
+            mixed = attend(q, k, v, is_causal=self.form == "causal")
+            return self.out(mixed.transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0) if self.form != "products" else (qkv[0], qkv[1], qkv[2])
+        q = self.q_norm(q)
+        if self.form == "products":
+            mixed = self.drop((q * self.size**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        else:
+            mixed = attend(q, k, v, attn_mask=self.mask, dropout_p=self.drop.p if self.training else 0.0)
+            mixed = mixed * qkv.shape[2] if self.form == "counted" else mixed
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
 class ThereAndBack(nn.Module):
     """A layer, and then its weight transposed, outside of it."""
 
@@ -247,18 +298,22 @@ class OnTokens(nn.Module):
 
 
 class Patches(nn.Module):
-    """A small network on patches, (batch, 2, 9, 9): a convolution, attention, blocks on tokens, classes."""
+    """A small network on patches, (batch, 2, 9, 9): a convolution, attention, blocks on tokens, classes.
 
-    def __init__(self, hidden: Sequence[int], activation: Callable[[], nn.Module]) -> None:
+    `form` is of Attention, or "torch" for torch's own module.
+    """
+
+    def __init__(self, hidden: Sequence[int], activation: Callable[[], nn.Module], form: str = "torch") -> None:
         super().__init__()
-        self.patches = nn.Conv2d(2, 4, 3, 3)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.blocks = nn.Sequential(*(OnTokens(4, size, activation()) for size in hidden))
-        self.head = nn.Linear(4, 3)
+        self.patches, self.form = nn.Conv2d(2, 6, 3, 3), form
+        own = nn.MultiheadAttention(6, 3, batch_first=True) if form == "torch" else None
+        self.attention = own or Attention(6, 3, form)
+        self.blocks = nn.Sequential(*(OnTokens(6, size, activation()) for size in hidden))
+        self.head = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
-        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + (self.attention(x, x, x, need_weights=False)[0] if self.form == "torch" else self.attention(x))
         return self.head(self.blocks(x).mean(1))
 
 
@@ -267,6 +322,7 @@ def random_patches(seed: int) -> nn.Module:
     draw = random.Random(seed)
     torch.manual_seed(seed)
     hidden = [draw.randint(1, 8) for _ in range(draw.randint(1, 3))]
-    network = Patches(hidden, draw.choice(ACTIVATIONS)).double().eval()
+    form = draw.choice(["torch", "torch", *(form for form in FORMS if form != "masked")])
+    network = Patches(hidden, draw.choice(ACTIVATIONS), form).double().eval()
     damage(network, seed)
     return network

@@ -43,6 +43,8 @@ def save_compact(found: Compacted, path: str | Path) -> None:
     metadata = {
         "format": FORMAT,
         "flattened": ",".join(found.flattened),
+        **({"resized": json.dumps(found.resized)} if found.resized else {}),
+        **({"narrowed": ",".join(found.narrowed)} if found.narrowed else {}),
         "units": json.dumps(found.kept_units),
         "removed": json.dumps(found.removed),
     }

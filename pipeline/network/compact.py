@@ -1,4 +1,4 @@
-"""Removes dead units: neurons and channels that nobody reads, or that always give one number.
+"""Removes dead units: neurons, channels and heads that nobody reads, or that always give one number.
 
 Han et al. 2015, section 3.5: a neuron with no input or no output connection is dead, and all its connections go. A
 neuron without inputs is not 0 but constant. What it adds to the next layer moves into that layer's bias, exactly.
@@ -7,43 +7,54 @@ neuron without inputs is not 0 but constant. What it adds to the next layer move
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
+from pipeline.network import heads
 from pipeline.network.follow import Follower
-from pipeline.network.layers import CONVOLUTIONS, LAYERS
+from pipeline.network.heads import FewerHeads
+from pipeline.network.layers import ATTENTION, CONVOLUTIONS, LAYERS
 from pipeline.network.operations import BATCH_NORMS, CHANNELWISE
-from pipeline.network.signals import Layer, Units, constant_part
-from pipeline.network.trace import Traced, flatten_calls, graph_of, traced
+from pipeline.network.signals import Flags, Layer, Units, constant_part
+from pipeline.network.trace import Traced, flatten_calls, graph_of, resize_calls, traced
 from pipeline.network.weights import load_weights
 
 FORMAT = "secateur compact 1"
-Alive = NDArray[np.bool_]
+_SIZES = TypeAdapter(dict[str, dict[int, int]])
 
 
 @dataclass
 class Compacted:
     """A smaller network with the same outputs.
 
-    `removed` and `kept_units` count each linear and convolution layer's output units, by layer. `notes` says what was
-    left alone and why. `flattened` names the calls of view whose number of features was hard-coded, and which are now
-    torch.flatten. If there are any, `model` is a torch.fx.GraphModule, else it is of the network's own class.
+    `removed` and `kept_units` count the output units of each linear and convolution layer, and of attention's
+    projection, by layer. `notes` says what was left alone and why. `flattened` names the calls of view whose number of
+    features was hard-coded, and which are now torch.flatten; `resized` has the new sizes, by place, of other calls
+    whose numbers were hard-coded. If there are any, `model` is a torch.fx.GraphModule, else it is of the network's own
+    class.
     """
 
     model: nn.Module
     removed: dict[str, int]
     kept_units: dict[str, int]
     notes: list[str]
-    flattened: list[str]
+    flattened: list[str] = field(default_factory=list)
+    resized: dict[str, dict[int, int]] = field(default_factory=dict)
+
+    @property
+    def narrowed(self) -> list[str]:
+        """Torch's modules for attention that lost heads, and so are of another class."""
+        return [name for name, part in self.model.named_modules() if isinstance(part, FewerHeads)]
 
 
 def compact(model: nn.Module, example: Tensor) -> Compacted:
@@ -57,22 +68,27 @@ def compact(model: nn.Module, example: Tensor) -> Compacted:
     graph = traced(work, example)
     if not isinstance(graph, Traced):
         sizes = {name: len(part.weight) for name, part in work.named_modules() if isinstance(part, LAYERS)}
-        return Compacted(work, dict.fromkeys(sizes, 0), sizes, graph, [])
+        return Compacted(work, dict.fromkeys(sizes, 0), sizes, graph)
     found = Follower(graph)
     alive = settle(found.layers, found.units)
     removed, kept = {}, {}
     for layer in found.layers:
         outputs = alive[found.units.roots(layer.outputs)]
-        removed[layer.name], kept[layer.name] = int((~outputs).sum()), int(outputs.sum())
+        removed[layer.path], kept[layer.path] = int((~outputs).sum()), int(outputs.sum())
         _cut_layer(layer, alive[found.units.roots(layer.inputs)], outputs)
     for carrier in found.carriers:
-        _keep_rows(carrier.module, alive[found.units.roots(carrier.units)])
-    if graph.hard_coded:
+        _keep_rows(carrier.module, alive[found.units.roots(carrier.units)], CHANNELWISE)
+    for module in (*(layer.module for layer in found.layers), *(carrier.module for carrier in found.carriers)):
+        _refit(module)
+    numbers = {each.node.name: each.sizes(alive[found.units.roots(each.units)]) for each in found.reshaped}
+    resized = {name: changed for name, changed in numbers.items() if changed}
+    if graph.hard_coded or resized:
+        resize_calls(graph.module, resized)
         work = graph.module.eval()
-    return Compacted(work, removed, kept, [*graph.notes, *found.notes], graph.hard_coded)
+    return Compacted(work, removed, kept, [*graph.notes, *found.notes], graph.hard_coded, resized)
 
 
-def settle(layers: list[Layer], units: Units) -> Alive:
+def settle(layers: list[Layer], units: Units) -> Flags:
     """Which units stay, by root.
 
     These are the pinned units and, for each layer, the inputs that its staying outputs read, without constants that can
@@ -120,32 +136,35 @@ def rebuild(model: nn.Module, path: str | Path) -> nn.Module:
     resize(model, shapes)
     model.eval()
     names = [name for name in metadata["flattened"].split(",") if name]
-    if names:
+    sizes = _SIZES.validate_json(metadata.get("resized", "{}"))
+    if names or sizes:
         graph, notes = graph_of(model)
         if graph is None:
             raise UserError(f"'{path}' is not of this network: {'; '.join(notes)}")
         flatten_calls(graph, names)
+        resize_calls(graph, sizes)
         model = graph
     load_weights(model, path)
     return model
 
 
 def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give every linear, convolution, batch norm and PReLU layer the sizes of the tensors named in `shapes`."""
-    for name, part in model.named_modules():
-        if type(part) not in (*LAYERS, *BATCH_NORMS, nn.PReLU):
+    """Give the layers, norms, PReLUs and attention of a network the sizes of the tensors named in `shapes`."""
+    for name, part in reversed([*model.named_modules()]):  # attention after the layer that it holds
+        if not isinstance(part, (*LAYERS, *BATCH_NORMS, *ATTENTION, nn.PReLU)):
             continue
-        for held in CHANNELWISE:
+        names = heads.PROJECTION if isinstance(part, ATTENTION) else CHANNELWISE
+        for held in names:
             shape = shapes.get(f"{name}.{held}" if name else held)
             before: Any = getattr(part, held, None)
             if shape is not None and (before is None or tuple(before.shape) != shape):
-                like = before if before is not None else part.weight
+                like = before if before is not None else getattr(part, names[0])
                 assert isinstance(like, Tensor)
                 _put(part, held, like.new_zeros(shape))
         _refit(part)
 
 
-def _level(alive: Alive, groups: NDArray[np.int64]) -> None:
+def _level(alive: Flags, groups: NDArray[np.int64]) -> None:
     """Let every group, (groups, channels of a group), keep as many units as the group that keeps most."""
     most = int(alive[groups].sum(1).max())
     for group in groups:
@@ -153,32 +172,30 @@ def _level(alive: Alive, groups: NDArray[np.int64]) -> None:
         alive[group[~alive[group]][: max(missing, 0)]] = True
 
 
-def _cut_layer(layer: Layer, inputs: Alive, outputs: Alive) -> None:
+def _cut_layer(layer: Layer, inputs: Flags, outputs: Flags) -> None:
     """Fold the removed inputs into the bias, then keep the rows and columns that stay."""
-    module = layer.module
+    module, (weight, bias) = layer.module, layer.names
     groups, rows, columns = layer.reads.shape
     if not layer.depthwise:
-        added = constant_part(module, layer.fold & torch.from_numpy(~inputs), layer.value)
-        if module.bias is not None:
-            _put(module, "bias", (module.bias.double() + added.to(module.bias.device)).to(module.bias.dtype))
+        added = constant_part(layer.weight, groups, layer.fold & torch.from_numpy(~inputs), layer.value)
+        if layer.bias is not None:
+            _put(module, bias, (layer.bias.double() + added.to(layer.bias.device)).to(layer.bias.dtype))
         elif bool(added.any()):
-            _put(module, "bias", added.to(module.weight))
+            _put(module, bias, added.to(layer.weight))
         if not inputs.all():
             # Rows read the inputs of their own group only, and every group keeps equally many inputs.
-            chosen = torch.from_numpy(inputs.reshape(groups, columns)).to(module.weight.device)
-            parts = [part[:, keep] for part, keep in zip(module.weight.split(rows), chosen, strict=True)]
-            _put(module, "weight", torch.cat(parts))
-    _keep_rows(module, outputs)
+            chosen = torch.from_numpy(inputs.reshape(groups, columns)).to(layer.weight.device)
+            parts = [part[:, keep] for part, keep in zip(layer.weight.split(rows), chosen, strict=True)]
+            _put(module, weight, torch.cat(parts))
+    _keep_rows(module, outputs, layer.names)
 
 
-def _keep_rows(module: nn.Module, keep: Alive) -> None:
-    """Keep the staying rows of every tensor that has a row for each channel."""
-    if not keep.all():
-        for name in CHANNELWISE:
-            tensor: Any = getattr(module, name, None)
-            if tensor is not None:
-                _put(module, name, tensor[torch.from_numpy(keep).to(tensor.device)])
-    _refit(module)
+def _keep_rows(module: nn.Module, keep: Flags, names: Sequence[str]) -> None:
+    """Keep the staying rows of the named tensors, which have a row for each channel."""
+    for name in () if keep.all() else names:
+        tensor: Any = getattr(module, name, None)
+        if tensor is not None:
+            _put(module, name, tensor[torch.from_numpy(keep).to(tensor.device)])
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -199,6 +216,8 @@ def _refit(module: Any) -> None:
         if module.groups > 1 and module.groups == module.in_channels:  # depthwise
             module.groups = len(module.weight) // (module.out_channels // module.in_channels)
         module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
+    elif isinstance(module, ATTENTION) and module.in_proj_weight is not None:
+        heads.refit(module)
     elif isinstance(module, BATCH_NORMS) and module.running_mean is not None:
         module.num_features = len(module.running_mean)
     elif isinstance(module, nn.PReLU):

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.network.compact import Alive, settle
+from pipeline.network.compact import settle
 from pipeline.network.follow import Follower
-from pipeline.network.signals import Layer, constant_part
+from pipeline.network.signals import Flags, Layer, constant_part
 from pipeline.network.trace import Traced, traced
 
 
@@ -43,7 +43,7 @@ def remove(
         found = Follower(graph)
         alive = settle(found.layers, found.units)
         for layer in found.layers:
-            name = f"{layer.name}.weight"
+            name = layer.tensors[0]
             if name in left:
                 inputs = alive[found.units.roots(layer.inputs)]
                 connected = _connected(layer, inputs, alive[found.units.roots(layer.outputs)]).to(left[name].device)
@@ -73,26 +73,26 @@ def silence(model: nn.Module, example: Tensor) -> tuple[int, list[str]]:
             wanted[found.units.roots(layer.inputs)[layer.reads.any(1).flatten().numpy()]] = True
     silenced = 0
     for layer in found.layers:
-        bias = model.get_submodule(layer.name).bias
-        if isinstance(bias, Tensor):
+        if layer.bias is not None:
+            bias = model.get_parameter(layer.tensors[1])
             unread = torch.from_numpy(~wanted[found.units.roots(layer.outputs)]).to(bias.device)
             silenced += int((unread & (bias != 0)).sum())
             bias.masked_fill_(unread, 0.0)
     return silenced, []
 
 
-def _connected(layer: Layer, inputs: Alive, outputs: Alive) -> Tensor:
+def _connected(layer: Layer, inputs: Flags, outputs: Flags) -> Tensor:
     """Which entries of a layer's weight join two living units; bool, broadcastable to the weight."""
     groups, rows, columns = layer.reads.shape
     joined = torch.from_numpy(outputs).view(groups, rows, 1)
     if not layer.depthwise:
         joined = joined & torch.from_numpy(inputs).view(groups, 1, columns)
-    return joined.reshape(groups * rows, -1, *[1] * (layer.module.weight.ndim - 2))
+    return joined.reshape(groups * rows, -1, *[1] * (layer.weight.ndim - 2))
 
 
-def _fold(layer: Layer, inputs: Alive) -> None:
+def _fold(layer: Layer, inputs: Flags) -> None:
     """Move the contribution of dead, constant inputs into the layer's bias, where it has one."""
-    bias = layer.module.bias
+    bias = layer.bias
     if bias is not None:
-        added = constant_part(layer.module, layer.fold & torch.from_numpy(~inputs), layer.value)
+        added = constant_part(layer.weight, len(layer.reads), layer.fold & torch.from_numpy(~inputs), layer.value)
         bias.data.copy_(bias.double() + added.to(bias.device))

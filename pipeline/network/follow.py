@@ -2,12 +2,14 @@
 
 A unit is a channel (or a feature) wherever it goes: through norms, activations, pooling, flatten (where one channel
 becomes a block of features) and concatenation. Where two channels are added or multiplied they become one unit, since
-they can only be removed together. Only linear and convolution layers make new units.
+they can only be removed together. Only linear and convolution layers make new units, and attention, of which a head is
+one unit.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from pipeline.network.layers import ACTIVATIONS, LAYERS
+from pipeline.network.attention import Heads, Reshaped, Split
+from pipeline.network.heads import PROJECTION
+from pipeline.network.layers import ACTIVATIONS, ATTENTION, LAYERS
 from pipeline.network.operations import (
     ADAPTIVE_FUNCTIONS,
     ADAPTIVE_POOLS,
@@ -40,6 +44,7 @@ from pipeline.network.operations import (
 from pipeline.network.signals import (  # fmt: skip
     Carrier,
     Layer,
+    Numbers,
     Signal,
     Units,
     average_keeps,
@@ -64,15 +69,25 @@ class Follower:
         self._signals: dict[fx.Node, Signal] = {}
         self._calls = Counter(node.target for node in graph.module.graph.nodes if node.op == "call_module")
         self._tied = tied(graph.module)
+        self._heads = Heads(graph.module, graph.shapes, self.units, self._signals)
+        self._within: dict[fx.Node, NDArray[np.int64]] = {}
         for node in graph.module.graph.nodes:
             self._visit(node)
+        self._heads.settle()
         for name, part in graph.module.named_modules():
             if isinstance(part, LAYERS) and not any(f"{name}.".startswith(f"{target}.") for target in self._calls):
                 self.notes.append(f"{name} is never called in evaluation: it is left alone")
 
-    def made(self, node: fx.Node) -> NDArray[np.int64]:
-        """The units of the channels that a step makes; none where it makes no tensor that has channels."""
-        return self._signals[node].units if node in self._signals else np.zeros(0, np.int64)
+    @property
+    def reshaped(self) -> list[Reshaped]:
+        """The steps that split features into heads, or join them."""
+        return self._heads.reshaped
+
+    def made(self, node: fx.Node) -> Numbers:
+        """The units of the channels that a step makes, within too; none where it makes no tensor that has channels."""
+        found = self._signals.get(node) or self._heads.tensors.get(node)
+        units = np.zeros(0, np.int64) if found is None else found.units.ravel()
+        return np.concatenate([units, self._within.get(node, units[:0])])
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "output":
@@ -90,15 +105,29 @@ class Follower:
     def _only_reads_size(self, node: fx.Node) -> bool:
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         rank = len(self._graph.shapes.get(source, ())) if source is not None else 0
-        return only_reads_size(node, rank, self._signals[source].axis if source in self._signals else 1)
+        return only_reads_size(node, rank, self._axes(source))
+
+    def _axes(self, node: fx.Node | None) -> tuple[int, ...]:
+        """The axes of a tensor along which its channels lie."""
+        if node in self._heads.tensors:
+            return self._heads.tensors[node].axes
+        return (self._signals[node].axis if node in self._signals else 1,)
 
     def _follow(self, node: fx.Node) -> bool:
         """Handle a step; False if it is of no kind that can be followed."""
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if source in self._within and node.target is operator.getitem:  # of the two that attention gives
+            self._signals[node] = self._signals[source]
+            return True
+        if self._heads.follow(node):
+            return True
+        if node.op == "call_module" and isinstance(self._graph.module.get_submodule(str(node.target)), ATTENTION):
+            return self._attention(node)
         if node not in self._graph.shapes:
             return False
         if node.op == "call_function" and node.target in CONCATENATIONS:
             return self._concatenate(node)
-        x = self._signals.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        x = self._signals.get(source) if source is not None else None
         if x is None:
             return False
         if node.op == "call_module":
@@ -173,29 +202,64 @@ class Follower:
         if x.axis != features:
             x = self._turned(x, weight.shape[1], features)
         groups = getattr(layer, "groups", 1)
-        padded = zero_padded(layer)
-        reads = (weight.detach() != 0).flatten(2).any(2) if weight.ndim > 2 else weight.detach() != 0
-        reads = reads.reshape(groups, -1, weight.shape[1]).cpu()
-        fold = x.known & ((x.value == 0) | (not padded))
-        known = ~(reads & ~fold.view(groups, 1, -1)).any(2).flatten()
-        bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
-        value = bias.cpu() + constant_part(layer, fold, x.value)
         depthwise = groups > 1 and groups == len(x.units)
         made = np.repeat(x.units, len(weight) // groups) if depthwise else self.units.new(len(weight))
-        self._signals[node] = Signal(made, known, value, node, features)
-        self.layers.append(Layer(str(node.target), layer, x.units, made, reads, fold, x.value, depthwise))
+        return self._product(node, x, str(node.target), layer, made, depthwise=depthwise)
+
+    def _attention(self, node: fx.Node) -> bool:
+        """Attention of a tensor to itself, (batch, tokens, width) or (tokens, batch, width), by torch's own module."""
+        module: Any = self._graph.module.get_submodule(str(node.target))
+        given = bind(node, ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"))
+        masks = [given.get(name) for name in ("key_padding_mask", "attn_mask", "is_causal")]
+        query: Any = given.get("query")
+        x = self._signals.get(query)
+        shape = self._graph.shapes.get(query, ())
+        if x is None or given.get("key") is not query or given.get("value") is not query or any(masks):
+            return False
+        used = [user.args[1] for user in node.users if user.users]
+        plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        shared = self._calls[node.target] > 1 or {id(module), id(module.out_proj)} & self._tied
+        if not plain or hooked or shared or len(shape) != 3 or used != [0]:
+            return False
+        if x.axis != 2:
+            x = self._turned(x, module.in_proj_weight.shape[1], 2)
+        heads = self.units.new(module.num_heads)
+        mixed = np.repeat(heads, module.head_dim)
+        path = str(node.target)
+        self._product(node, x, path, module, np.tile(mixed, 3), PROJECTION)
+        within = Signal.without_constants(mixed, node, 2)
+        made = self.units.new(len(module.out_proj.weight))
+        self._within[node] = heads
+        return self._product(node, within, f"{path}.out_proj", module.out_proj, made)
+
+    def _product(
+        self, node: fx.Node, x: Signal, path: str, module: Any, made: Numbers,
+        names: tuple[str, str] = ("weight", "bias"), depthwise: bool = False,
+    ) -> bool:  # fmt: skip
+        """A layer's weight times a tensor, whose channels are of the units `made` then, along the same axis."""
+        weight, bias = (getattr(module, name) for name in names)
+        groups = getattr(module, "groups", 1)
+        reads = (weight.detach() != 0).flatten(2).any(2) if weight.ndim > 2 else weight.detach() != 0
+        reads = reads.reshape(groups, -1, weight.shape[1]).cpu()
+        fold = x.known & ((x.value == 0) | (not zero_padded(module)))
+        known = ~(reads & ~fold.view(groups, 1, -1)).any(2).flatten()
+        added = constant_part(weight, groups, fold, x.value)
+        value = added if bias is None else bias.detach().double().cpu() + added
+        self._signals[node] = Signal(made, known, value, node, x.axis)
+        self.layers.append(Layer(path, module, x.units, made, reads, fold, x.value, depthwise, names))
         stuck = int((x.known & ~fold & reads.any(1).flatten()).sum())
         if stuck:
-            self.notes.append(f"{node.target}: {stuck} constant inputs are not 0 and stay: the layer pads with zeros, "
+            self.notes.append(f"{path}: {stuck} constant inputs are not 0 and stay: the layer pads with zeros, "
                               "so what they add differs at the border")  # fmt: skip
         return True
 
     def _turned(self, x: Signal, count: int, axis: int) -> Signal:
         """A tensor looked at along another axis, whose `count` units are new; they and those of before stay."""
-        units, nothing = self.units.new(count), torch.zeros(count, dtype=torch.float64)
+        units = self.units.new(count)
         self.units.pin(x.units)
         self.units.pin(units)
-        return Signal(units, nothing.bool(), nothing, x.storage, axis)
+        return Signal.without_constants(units, x.storage, axis)
 
     def _batch_norm(self, node: fx.Node, x: Signal, norm: Any) -> bool:
         """In evaluation: value -> (value - mean) / sqrt(var + eps) * weight + bias; where weight is 0, the bias."""
@@ -285,7 +349,8 @@ class Follower:
     def _leave(self, node: fx.Node) -> None:
         """A step that cannot be followed: its input and output units stay, and its inputs may be changed in place."""
         module: Any = self._graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        touched = [source for source in node.all_input_nodes if source in self._signals]
+        held: dict[fx.Node, Signal | Split] = {**self._signals, **self._heads.tensors}
+        touched = [source for source in node.all_input_nodes if source in held]
         if touched:
             kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
             reason = ""
@@ -297,20 +362,21 @@ class Follower:
             self.notes.append(f"{where} ({kind}){reason}: the channels that it touches are left alone")
         for source in touched:
             self._pin(source)
-            self._forget(self._signals[source].storage)
-        self._fresh(node, self._signals[touched[0]].storage if touched else node)
+            self._forget(held[source].storage)
+        self._fresh(node, held[touched[0]].storage if touched else node)
 
     def _fresh(self, node: fx.Node, storage: fx.Node) -> None:
         """New pinned units with no known constants."""
         shape = self._graph.shapes.get(node, ())
         if len(shape) >= 2:
-            units, nothing = self.units.new(shape[1]), torch.zeros(shape[1], dtype=torch.float64)
+            units = self.units.new(shape[1])
             self.units.pin(units)
-            self._signals[node] = Signal(units, nothing.bool(), nothing, storage)
+            self._signals[node] = Signal.without_constants(units, storage)
 
     def _pin(self, node: fx.Node) -> None:
-        if node in self._signals:
-            self.units.pin(self._signals[node].units)
+        found = self._signals.get(node) or self._heads.tensors.get(node)
+        if found is not None:
+            self.units.pin(found.units)
 
     def _forget(self, storage: fx.Node, but: fx.Node | None = None) -> None:
         """This memory was changed in place: its signals are no longer known constants."""

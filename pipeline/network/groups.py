@@ -1,9 +1,9 @@
 """Groups of channels that can be removed from a network, found by following it.
 
-A unit is a channel wherever it goes (see `pipeline.network.follow`): a row of the layer that makes it, columns of the
-layers that read it, and, where tensors are added or multiplied, rows of all layers that make them. It can only be
-removed everywhere at once. Units that lie in the same way in the same tensors form a group. They can stand in for each
-other, so only how many of a group stay decides how large each tensor is.
+A unit is a channel (or a head of attention) wherever it goes, see `pipeline.network.follow`: a row of the layer that
+makes it, columns of the layers that read it, and, where tensors are added or multiplied, rows of all layers that make
+them. It can only be removed everywhere at once. Units that lie in the same way in the same tensors form a group. They
+can stand in for each other, so only how many of a group stay decides how large each tensor is.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from pipeline.network.follow import Follower
 from pipeline.network.modes import evaluating
 from pipeline.network.operations import CHANNELWISE
-from pipeline.network.signals import Layer, Numbers, Units
+from pipeline.network.signals import Flags, Layer, Numbers, Units
 from pipeline.network.trace import Traced, traced
 
 OUTPUTS, INPUTS = 0, 1  # the axes of a weight that hold channels
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,16 @@ def find(model: nn.Module, example: Tensor, prunable: Mapping[str, Sequence[int]
         groups[name] = Group(name, tuple(members[0]), tuple(members[1]))
         of_root |= dict.fromkeys(roots, name)
     notes = [*graph.notes, *followed.notes, *notes]
-    return Groups(groups, shapes, tuple(notes), _steps(graph, followed, of_root), tuple(graph.hard_coded))
+    hard_coded = [*graph.hard_coded, *_hard_coded(followed, of_root)]
+    return Groups(groups, shapes, tuple(notes), _steps(graph, followed, of_root), tuple(hard_coded))
+
+
+def _hard_coded(followed: Follower, of_root: Mapping[int, str]) -> Iterator[str]:
+    """The calls that split features into heads, or join them, with numbers that a head less would change."""
+    for each in followed.reshaped:
+        roots = followed.units.roots(each.units)
+        if each.hard_coded(roots) and not of_root.keys().isdisjoint(roots.ravel().tolist()):
+            yield each.node.name
 
 
 def _steps(graph: Traced, followed: Follower, of_root: Mapping[int, str]) -> tuple[Step, ...]:
@@ -204,10 +211,6 @@ def _steps(graph: Traced, followed: Follower, of_root: Mapping[int, str]) -> tup
         for node in graph.module.graph.nodes
         if node.op.startswith("call_")
     )
-
-
-def _weight(layer: Layer) -> str:
-    return f"{layer.name}.weight" if layer.name else "weight"
 
 
 def _free(name: str, taken: Collection[str]) -> str:
@@ -241,28 +244,30 @@ class _Side(NamedTuple):
 def _weights(followed: Follower) -> Iterator[_Side]:
     """The sides of the layers' weights."""
     for layer in followed.layers:
-        yield _Side(_weight(layer), OUTPUTS, layer.outputs, np.arange(len(layer.outputs)))
+        yield _Side(layer.tensors[0], OUTPUTS, layer.outputs, np.arange(len(layer.outputs)))
         if not layer.depthwise:
             places = np.arange(len(layer.inputs)) % layer.reads.shape[2]
-            yield _Side(_weight(layer), INPUTS, layer.inputs, places)
+            yield _Side(layer.tensors[0], INPUTS, layer.inputs, places)
 
 
 def _carried(followed: Follower) -> Iterator[_Side]:
     """The sides of all other tensors that have a number for each channel: biases, norms and their statistics."""
-    biases = [(layer.name, layer.module, layer.outputs, ("bias",)) for layer in followed.layers]
-    norms = [(each.name, each.module, each.units, CHANNELWISE) for each in followed.carriers]
-    for path, module, units, names in (*biases, *norms):
-        for name in names:
-            if getattr(module, name, None) is not None:
-                yield _Side(f"{path}.{name}" if path else name, OUTPUTS, units, np.arange(len(units)))
+    for layer in followed.layers:
+        if layer.bias is not None:
+            yield _Side(layer.tensors[1], OUTPUTS, layer.outputs, np.arange(len(layer.outputs)))
+    for carrier in followed.carriers:
+        for name in CHANNELWISE:
+            if getattr(carrier.module, name, None) is not None:
+                full = f"{carrier.name}.{name}" if carrier.name else name
+                yield _Side(full, OUTPUTS, carrier.units, np.arange(len(carrier.units)))
 
 
 def _pinned(followed: Follower, shapes: Collection[str]) -> tuple[set[int], list[str]]:
     """The roots of units that stay, and notes on the weights that stay dense and keep some."""
     units, notes = followed.units, []
     for layer in followed.layers:
-        if _weight(layer) not in shapes:
+        if layer.tensors[0] not in shapes:
             units.pin(layer.outputs)
             units.pin(layer.inputs)
-            notes.append(f"{_weight(layer)} stays dense, and so do the channels that it makes and reads")
+            notes.append(f"{layer.tensors[0]} stays dense, and so do the channels that it makes and reads")
     return set(units.pinned().tolist()), notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ BINARY: set[Any] = {
     torch.maximum, torch.minimum,
 }  # fmt: skip
 PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+UNFLATTENS: set[Any] = {"unflatten", torch.unflatten}
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 DROPOUT_FUNCTIONS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 # torchvision's function, known by its name, so that torchvision is not needed here.
@@ -57,14 +58,14 @@ def dropout_arguments(target: Any) -> tuple[str, ...] | None:
     return None
 
 
-def only_reads_size(node: fx.Node, rank: int, channels: int) -> bool:
+def only_reads_size(node: fx.Node, rank: int, channels: Collection[int]) -> bool:
     """Whether a step asks for a size, a type or a device that compaction does not change.
 
-    The tensor that it asks has `rank` axes, 0 where it is none; `channels` is the axis of its channels.
+    The tensor that it asks has `rank` axes, 0 where it is none; `channels` are the axes of its channels.
     """
 
     def another(axis: Any) -> bool:
-        return isinstance(axis, int) and rank > 0 and axis not in (channels, channels - rank)
+        return isinstance(axis, int) and rank > 0 and axis % rank not in channels
 
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     if node.target is operator.getitem and source is not None and is_shape(source):
@@ -75,6 +76,12 @@ def only_reads_size(node: fx.Node, rank: int, channels: int) -> bool:
         return True
     picked = [user.args[1] for user in node.users if user.target is operator.getitem]
     return is_shape(node) and len(picked) == len(node.users) and all(map(another, picked))
+
+
+def named_sizes(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes (or axes) that a call of view, reshape, unflatten or permute names, one by one or in one list."""
+    given = node.args[2:] if node.target in UNFLATTENS else node.args[1:]
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else given
 
 
 def as_function(target: Any) -> Callable[..., Tensor]:

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import DisjointSet
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+
+from pipeline.network.layers import CONVOLUTIONS
 
 Numbers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 class Units:
@@ -35,7 +38,7 @@ class Units:
 
     def pin(self, units: Numbers) -> None:
         """These stay."""
-        self._pinned.update(units.tolist())
+        self._pinned.update(units.ravel().tolist())
 
     def join(self, first: Numbers, second: Numbers) -> None:
         """Each of `first` becomes one with its partner in `second`."""
@@ -43,8 +46,8 @@ class Units:
             self._sets.merge(a, b)
 
     def roots(self, units: Numbers) -> Numbers:
-        """The one number (root) for each unit and all units that it was joined with."""
-        return np.array([self._sets[unit] for unit in units.tolist()], dtype=np.int64)
+        """The one number (root) for each unit and all units that it was joined with; shaped as `units`."""
+        return np.array([self._sets[unit] for unit in units.ravel().tolist()], dtype=np.int64).reshape(units.shape)
 
     def pinned(self) -> Numbers:
         """The roots of all pinned units."""
@@ -66,6 +69,12 @@ class Signal:
     storage: fx.Node
     axis: int = 1
 
+    @classmethod
+    def without_constants(cls, units: Numbers, storage: fx.Node, axis: int = 1) -> Signal:
+        """A tensor of which no value is known."""
+        nothing = torch.zeros(len(units), dtype=torch.float64)
+        return cls(units, nothing.bool(), nothing, storage, axis)
+
     def __post_init__(self) -> None:
         self.known = self.known & self.value.isfinite()
         self.value = torch.where(self.known, self.value, 0.0)
@@ -73,14 +82,14 @@ class Signal:
 
 @dataclass
 class Layer:
-    """A linear or convolution layer between units.
+    """A linear or convolution layer between units, or one of the two that attention holds.
 
     `reads` is (groups, outputs of a group, inputs of a group): whether the weight there is not all 0. `fold[j]`: input
     j is a constant, `value[j]`, whose whole effect is a number to add to the bias. A depthwise layer's outputs are its
-    inputs' own units.
+    inputs' own units. `names` are the module's attributes that hold the weight and the bias.
     """
 
-    name: str
+    path: str
     module: Any
     inputs: Numbers
     outputs: Numbers
@@ -88,6 +97,25 @@ class Layer:
     fold: Tensor
     value: Tensor
     depthwise: bool
+    names: tuple[str, str] = ("weight", "bias")
+
+    @property
+    def weight(self) -> Tensor:
+        """As its module holds it: (outputs, inputs of a group, ...)."""
+        found: Tensor = getattr(self.module, self.names[0])
+        return found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(outputs,), or None."""
+        found: Tensor | None = getattr(self.module, self.names[1])
+        return found
+
+    @property
+    def tensors(self) -> tuple[str, str]:
+        """The full names of weight and bias."""
+        weight, bias = (f"{self.path}.{name}" if self.path else name for name in self.names)
+        return weight, bias
 
 
 @dataclass
@@ -101,17 +129,16 @@ class Carrier:
 
 def zero_padded(layer: Any) -> bool:
     """Whether a layer pads with zeros, so that a constant input is not constant at the border."""
-    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros" or layer.padding == "valid":
+    if not isinstance(layer, CONVOLUTIONS) or layer.padding_mode != "zeros":
         return False
-    if layer.padding == "same":
-        return any(size > 1 for size in layer.kernel_size)
+    if isinstance(layer.padding, str):
+        return layer.padding == "same" and any(size > 1 for size in layer.kernel_size)
     return any(size > 0 for size in layer.padding)
 
 
-def constant_part(layer: Any, chosen: Tensor, value: Tensor) -> Tensor:
+def constant_part(weight: Tensor, groups: int, chosen: Tensor, value: Tensor) -> Tensor:
     """What the `chosen` inputs add to each output, (outputs,) float64 on the CPU; input j is the constant value[j]."""
-    weight = layer.weight.detach()
-    groups = getattr(layer, "groups", 1)
+    weight = weight.detach()
     outputs, inputs = len(weight) // groups, weight.shape[1]
     total = torch.zeros(len(weight), dtype=torch.float64)
     matter = chosen & (value != 0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves  # noqa: PLC2701 (torch has no public name for it)
+
+from pipeline.network.layers import ATTENTION
+from pipeline.network.operations import UNFLATTENS, named_sizes
 
 # What tracing raises where the Python code looks into a tensor, or into an input that is no tensor.
 UNTRACEABLE = (
@@ -41,7 +44,7 @@ class _Tracer(fx.Tracer):
         self._whole = {id(leaf) for leaf in leaves}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return id(m) in self._whole or super().is_leaf_module(m, module_qualified_name)
+        return id(m) in self._whole or isinstance(m, ATTENTION) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Shapes(fx.Interpreter):
@@ -109,6 +112,17 @@ def flatten_calls(module: fx.GraphModule, names: Collection[str]) -> None:
     module.recompile()
 
 
+def resize_calls(module: fx.GraphModule, sizes: Mapping[str, Mapping[int, int]]) -> None:
+    """Change numbers in the named calls of view, reshape and unflatten: each by its place among the call's sizes."""
+    for node in module.graph.nodes:
+        if node.name in sizes:
+            named = [*named_sizes(node)]
+            for place, size in sizes[node.name].items():
+                named[place] = size
+            node.args = (*node.args[: 2 if node.target in UNFLATTENS else 1], tuple(named))
+    module.recompile()
+
+
 def _trace(model: nn.Module, leaves: Collection[nn.Module]) -> fx.GraphModule:
     return fx.GraphModule(model, _Tracer(leaves).trace(model))
 
@@ -122,8 +136,8 @@ def _name_flattening(result: Traced) -> None:
         before, after = result.shapes[source], result.shapes[node]
         if len(before) > 2 and len(after) == 2 and after[0] == before[0]:
             result.flattened.append(node.name)
-            sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-            if isinstance(sizes[-1], int) and sizes[-1] != -1:
+            last = named_sizes(node)[-1]
+            if isinstance(last, int) and last != -1:
                 result.hard_coded.append(node.name)
     flatten_calls(result.module, result.flattened)
 

@@ -110,13 +110,14 @@ def fitting_code(model: Model, compact: str, whole: str) -> dict[str, str] | Non
     """How the user's own factory is called, where plain code can fit its network to compact.safetensors; else None.
 
     It cannot where the factory is secateur's own, was given as an object, or where the network was changed besides its
-    sizes: a number of features in its code, or a tensor of two names.
+    sizes: a number of features in its code, attention that lost heads, or a tensor of two names.
     """
     module, _, name = model.factory.partition(":") if ":" in model.factory else model.factory.rpartition(".")
     if not module or module.partition(".")[0] in ("pipeline", "cluster", "secateur"):
         return None
     header, names = _header(compact)
-    if header.get("flattened") or _header(whole)[1] - names:
+    changed = any(header.get(key) for key in ("flattened", "resized", "narrowed"))
+    if changed or _header(whole)[1] - names:
         return None
     arguments = ", ".join(f"{key}={value!r}" for key, value in model.kwargs.items() if key.isidentifier())
     return {"import": f"from {module} import {name.partition('.')[0]}", "call": f"{name}({arguments})"}

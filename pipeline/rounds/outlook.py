@@ -131,7 +131,7 @@ def make(config: Config) -> RunPlan:
     if checked.unattributed:
         notes.append(
             f"products without a weight of their own (attention's) take {checked.unattributed:,} FLOPs more, which "
-            "pruning does not change"
+            "no budget counts"
         )
     if allocation.of(config.prune).fixes_densities:
         notes.append("target.compression is not used: prune.densities decides the size")

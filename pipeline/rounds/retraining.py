@@ -65,7 +65,7 @@ def require(model: nn.Module, groups: Groups | None, feed: Feed, factory: str) -
     if groups.hard_coded:
         raise UserError(
             f"{SETTING}: {factory} has a number of features in its code, at {', '.join(groups.hard_coded)}, and takes "
-            "no other: write torch.flatten(x, 1) there, or set it to false"
+            "no other: write torch.flatten(x, 1) there, or -1 for the number of heads; or set it to false"
         )
     masks = groups.masks({name: flags.cumsum() == 1 for name, flags in groups.whole.items()})
     try:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Fire, Residual, random_network, random_patches
+from networks import Fire, Patches, Residual, random_network, random_patches
 from torch import Tensor, nn
 
 from pipeline.network.compact import compact
@@ -153,15 +153,15 @@ def check_small(model: nn.Module, masks: dict[str, Tensor], inputs: Tensor) -> n
     return small
 
 
-def test_hidden_units_on_tokens_are_groups_and_what_norms_and_attention_touch_stays() -> None:
-    found = groups_of(random_patches(0), 2, 9, 9)
-    assert list(found.by_name) == [name for name in found.shapes if name.endswith("wide.weight")]
+def test_hidden_units_on_tokens_are_groups_and_what_norms_touch_stays() -> None:
+    found = groups_of(Patches([3, 5], nn.ReLU).eval(), 2, 9, 9)
+    assert found.sizes == {"attention.in_proj_weight": 3, "blocks.0.wide.weight": 3, "blocks.1.wide.weight": 5}
     group = found.by_name["blocks.0.wide.weight"]
     assert [(each.tensor, each.axis) for each in group.members] == [
         ("blocks.0.wide.weight", 0),
         ("blocks.0.narrow.weight", 1),
     ]
-    assert any("MultiheadAttention" in note for note in found.notes)
+    assert any("blocks.0.norm (LayerNorm)" in note for note in found.notes)
 
 
 @given(st.integers(0, 2**31))
