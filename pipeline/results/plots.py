@@ -258,6 +258,7 @@ def layers(rows: Sequence[LayerResult], density: float, narrow: bool = False) ->
             axis.annotate(
                 text, (percent, place), xytext=(-5 if full else 5, 0), textcoords="offset points", va="center",
                 ha="right" if full else "left", fontsize=8, color="white" if full else INK,
+                bbox={"facecolor": PALETTE[0] if full else GRID, "edgecolor": "none", "pad": 0.6},  # over the line
             )  # fmt: skip
         overall = 100 * density
         axis.axvline(overall, color=PALETTE[1], linewidth=1.2, linestyle=(0, (4, 3)))
