@@ -192,6 +192,7 @@ class Encoding(nn.Module):
 
 
 FORMS = ("timm", "products", "normed", "views", "chunks", "masked", "causal")  # of Attention
+OPEN_FORMS = ("chunks", "causal")  # whose code names no number that a head less would change
 
 
 class Attention(nn.Module):
@@ -317,12 +318,12 @@ class Patches(nn.Module):
         return self.head(self.blocks(x).mean(1))
 
 
-def random_patches(seed: int) -> nn.Module:
-    """A network on patches, float64, evaluation mode, made and damaged by `seed`."""
+def random_patches(seed: int, forms: Sequence[str] = FORMS) -> nn.Module:
+    """A network on patches, float64, evaluation mode, made and damaged by `seed`; of attention in `forms`."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     hidden = [draw.randint(1, 8) for _ in range(draw.randint(1, 3))]
-    form = draw.choice(["torch", "torch", *(form for form in FORMS if form != "masked")])
+    form = draw.choice(["torch", "torch", *(form for form in forms if form != "masked")])
     network = Patches(hidden, draw.choice(ACTIVATIONS), form).double().eval()
     damage(network, seed)
     return network

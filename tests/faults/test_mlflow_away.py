@@ -123,7 +123,7 @@ MEASURED = ("seconds", "images_per_s", "waiting")  # in the names of metrics tha
 
 
 def shape(held: dict[str, Any]) -> dict[str, Any]:
-    """What two runs of one seed have in common: everything but times, sizes, and the names of folders."""
+    """What two runs of one seed have in common: everything but times, sizes, how busy machines were, and folders."""
     return {
         name: {
             "status": part["info"][1],
@@ -135,6 +135,7 @@ def shape(held: dict[str, Any]) -> dict[str, Any]:
                     for step, _, value in sorted(points)
                 ]
                 for key, points in part["points"].items()
+                if not key.startswith("system/")
             },
             "files": set(part["files"]),
         }

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Head, random_network, random_patches
+from networks import OPEN_FORMS, Head, random_network, random_patches
 from test_groups import groups_of, halved
 from torch import Tensor, nn
 
@@ -146,7 +146,7 @@ def test_random_networks_learn_the_same_when_small(seed: int) -> None:
 @given(st.integers(0, 2**31))
 @settings(max_examples=10, deadline=None)
 def test_random_networks_on_patches_learn_the_same_when_small(seed: int) -> None:
-    model = random_patches(seed)
+    model = random_patches(seed, OPEN_FORMS)
     check_training(model, torch.randn(3, 2, 9, 9, dtype=torch.double, generator=torch.Generator().manual_seed(1)), seed)
 
 
