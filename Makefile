@@ -36,7 +36,7 @@ test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 faults: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "" tests/faults tests/pipeline/train/test_world_sizes.py
+	$(BIN)/python -m pytest -v -n 2 --dist loadfile -m "" tests/faults tests/pipeline/train/test_world_sizes.py
 
 lint: install
 	$(BIN)/ruff check .
