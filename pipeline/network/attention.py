@@ -13,21 +13,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from pipeline.network.operations import BINARY, POINTWISE, SAME, UNFLATTENS, in_place, named_sizes
+from pipeline.network.operations import (
+    BINARY,
+    CHUNKS,
+    FLATTENS,
+    MATRIX_PRODUCTS,
+    PERMUTES,
+    POINTWISE,
+    RESHAPES,
+    SAME,
+    SOFTMAXES,
+    TRANSPOSES,
+    UNBINDS,
+    UNFLATTENS,
+    in_place,
+    named_sizes,
+)
 from pipeline.network.signals import Flags, Numbers, Signal, Units, bind
 
-RESHAPES: set[Any] = {"view", "reshape", torch.reshape, *UNFLATTENS}
-FLATTENS: set[Any] = {"flatten", torch.flatten}
-PERMUTES: set[Any] = {"permute", torch.permute}
-TRANSPOSES: set[Any] = {"transpose", torch.transpose, "swapaxes", torch.swapaxes}
-UNBINDS: set[Any] = {"unbind", torch.unbind}
-CHUNKS: set[Any] = {"chunk", torch.chunk}
-SOFTMAXES: set[Any] = {"softmax", torch.softmax, F.softmax}
-PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 ATTENDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
@@ -147,7 +153,7 @@ class Heads:
             return self._join(node, x, shape)
         if node.target is F.scaled_dot_product_attention:
             return self._attend(node)
-        if node.target in PRODUCTS:
+        if node.target in MATRIX_PRODUCTS:
             return self._multiply(node, [*node.args])
         if node.target in SOFTMAXES:
             along = bind(node, ("input", "dim")).get("dim")

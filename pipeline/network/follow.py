@@ -85,9 +85,13 @@ class Follower:
 
     def made(self, node: fx.Node) -> Numbers:
         """The units of the channels that a step makes, within too; none where it makes no tensor that has channels."""
-        found = self._signals.get(node) or self._heads.tensors.get(node)
+        found = self._found(node)
         units = np.zeros(0, np.int64) if found is None else found.units.ravel()
         return np.concatenate([units, self._within.get(node, units[:0])])
+
+    def _found(self, node: fx.Node) -> Signal | Split | None:
+        """What is known of the tensor that a step makes."""
+        return self._signals.get(node) or self._heads.tensors.get(node)
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "output":
@@ -349,8 +353,7 @@ class Follower:
     def _leave(self, node: fx.Node) -> None:
         """A step that cannot be followed: its input and output units stay, and its inputs may be changed in place."""
         module: Any = self._graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        held: dict[fx.Node, Signal | Split] = {**self._signals, **self._heads.tensors}
-        touched = [source for source in node.all_input_nodes if source in held]
+        touched = [found for source in node.all_input_nodes if (found := self._found(source)) is not None]
         if touched:
             kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
             reason = ""
@@ -360,10 +363,10 @@ class Follower:
                 reason = " shares its weights"
             where = node.name if module is None else node.target
             self.notes.append(f"{where} ({kind}){reason}: the channels that it touches are left alone")
-        for source in touched:
-            self._pin(source)
-            self._forget(held[source].storage)
-        self._fresh(node, held[touched[0]].storage if touched else node)
+        for found in touched:
+            self.units.pin(found.units)
+            self._forget(found.storage)
+        self._fresh(node, touched[0].storage if touched else node)
 
     def _fresh(self, node: fx.Node, storage: fx.Node) -> None:
         """New pinned units with no known constants."""
@@ -374,7 +377,7 @@ class Follower:
             self._signals[node] = Signal.without_constants(units, storage)
 
     def _pin(self, node: fx.Node) -> None:
-        found = self._signals.get(node) or self._heads.tensors.get(node)
+        found = self._found(node)
         if found is not None:
             self.units.pin(found.units)
 

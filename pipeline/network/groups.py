@@ -258,7 +258,7 @@ def _carried(followed: Follower) -> Iterator[_Side]:
     for carrier in followed.carriers:
         for name in CHANNELWISE:
             if getattr(carrier.module, name, None) is not None:
-                full = f"{carrier.name}.{name}" if carrier.name else name
+                full = f"{carrier.path}.{name}" if carrier.path else name
                 yield _Side(full, OUTPUTS, carrier.units, np.arange(len(carrier.units)))
 
 

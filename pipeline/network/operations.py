@@ -33,7 +33,15 @@ BINARY: set[Any] = {
     torch.maximum, torch.minimum,
 }  # fmt: skip
 PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+MATRIX_PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 UNFLATTENS: set[Any] = {"unflatten", torch.unflatten}
+RESHAPES: set[Any] = {"view", "reshape", torch.reshape, *UNFLATTENS}
+FLATTENS: set[Any] = {"flatten", torch.flatten}
+PERMUTES: set[Any] = {"permute", torch.permute}
+TRANSPOSES: set[Any] = {"transpose", torch.transpose, "swapaxes", torch.swapaxes}
+UNBINDS: set[Any] = {"unbind", torch.unbind}
+CHUNKS: set[Any] = {"chunk", torch.chunk}
+SOFTMAXES: set[Any] = {"softmax", torch.softmax, F.softmax}
 CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 DROPOUT_FUNCTIONS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 # torchvision's function, known by its name, so that torchvision is not needed here.

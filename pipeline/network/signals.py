@@ -122,7 +122,7 @@ class Layer:
 class Carrier:
     """A module with a parameter for each channel that passes by: a batch norm, a PReLU."""
 
-    name: str
+    path: str
     module: Any
     units: Numbers
 

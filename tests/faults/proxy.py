@@ -46,6 +46,7 @@ class Proxy:
         self.fault: Fault | None = None
         self.made = 0  # faults so far
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range header
+        self.carried_out: list[tuple[str, str]] = []  # method and path of those that the store did not refuse
         self.released = threading.Event()  # ends connections that stall
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"proxy": self})
@@ -109,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer = upstream.getresponse()
         content = answer.read()
         upstream.close()
+        if answer.status < 400:
+            self.proxy.carried_out.append((self.command, self.path))
         if fault is not None and fault.kind == "forget":
             self._end(reset=True)
             return

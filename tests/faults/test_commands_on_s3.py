@@ -36,4 +36,11 @@ def test_report_bench_and_sync_take_a_url(
     found = mlflow.MlflowClient(uri).get_run(place.run_id)
     assert found.info.status == "FINISHED"
     files = {item.path for item in mlflow.MlflowClient(uri).list_artifacts(found.info.run_id, "final")}
-    assert "final/model.onnx" in files
+    assert {"final/compact.onnx", "final/compact.safetensors", "final/model.packed"} <= files
+    (model,) = [
+        each
+        for each in mlflow.MlflowClient(uri).search_logged_models([found.info.experiment_id])
+        if each.source_run_id == place.run_id
+    ]
+    mlflow.artifacts.download_artifacts(f"{model.artifact_location}/model.onnx", dst_path=str(tmp_path / "there"))
+    assert (tmp_path / "there/model.onnx").read_bytes() == storage.read_bytes(f"{run}/final/model.onnx")

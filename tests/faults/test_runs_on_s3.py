@@ -188,7 +188,7 @@ def test_a_run_under_ray_that_sigterm_ends_in_the_scan_gives_its_lease_back(
     command = inside.command("-m", "cluster", "run", str(tiny_yaml), *changes)
     run = Started(tmp_path / "log.txt", command, **inside.env)
     try:
-        run.wait(lambda: "] scan: " in run.output)
+        run.wait(lambda: " scan: 1/" in run.output)
         since = time.monotonic()
         os.kill(run.process.pid, signal.SIGTERM)
         run.finish(130)
