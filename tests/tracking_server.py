@@ -84,6 +84,7 @@ def everything(config: Config) -> dict[str, Any]:
     """All that MLflow holds: runs with params, tags, every metric point and every artifact with its size."""
     client = client_of(config)
     experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None, f"{client.tracking_uri} was never told of a run"
     return {run.info.run_id: describe(client, run) for run in client.search_runs([experiment.experiment_id])}
 
 

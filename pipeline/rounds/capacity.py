@@ -81,7 +81,7 @@ def _fit(config: Config, name: str, settings: Train, classes: int, device: torch
         torch.cuda.empty_cache()
         batch = first_step.zeros(config.data, images(samples))
         try:
-            first_step.attempt(config, name, settings, classes, batch, device, steps=2)
+            first_step.attempt(config, name, settings, classes, batch, device, first_step.Tries(2))
         except OutOfMemory:
             return False
         except UserError:

@@ -5,8 +5,10 @@ The network is built anew for the step and thrown away afterwards; none of the r
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +33,20 @@ from pipeline.train.session import Session
 from pipeline.train.world import World
 
 SAMPLES = 2  # in a step without data: batch norm needs more than one
+
+
+@dataclass(frozen=True)
+class Tries:
+    """How many steps are tried. None is begun once those before took `patience_s` seconds; `taken` gets each one's."""
+
+    steps: int = 1
+    patience_s: float = math.inf
+    taken: list[float] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        """Whether no more is to be begun."""
+        return len(self.taken) >= self.steps or sum(self.taken) >= self.patience_s
 
 
 def trainings(dense: Train, retrain: Retrain) -> dict[str, Train]:
@@ -96,12 +112,12 @@ def require(config: Config, classes: int, batch: Batch, device: torch.device) ->
 
 
 def attempt(
-    config: Config, name: str, settings: Train, classes: int, batch: Batch, device: torch.device, steps: int = 1,
-    taken: list[float] | None = None,
+    config: Config, name: str, settings: Train, classes: int, batch: Batch, device: torch.device,
+    tries: Tries | None = None,
 ) -> nn.Module:  # fmt: skip
-    """A new network after steps of the training of this name, half pruned. Raises UserError where one fails.
+    """A new network after steps of the training of this name, half pruned; one step unless `tries` says otherwise.
 
-    The seconds that each step took are added to `taken`.
+    Raises UserError where one fails.
     """
     feed, factory = Feed.of(config), f"model.factory={config.model.factory}"
 
@@ -113,7 +129,7 @@ def attempt(
     try:
         with memory.remedied(lambda: f"the first step of {name}", memory.of_training(name, settings)):
             gradients = Gradients(feed, settings, teacher, World(0, 1, device))
-            _steps(network, computed(network, config.compile), factory, gradients, batch, steps, taken)
+            _steps(network, computed(network, config.compile), factory, gradients, batch, tries or Tries())
     except FOREIGN as error:
         reason = (" ".join(str(error).split())[:300] or type(error).__name__) + blame.place(error)
         if of_compiler(error):
@@ -126,9 +142,8 @@ def attempt(
 
 
 def _steps(
-    model: nn.Module, computes: nn.Module, factory: str, gradients: Gradients, batch: Batch, steps: int,
-    taken: list[float] | None,
-) -> None:  # fmt: skip
+    model: nn.Module, computes: nn.Module, factory: str, gradients: Gradients, batch: Batch, tries: Tries
+) -> None:
     """Steps on one batch; `computes` has the parameters of the model."""
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
     _require_trainable(factory, parameters)
@@ -139,7 +154,7 @@ def _steps(
     applier = masking.Applier(weights, half)
     model.train()
     given = [each.to(device) for each in (batch.images, batch.labels, batch.weights)]
-    for _ in range(steps):
+    while not tries.over:
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -149,10 +164,9 @@ def _steps(
         loss.backward()
         optimizer.step()
         applier.apply()
-        if taken is not None:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            taken.append(time.perf_counter() - began)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        tries.taken.append(time.perf_counter() - began)
 
 
 def _require_trainable(factory: str, parameters: dict[str, nn.Parameter]) -> None:

@@ -40,7 +40,8 @@ def test_a_live_run_is_not_started_twice_and_a_cancelled_one_is_kept_and_resumes
     # A round that lasts beyond all that is tried while it goes on.
     slow = ["retrain.epochs=160", "prune.dense_control=false", "scan.samples=50", "scan.levels=[0.5,0.1]"]
     common = [*SETTINGS, f"runs_dir={runs}", "dense.epochs=5", *slow]
-    undisturbed = program("cluster", "run", CONFIG, *common, "name=undisturbed", "tracking.enabled=false")
+    undisturbed = program("cluster", "run", CONFIG, *common, "name=undisturbed", "tracking.enabled=false",
+                          timeout=LONG)  # fmt: skip
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     mine = [*common, "name=job"]
