@@ -16,7 +16,7 @@ from pipeline.train.world import choose_device, configure_process
 
 STEPS = 3  # timed after a first one, which is slower
 ENOUGH_S = 0.2  # a step that takes so long is timed; of a shorter one, one with four times the images is
-PATIENCE_S = 5.0  # no step is begun after so many seconds of steps: a network that takes them is timed by what there is
+PATIENCE_S = 5.0  # after so many seconds of steps, the second is the last
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def per_image_s(config: Config, name: str, settings: Train, classes: int) -> flo
         tries = first_step.Tries(1 + STEPS, PATIENCE_S)
         batch = first_step.zeros(config.data, images)
         first_step.attempt(config, name, settings, classes, batch, device, tries)
-        typical = statistics.median(tries.taken[1:] or tries.taken)
+        typical = statistics.median(tries.taken[1:])
         if typical >= ENOUGH_S or images >= share:
             return typical / images
         images = min(share, 4 * images)

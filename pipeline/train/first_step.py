@@ -37,7 +37,10 @@ SAMPLES = 2  # in a step without data: batch norm needs more than one
 
 @dataclass(frozen=True)
 class Tries:
-    """How many steps are tried. None is begun once those before took `patience_s` seconds; `taken` gets each one's."""
+    """How many steps are tried, and the seconds that each took.
+
+    After two, of which the first is always slow, none is begun once those before took `patience_s` seconds.
+    """
 
     steps: int = 1
     patience_s: float = math.inf
@@ -46,7 +49,7 @@ class Tries:
     @property
     def over(self) -> bool:
         """Whether no more is to be begun."""
-        return len(self.taken) >= self.steps or sum(self.taken) >= self.patience_s
+        return len(self.taken) >= self.steps or (len(self.taken) >= 2 and sum(self.taken) >= self.patience_s)
 
 
 def trainings(dense: Train, retrain: Retrain) -> dict[str, Train]:
