@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +40,8 @@ from pipeline.train.world import choose_device
 BATCHES = (1, 64)
 MOST = 2**20  # samples in a batch
 SAMPLES = 64  # random and real inputs each, on which the compact network and the ONNX files are checked
+FEW = 4  # of them, half of each kind, for CSR, which can be very slow
+SLOW_S, SLOW = 1.0, 10.0  # CSR that takes longer than so many seconds, and times what the pruned network takes, is left
 TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that passes for rounding of float32
 T = TypeVar("T")
 
@@ -160,14 +163,24 @@ def checked_csr(
 ) -> nn.Module:
     """The network with CSR matrices, once it has run as it will be measured, with the pruned network's outputs.
 
-    Raises UserError where they differ by more than rounding, and whatever a network raises that cannot take them.
+    Raises UserError where they differ by more than rounding or it is far too slow to be measured, and whatever a
+    network raises that cannot take them.
     """
     made = export.to_csr(pruned)
+    few = torch.cat([inputs[: FEW // 2], inputs[-(FEW // 2) :]])
     with torch.inference_mode():
-        wanted = pruned(inputs)
-        difference = float((made(inputs) - wanted).abs().max())
+        began = time.perf_counter()
+        wanted = pruned(few)
+        between = time.perf_counter()
+        found = made(few)
+        usual, taken = between - began, time.perf_counter() - between
+    difference = float((found - wanted).abs().max())
     if not difference <= _rounding(wanted):
         raise UserError(f"its outputs differ from the pruned network's by {difference:.3g}, more than rounding")
+    if taken > max(SLOW_S, SLOW * usual):
+        raise UserError(
+            f"{taken:.1f} s for {len(few)} images, {taken / usual:.0f} times as long as with whole matrices"
+        )
     latency.measure({"CSR": made}, shape, batches, passes=latency.Passes(repeats=1, warmup=0), device=device)
     return made
 

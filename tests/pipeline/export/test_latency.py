@@ -142,6 +142,14 @@ def test_a_run_of_an_encoder_is_measured_in_every_form(tiny: Callable[..., Confi
     assert all(report.missing.values())
 
 
+def test_csr_that_is_far_too_slow_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "SLOW_S", 1e-9)
+    monkeypatch.setattr(bench, "SLOW", 1e-3)
+    inputs = torch.randn(128, 1, 8, 8)
+    with pytest.raises(UserError, match=r"s for 4 images, \d+ times as long as with whole matrices"):
+        bench.checked_csr(networks.Rows().eval(), inputs, (1, 8, 8), (1, 64), torch.device("cpu"))
+
+
 def test_a_form_that_a_network_cannot_take_is_said(tmp_path: Path) -> None:
     inputs, shape, cpu = torch.randn(4, 1, 8, 8), (1, 8, 8), torch.device("cpu")
     rows = networks.Rows().eval()
