@@ -8,23 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import yaml
-from faults.moments import measured
 from faults.runs import Started, check_stopped
-from support import alone_on_the_network
-from tiny_run import ALONE, TINY, merged
+from tiny_run import TINY, merged
 from tracking_server import everything, named
 
-from pipeline import stages, storage
+from pipeline import storage
 from pipeline.cli import commands
-from pipeline.local import LocalEngine
-from pipeline.run.events import unheard
-from pipeline.run.state import open_run
-from pipeline.scan.known import LEVELS
 from pipeline.settings.config import Config
 from pipeline.tracking import tracking
-from pipeline.train.world import configure_process
 
 
 def written(folder: Path, **changes: object) -> tuple[Path, Config]:
@@ -67,26 +59,3 @@ def test_without_ray_on_s3_the_lease_is_given_back_and_mlflow_is_told(s3: str, t
     assert named(held)["tiny"]["info"][1] == "KILLED"
     tracking.sync(folder, config)
     assert everything(config) == held
-
-
-@pytest.mark.ray
-def test_in_the_scan_under_ray(tmp_path: Path) -> None:
-    """A scan of 300 levels; the dense network was trained before, without Ray."""
-    levels = [round(1 - (number + 1) / 101, 4) for number in range(100)]
-    path, config = written(tmp_path, **{"dense.epochs": 1, "scan.levels": levels})
-    configure_process(config.threads)
-    with open_run(config) as here:
-        stages.carry_out([stages.SHARDS, stages.DENSE], stages.Driver(config, LocalEngine(ALONE), here, unheard))
-    command = [*alone_on_the_network(), sys.executable, "-m", "cluster", "run", str(path)]
-    run, folder = Started(tmp_path / "log.txt", command), tmp_path / "runs/tiny"
-    try:
-        run.wait(lambda: measured(folder, LEVELS))
-        stop(run)
-        run.finish(130)
-    finally:
-        run.kill()
-    check_stopped(run.output, f"secateur run {path}")
-    assert 0 < measured(folder, LEVELS) < 300
-    assert not (folder / "scan/scan.json").exists()
-    with open_run(config):  # the lease was given back
-        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -147,11 +148,14 @@ def test_under_torchrun(stage: str, undisturbed: Path, tmp_path: Path, line: Lin
 
 
 def terminated(started: Started, ready: Callable[[], object], code: int = 130) -> float:
-    """Send SIGTERM when it is time, check the exit code, and return the seconds between."""
+    """Send SIGTERM when it is time, and again while the run ends; check the exit code, and return the seconds."""
     try:
         started.wait(ready)
         since = time.monotonic()
         os.kill(started.process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(started.process.pid, signal.SIGTERM)
         started.finish(code)
     finally:
         started.kill()

@@ -1,4 +1,4 @@
-"""The faults that every `make test` makes, too."""
+"""A full disk, which every `make test` makes too, and a driver of one worker that is killed under Ray."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_when_there_is_room(
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_driver_killed_in_a_round_goes_on_and_ends_with_the_same_bits(tiny_yaml: Path, line: Line) -> None:
     runs = tiny_yaml.parent / "runs"
     undisturbed = program("pipeline", "run", str(tiny_yaml), "name=undisturbed", *LONG_ROUND, ray=False)

@@ -82,6 +82,7 @@ def killed_in_a_round(command: list[str], watch: list[str], env: dict[str, str])
         process.communicate(timeout=60)
 
 
+@pytest.mark.faults
 def test_a_run_without_ray_goes_on_after_sigkill_with_the_same_bits(
     s3: str,
     tiny_yaml: Path,
