@@ -45,7 +45,7 @@ from pipeline.train.world import World, configure_process
 ALONE = World(0, 1, torch.device("cpu"))
 ROUNDS, BATCHES, THREADS = 4, (1, 64), 1
 PLACES = [(engine, n) for engine in ("torch", "ORT") for n in BATCHES]
-TRAINING = {"batch_size": 32, "lr": 0.002, "weight_decay": 1e-4, "schedule": "cosine", "channels_last": True}
+TRAINING = {"batch_size": 32, "lr": 0.0007, "weight_decay": 1e-4, "schedule": "cosine", "channels_last": True}
 COLUMNS = [
     "network",
     "channels by",

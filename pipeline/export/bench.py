@@ -39,8 +39,9 @@ from pipeline.train.world import choose_device
 
 BATCHES = (1, 64)
 MOST = 2**20  # samples in a batch
-SAMPLES = 64  # random and real inputs each, on which the compact network and the ONNX files are checked
-FEW = 4  # of them, half of each kind, for CSR, which can be very slow
+SAMPLES = 64  # random and real inputs each, at most, on which the compact network and the ONNX files are checked
+CHECK_S = 5.0  # seconds that a pass of them takes at most, where FEW do not take longer
+FEW = 4  # of both kinds together; CSR, which can be very slow, is checked on no more
 SLOW_S, SLOW = 1.0, 10.0  # CSR that takes longer than so many seconds, and times what the pruned network takes, is left
 TOLERANCE = 1e-3  # largest difference, as a share of the largest output, that passes for rounding of float32
 T = TypeVar("T")
@@ -100,7 +101,7 @@ def bench_run(
     dense = copy.deepcopy(pruned)
     dense.load_state_dict(checkpoint.load(here, "dense/checkpoint").weights)
     split = loader.open_split(config.data, session.data_root(config, here), manifest, "val")
-    inputs = check_inputs(split, config.data, config.seed)
+    inputs = affordable(pruned, check_inputs(split, config.data, config.seed))
     missing: dict[str, str] = {}
     found = _attempt("compact", lambda: compact(pruned, inputs[:2]), missing)
     differences = write_files(here, pruned, found, inputs, missing, check)
@@ -168,12 +169,8 @@ def checked_csr(
     """
     made = export.to_csr(pruned)
     few = torch.cat([inputs[: FEW // 2], inputs[-(FEW // 2) :]])
-    with torch.inference_mode():
-        began = time.perf_counter()
-        wanted = pruned(few)
-        between = time.perf_counter()
-        found = made(few)
-        usual, taken = between - began, time.perf_counter() - between
+    wanted, usual = _timed(pruned, few)
+    found, taken = _timed(made, few)
     difference = float((found - wanted).abs().max())
     if not difference <= _rounding(wanted):
         raise UserError(f"its outputs differ from the pruned network's by {difference:.3g}, more than rounding")
@@ -183,6 +180,27 @@ def checked_csr(
         )
     latency.measure({"CSR": made}, shape, batches, passes=latency.Passes(repeats=1, warmup=0), device=device)
     return made
+
+
+def affordable(pruned: nn.Module, inputs: Tensor) -> Tensor:
+    """Of what `check_inputs` gives, as many of each kind as a pass of CHECK_S seconds takes, or FEW of both.
+
+    A large network would need minutes for all of them, in each of its forms.
+    """
+
+    def some(each: int) -> Tensor:
+        return torch.cat([inputs[:SAMPLES][:each], inputs[SAMPLES:][:each]])
+
+    _, seconds = _timed(pruned, some(FEW // 2))
+    return some(min(SAMPLES, max(FEW // 2, int(CHECK_S / (seconds / FEW) / 2))))
+
+
+def _timed(network: nn.Module, inputs: Tensor) -> tuple[Tensor, float]:
+    """The outputs of a pass, and its seconds."""
+    began = time.perf_counter()
+    with torch.inference_mode():
+        outputs = network(inputs)
+    return outputs, time.perf_counter() - began
 
 
 def check_inputs(split: Split, data: Data, seed: int) -> Tensor:

@@ -142,6 +142,16 @@ def test_a_run_of_an_encoder_is_measured_in_every_form(tiny: Callable[..., Confi
     assert all(report.missing.values())
 
 
+@pytest.mark.parametrize(("seconds", "each"), [(0.0, 2), (1e6, 64)])
+def test_a_network_is_checked_on_as_many_inputs_as_it_is_fast(
+    seconds: float, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "CHECK_S", seconds)
+    inputs = torch.arange(128.0).view(128, 1).expand(128, 64).reshape(128, 1, 8, 8)
+    found = bench.affordable(networks.Rows().eval(), inputs)
+    assert found[:, 0, 0, 0].tolist() == [*range(each), *range(64, 64 + each)]  # as many random as real ones
+
+
 def test_csr_that_is_far_too_slow_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "SLOW_S", 1e-9)
     monkeypatch.setattr(bench, "SLOW", 1e-3)
