@@ -53,10 +53,21 @@ def of(config: Config, plan: RunPlan, outline: Outlined) -> Needs:
     workers = config.cluster.min_workers
     both = {"dense": 0.0, "retrain": 0.0} | paces
     rounds = outline.rounds or len(plan.rounds)
-    retrained = rounds * outline.round * (2 if outline.control else 1)
+    retrained = rounds * outline.round * (share_left(config, plan) + outline.control)
     looked = outline.scan * SCANNED * max(both.values())
     seconds = (outline.dense * both["dense"] + retrained * both["retrain"] + looked) / workers
     return Needs(seconds, max(both.values()), device.type, "", memory, disk)
+
+
+def share_left(config: Config, plan: RunPlan) -> float:
+    """The share of the dense network's work that a round's retraining takes, as a mean over the rounds.
+
+    With prune.shrink_between_rounds it is that of the FLOPs, for steps of half of the FLOPs took half of the time; else
+    the masked network is trained, which takes as long as the dense one.
+    """
+    if not config.prune.shrink_between_rounds or not plan.rounds:
+        return 1.0
+    return statistics.fmean(row.flops for row in plan.rounds) / sum(plan.flops.values())
 
 
 def per_image_s(config: Config, name: str, settings: Train, classes: int) -> float:
