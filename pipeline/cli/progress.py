@@ -24,6 +24,7 @@ from pipeline.run.events import (
 from pipeline.run.layout import DENSE, control_folder, round_folder
 
 SCAN = "scan"
+WINDOW_S = 120.0  # of work that the pace is taken from; what was before counts less and less
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Tracker:
         self._at = 0  # the part that is being worked at; all before it are done
         self._fixed = False
         self._mark: tuple[str, float, float] | None = None  # a part, its share that was done, and when that was
-        self._images = self._seconds = 0.0  # done, and the time that they took
+        self._images = self._seconds = 0.0  # done of late, and the time that they took
 
     def __call__(self, event: Event, when: float) -> None:
         """Take an event that came at that time."""
@@ -131,6 +132,8 @@ class Tracker:
         if self._mark is not None and self._mark[0] == phase and not anew and share > self._mark[1]:
             self._images += (share - self._mark[1]) * self._parts[place].images
             self._seconds += when - self._mark[2]
+            kept = min(1.0, WINDOW_S / self._seconds) if self._seconds else 1.0
+            self._images, self._seconds = kept * self._images, kept * self._seconds
         self._at, self._mark = place, (phase, share, when)
 
     @property

@@ -59,6 +59,15 @@ def test_what_is_left_follows_from_the_images_and_the_pace() -> None:
     assert later.left_s == pytest.approx((150 + 1200) * 12 / 750)
 
 
+def test_a_slow_beginning_is_forgotten() -> None:
+    """10 images in the first 100 s, as on a machine that has yet to warm up, then one a second."""
+    tracker = told(*BEGIN, (101.0, Stepped("dense", 1, 60)))
+    assert tracker.left_s == pytest.approx(2090 * 10.0)
+    for step in range(2, 56):
+        tracker(Stepped("dense", step, 60), 101.0 + 10 * (step - 1))
+    assert tracker.left_s == pytest.approx(1550 * 1.0, rel=0.02)
+
+
 def test_a_round_is_named_and_what_came_before_it_is_not_left() -> None:
     tracker = told(
         (0.0, stage("shards", 1, skipped=True)), (0.0, OUTLINE), (0.0, stage("dense", 2, skipped=True)),
