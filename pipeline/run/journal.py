@@ -3,17 +3,19 @@
 A journal writes what it is given, and never again what was there before. Each journal has files of its own, so it
 never writes behind a line that a killed one left torn. On a file system it is one file, and a line is in it when `add`
 returns. On S3, where nothing can be appended, a thread writes the lines that came while it wrote the ones before as one
-small file. A folder has one writer at a time, the holder of the run's lease.
+small file; a lazy journal lets lines wait longer the older it is, so that days make no tens of thousands of files. A
+folder has one writer at a time, the holder of the run's lease.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, Self, TypeVar
 
@@ -23,6 +25,8 @@ from pipeline.base.record import Record
 from pipeline.run.state import Run
 
 SYNC_S = 1.0  # seconds at least from one sync of a local file to the next
+LAZY, LAZY_S = 0.01, 60.0  # lines of a lazy journal on S3 wait for this share of its age, for so many seconds at most
+KNOWN = 2**16  # files on S3 that a process remembers
 LAST_S = 30.0  # seconds that a journal on S3 is waited for where the run ends by an error
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 _NAME = re.compile(r"(\d{6,})-(\d{6,})\.jsonl")  # the writer's number and the file's
@@ -36,12 +40,12 @@ class Journal:
     `add` and the end of the block raise RunStopped where the run was taken over, and UserError where the store refuses.
     """
 
-    def __init__(self, run: Run, *folder: str) -> None:
+    def __init__(self, run: Run, *folder: str, lazy: bool = False) -> None:
         self._run, self._folder = run, run.path(*folder)
         ours = [number for writer, number in map(_numbers, _files(self._folder)) if writer == run.fence]
         self._next = 1 + max(ours, default=0)
         local = storage.is_local(run.root)
-        self._lines: _Lines = _Appended(self._file, run.check_fence) if local else _Sent(self._send)
+        self._lines: _Lines = _Appended(self._file, run.check_fence) if local else _Sent(self._send, lazy)
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +93,7 @@ class Kept:
                 return
             try:
                 if self._book is None:
-                    self._book = Journal(self._run, self._folder)
+                    self._book = Journal(self._run, self._folder, lazy=True)
                 self._book.add(record)
             except Exception as error:  # noqa: BLE001 - whatever goes wrong with it, the run must not end by it
                 self._sound = False
@@ -119,13 +123,27 @@ def read(run: Run, kind: type[R], *folder: str) -> Iterator[R]:
     holds something else.
     """
     place = run.path(*folder)
-    for name in _files(place):
+    known = storage.stats(place)
+    for name in _in_order(known):
         url = storage.join(place, name)
-        with storage.open_range(url) as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.endswith(b"\n"):
-                    break
-                yield kind.from_json(_parsed(line, url, number), f"{url}, line {number}")
+        if storage.is_s3(url):
+            yield from _remembered(kind, url, known[name].version)  # type: ignore[arg-type]  # a class can be hashed
+        else:
+            yield from _records(kind, url)
+
+
+@functools.lru_cache(maxsize=KNOWN)
+def _remembered(kind: type[R], url: str, version: str) -> tuple[R, ...]:
+    """The records of a file on S3. It never grows, so it is fetched once, however often MLflow is synced."""
+    return tuple(_records(kind, url))
+
+
+def _records(kind: type[R], url: str) -> Iterator[R]:
+    with storage.open_range(url) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.endswith(b"\n"):
+                break
+            yield kind.from_json(_parsed(line, url, number), f"{url}, line {number}")
 
 
 def copy(source: Run, target: Run, *folder: str) -> None:
@@ -139,7 +157,11 @@ def copy(source: Run, target: Run, *folder: str) -> None:
 
 
 def _files(folder: str) -> list[str]:
-    return sorted(filter(_NAME.fullmatch, storage.list_files(folder)), key=_numbers)
+    return _in_order(storage.list_files(folder))
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    return sorted(filter(_NAME.fullmatch, names), key=_numbers)
 
 
 def _numbers(name: str) -> tuple[int, int]:
@@ -193,8 +215,8 @@ class _Appended:
 class _Sent:
     """A thread that hands the lines that wait to `send`, all of them together, and raises its error in this one."""
 
-    def __init__(self, send: Callable[[bytes], None]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[[bytes], None], lazy: bool) -> None:
+        self._send, self._lazy, self._began = send, lazy, time.monotonic()
         self._state = threading.Condition()
         self._waiting: list[bytes] = []
         self._error: Exception | None = None
@@ -221,6 +243,9 @@ class _Sent:
         while True:
             with self._state:
                 self._state.wait_for(lambda: self._waiting or self._closing)
+                if self._lazy:
+                    age = time.monotonic() - self._began
+                    self._state.wait_for(lambda: self._closing, min(LAZY_S, LAZY * age))
                 lines, self._waiting = self._waiting, []
             if not lines:
                 return

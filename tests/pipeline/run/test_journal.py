@@ -146,6 +146,36 @@ def test_on_s3_a_line_does_not_wait_for_the_next(s3: str) -> None:
     assert len(storage.list_files(run.path("rows"))) == 3
 
 
+def test_on_s3_a_file_is_fetched_once(s3: str) -> None:
+    """MLflow is brought up to date every few seconds, by all that a run has written so far."""
+    run = on_s3(s3)
+    for row in ROWS[:3]:
+        write(run, [row])
+    before = journal._remembered.cache_info()
+    assert [*journal.read(run, Row, "rows")] == ROWS[:3]
+    write(run, [ROWS[3]])
+    assert [*journal.read(run, Row, "rows")] == ROWS[:4]
+    after = journal._remembered.cache_info()
+    assert (after.misses - before.misses, after.hits - before.hits) == (4, 3)
+    storage.write_bytes(run.path("rows/000001-000001.jsonl"), b'{"top1":0.5,"loss":2.5}\n')  # the folder made anew
+    assert [*journal.read(run, Row, "rows")] == [Row(top1=0.5, loss=2.5), *ROWS[1:4]]
+
+
+def test_on_s3_lines_of_a_lazy_journal_wait_for_each_other_and_not_for_its_end(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "LAZY", 1e6)  # as of one that is hours old: a minute
+    run = on_s3(s3)
+    began = time.monotonic()
+    with Journal(run, "rows", lazy=True) as lines:
+        for row in ROWS:
+            lines.add(row)
+            time.sleep(0.01)
+    assert time.monotonic() - began < journal.LAZY_S / 2
+    assert [*journal.read(run, Row, "rows")] == ROWS
+    assert len(storage.list_files(run.path("rows"))) == 1
+
+
 def test_on_s3_the_thread_s_error_is_raised_where_lines_are_added(s3: str) -> None:
     run = on_s3(s3)
     storage.write_json(run.path("lease.json"), Lease(2).to_json())
