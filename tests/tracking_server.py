@@ -16,7 +16,7 @@ from typing import Any
 from support import environment, free_port
 
 from pipeline.settings.config import Config
-from pipeline.tracking import tracking
+from pipeline.tracking.server import Server
 
 AUTH = """[mlflow]
 default_permission = READ
@@ -77,7 +77,7 @@ class TrackingServer:
 def client_of(config: Config) -> Any:
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(tracking_uri=tracking.Server(config.tracking, config.runs_dir).uri)
+    return MlflowClient(tracking_uri=Server(config.tracking, config.runs_dir).uri)
 
 
 def everything(config: Config) -> dict[str, Any]:

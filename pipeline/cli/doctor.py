@@ -25,7 +25,7 @@ from pipeline.base.version import VERSION
 from pipeline.cli import commands
 from pipeline.results.words import size
 from pipeline.settings.config import Config
-from pipeline.tracking import tracking
+from pipeline.tracking import server
 
 BROKEN = 1  # exit code where a check found something broken
 LITTLE_DISK, LEAST_DISK = 5e9, 2e8  # bytes that are free: fewer are a warning, and something broken
@@ -178,7 +178,7 @@ def mlflow(config: Config | None) -> Iterator[Finding]:
         yield Finding("MLflow", "ok", f"{metadata.version('mlflow')}, sqlite in runs_dir")
         return
     try:
-        yield Finding("MLflow", "ok", f"{metadata.version('mlflow')}, {tracking.look(config)} answers")
+        yield Finding("MLflow", "ok", f"{metadata.version('mlflow')}, {server.look(config)} answers")
     except UserError as error:
         yield Finding("MLflow", "broken", str(error), "A run goes on without it; `secateur sync RUN` mends that later")
 

@@ -7,54 +7,20 @@ files that are there already. mlflow is imported inside functions, since the imp
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from pipeline import storage
-from pipeline.base.errors import Away, UserError
 from pipeline.base.hiding import hide
 from pipeline.run.contents import read
-from pipeline.run.records import StartFacts
 from pipeline.run.result import MlflowPlace
-from pipeline.settings.cluster import Tracking
 from pipeline.settings.config import Config
-from pipeline.tracking import models, records
-from pipeline.tracking.curves import Point
-from pipeline.tracking.records import ATTEMPT, KIND, PARENT, ROUND, UID, Artifact, DataSet, MlflowRun
+from pipeline.tracking import models, records, store
+from pipeline.tracking.records import MlflowRun
+from pipeline.tracking.server import Server, reason, refusal
 
-# MLflow's page does not show tags that begin with mlflow. Some stores take no more than 5000 characters in one.
-_LEDGER, _LEDGER_PART = "mlflow.secateur.artifacts", 4000
-_LARGE = 2**20  # bytes
-_POINTS = "mlflow.secateur.points"  # digest of the points that are all there
-_LINES = "mlflow.secateur.machines"  # how many lines of machines are all there
-_NOTE = "mlflow.note.content"
-_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"  # shows the page of trainings, not of prompts
-_CONTEXTS = {"train": "training", "val": "validation", "test": "testing"}
-_REFUSED = (
-    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of a user who may write there, and name the server as "
-    "its --allowed-hosts does"
-)
 _UNKNOWN = ("NOT_IMPLEMENTED", "FEATURE_DISABLED")  # what a store says of a request that it never takes
-_BATCH = 100  # params, tags or points in one request
-# Set only where the user has not: a server that is away is noticed in seconds, a request that hangs is given up after
-# 30 s and tried twice more, no usage statistics are sent out of the cluster, and none of mlflow's own lines are among
-# ours.
-_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
 
 
 @dataclass(frozen=True)
@@ -72,67 +38,6 @@ class Synced:
         return MlflowPlace(tracking_uri=self.tracking_uri, run_id=self.run_id)
 
 
-@dataclass(frozen=True)
-class Server:
-    """The tracking server of the settings, or the sqlite file under `runs_dir` that stands in for it."""
-
-    settings: Tracking
-    runs_dir: str
-
-    @property
-    def uri(self) -> str:
-        """The server's address. Raises UserError where there is none, and `runs_dir` cannot hold the file."""
-        if self.settings.uri is None and not storage.is_local(self.runs_dir):
-            raise UserError(
-                f"tracking.uri is not set, and its default, a sqlite file, cannot be in runs_dir={self.runs_dir}: "
-                "give the URL of a tracking server"
-            )
-        return self.settings.uri or f"sqlite:///{self._home / 'mlflow.db'}"
-
-    @property
-    def _home(self) -> Path:
-        return storage.local_path(self.runs_dir).absolute()
-
-    def client(self) -> Any:
-        """An MlflowClient of this server."""
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        uri = self.uri
-        if self.settings.uri is None:
-            self._home.mkdir(parents=True, exist_ok=True)
-        from mlflow.tracking import MlflowClient
-
-        for name in ("alembic", "mlflow.store.db.utils"):  # "Creating initial MLflow database tables...", and 60 more
-            logging.getLogger(name).setLevel(logging.WARNING)
-        return MlflowClient(tracking_uri=uri)
-
-    def experiment(self, client: Any) -> str:
-        """The experiment's id; made if it is not there, its files beside the sqlite file where that is the store.
-
-        Raises UserError where it is deleted.
-        """
-        from mlflow.exceptions import MlflowException
-
-        name = self.settings.experiment
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            place = (self._home / "mlartifacts").as_uri() if self.settings.uri is None else None
-            try:
-                return str(client.create_experiment(name, artifact_location=place, tags={_KIND_TAG: _KIND}))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                found = client.get_experiment_by_name(name)  # another run was faster
-        if found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"tracking.experiment='{name}' is deleted in MLflow: restore it there, or give another "
-                "tracking.experiment"
-            )
-        if _KIND_TAG not in found.tags:
-            client.set_experiment_tag(found.experiment_id, _KIND_TAG, _KIND)
-        return str(found.experiment_id)
-
-
 def sync(run_dir: str | Path, config: Config) -> Synced:
     """Make MLflow hold all that the run directory holds; idempotent.
 
@@ -146,20 +51,20 @@ def sync(run_dir: str | Path, config: Config) -> Synced:
 
     try:
         experiment = server.experiment(client)
-        known = _known(client, experiment, contents.run.uid)
+        known = store.known(client, experiment, contents.run.uid)
         whole = records.parent(contents, config)
-        run_id = _store(client, experiment, whole, known, _parent_run(client, experiment, contents.start))
+        run_id = store.put(client, experiment, whole, known, store.parent_run(client, experiment, contents.start))
         above = {"mlflow.parentRunId": run_id}
         rounds = [records.child(contents, each, config, whole.points) for each in contents.rounds]
-        children = [_store(client, experiment, each, known, above) for each in rounds]
+        children = [store.put(client, experiment, each, known, above) for each in rounds]
         if {run_id, *children} != {run.info.run_id for run in known}:  # some were made, or are too many
-            _delete_twins(client, _known(client, experiment, contents.run.uid))
+            store.delete_twins(client, store.known(client, experiment, contents.run.uid))
         everything = [*zip(children, rounds, strict=True), (run_id, whole)]
         lacks = _store_models(client, config, everything, {run.info.run_id: run for run in known})
         # Last: a parent that says FINISHED has all its rounds, and its model.
-        _set_status(client, client.get_run(run_id), whole)
+        store.set_status(client, client.get_run(run_id), whole)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise _refusal(uri, error, "did not take the run") from error
+        raise refusal(uri, error, "did not take the run") from error
     return Synced(hide(uri), run_id, experiment, lacks)
 
 
@@ -181,239 +86,5 @@ def _store_models(client: Any, config: Config, runs: Sequence[tuple[str, MlflowR
             except MlflowException as error:
                 if error.get_http_status_code() >= 500 and error.error_code not in _UNKNOWN:
                     raise
-                return f"MLflow did not take the model '{record.model.name}': {_reason(error)}"
+                return f"MLflow did not take the model '{record.model.name}': {reason(error)}"
     return ""
-
-
-def look(config: Config) -> str:
-    """Ask the tracking server of a config for its experiment; where the server is. Makes nothing.
-
-    Raises UserError where it refuses, and Away where it does not answer.
-    """
-    server = Server(config.tracking, config.runs_dir)
-    uri, client = server.uri, server.client()
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        client.get_experiment_by_name(config.tracking.experiment)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise _refusal(uri, error, "does not answer") from error
-    return hide(uri)
-
-
-def _refusal(uri: str, error: Exception, what: str) -> UserError:
-    """What a person is told of an error of MLflow's; Away where it may pass."""
-    reason = _reason(error)
-    ask = getattr(error, "get_http_status_code", None)
-    status = 503 if ask is None else ask()
-    remedy = f" ({_REFUSED})" if status in (401, 403) else ""
-    return (Away if status >= 500 else UserError)(f"tracking.uri='{hide(uri)}' {what}: {reason}{remedy}")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(hide(str(error)).split())[:300]
-
-
-def _known(client: Any, experiment: str, uid: str) -> list[Any]:
-    """This run's MLflow runs, parent and rounds. Runs that already hold something come first."""
-    if not re.fullmatch(r"[0-9A-Za-z_-]+", uid):
-        raise UserError(f"run.json: uid={uid!r} is not made of letters and digits; restore the file from a copy")
-    found = client.search_runs([experiment], filter_string=f"tags.`{UID}` = '{uid}'", max_results=1000)
-    return sorted(found, key=lambda run: (_LEDGER not in run.data.tags, run.info.run_id))
-
-
-def _parent_run(client: Any, experiment: str, start: StartFacts | None) -> dict[str, str]:
-    """The tag with the parent run's MLflow id, for a parent that came into MLflow only after the branch had begun."""
-    if start is None or start.mlflow_run_id:
-        return {}
-    found = [run for run in _known(client, experiment, start.uid) if run.data.tags.get(KIND) == "run"]
-    return {PARENT: str(found[0].info.run_id)} if found else {}
-
-
-def _store(client: Any, experiment: str, record: MlflowRun, known: Sequence[Any], tags: dict[str, str]) -> str:
-    """Make one MLflow run hold what its record says. Returns its id."""
-    same = [run for run in known if record.identity.items() <= run.data.tags.items()]
-    if same:
-        run = same[0]
-    else:
-        run = client.create_run(experiment, record.start_ms, {**record.identity, **record.tags, **tags}, record.name)
-    _set_params(client, run, record)
-    _add_points(client, run, record.points, new=not same)
-    _add_lines(client, run, record.machines)
-    _upload(client, run, record.artifacts)
-    tables = {"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in record.tables])}
-    note = {_NOTE: record.note.replace("{run_id}", run.info.run_id)} if record.note else {}
-    _set_tags(client, run, {**record.tags, **tags, **note, **(tables if record.tables else {})})
-    if run.info.run_name != record.name:
-        client.update_run(run.info.run_id, name=record.name)
-    _add_data(client, run, record.data)
-    if record.identity[KIND] != "run":
-        _set_status(client, run, record)
-    return str(run.info.run_id)
-
-
-def _delete_twins(client: Any, known: Sequence[Any]) -> None:
-    """Keep the first MLflow run of each part. The others come from a request that was repeated after its answer was
-    lost.
-    """
-    kept = set()
-    for run in known:
-        identity = tuple(run.data.tags.get(tag) for tag in (KIND, ROUND, ATTEMPT))
-        if identity in kept:
-            client.delete_run(run.info.run_id)  # it can be restored in MLflow
-        kept.add(identity)
-
-
-def _set_params(client: Any, run: Any, record: MlflowRun) -> None:
-    """MLflow's params cannot be changed: a setting changed since (as the number of workers may) is told in a tag."""
-    from mlflow.entities import Param
-
-    there = run.data.params
-    missing = [Param(key, value) for key, value in record.params.items() if key not in there]
-    for start in range(0, len(missing), _BATCH):
-        client.log_batch(run.info.run_id, params=missing[start : start + _BATCH])
-    changed = [f"{k}: {there[k]} -> {v}" for k, v in record.params.items() if k in there and there[k] != v]
-    if changed or "secateur.changed_settings" in run.data.tags:
-        _set_tags(client, run, {"secateur.changed_settings": "\n".join(changed)[:_LEDGER_PART]})
-
-
-def _add_points(client: Any, run: Any, points: Sequence[Point], new: bool) -> None:
-    """Log the points that MLflow lacks. sqlite ignores a second identical point; other stores may keep both."""
-    digest = hashlib.sha256(repr(points).encode()).hexdigest()[:16]
-    if run.data.tags.get(_POINTS) == digest:
-        return
-    _log_missing(client, run, points, () if new else points)
-    _set_tags(client, run, {_POINTS: digest})  # after the points, so that an interrupted sync looks again
-
-
-def _add_lines(client: Any, run: Any, lines: Sequence[Sequence[Point]]) -> None:
-    """Log the lines of points that came since the last time. Those before are not asked for: there may be very many.
-
-    The tag is "DONE", or "DONE+SENT" while lines are sent: an interrupted sync looks which of these are there.
-    """
-    done, _, sent = run.data.tags.get(_LINES, "0").partition("+")
-    if int(done) >= len(lines):
-        return
-    unsure = [point for line in lines[int(done) : int(sent or done)] for point in line]
-    _set_tags(client, run, {_LINES: f"{done}+{len(lines)}"})
-    _log_missing(client, run, [point for line in lines[int(done) :] for point in line], unsure)
-    _set_tags(client, run, {_LINES: str(len(lines))})
-
-
-def _log_missing(client: Any, run: Any, points: Sequence[Point], unsure: Sequence[Point]) -> None:
-    """Log the points, but for those among `unsure` that are there."""
-    from mlflow.entities import Metric
-
-    there: set[Point] = set()
-    for key in sorted({point.key for point in unsure}):
-        if key in run.data.metrics:
-            history = client.get_metric_history(run.info.run_id, key)
-            there |= {Point(m.key, m.value, m.step, m.timestamp) for m in history}
-    missing = [Metric(p.key, p.value, p.when, p.step) for p in dict.fromkeys(points) if p not in there]
-    for start in range(0, len(missing), _BATCH):
-        client.log_batch(run.info.run_id, metrics=missing[start : start + _BATCH])
-
-
-def _add_data(client: Any, run: Any, data: Sequence[DataSet]) -> None:
-    """Name the data as inputs of the run, once; a run whose data have changed is refused elsewhere."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    there = {each.dataset.name for each in run.inputs.dataset_inputs} if run.inputs else set()
-    missing = [each for each in data if each.name not in there]
-    if missing:
-        client.log_inputs(
-            run.info.run_id,
-            [
-                DatasetInput(
-                    Dataset(
-                        each.name, each.digest, *_source(each.source), profile=json.dumps({"samples": each.samples})
-                    ),
-                    [InputTag("mlflow.data.context", _CONTEXTS[each.split])],
-                )
-                for each in missing
-            ],
-        )
-
-
-def _source(root: str | None) -> tuple[str, str]:
-    """A data set's kind of source and the source, as MLflow's own sources write them."""
-    if root is None:
-        return "code", json.dumps({"tags": {"mlflow.source.name": "scikit-learn"}})
-    kind = root.partition("://")[0] if "://" in root else "local"
-    return ("http" if kind == "https" else kind), json.dumps({"url" if kind.startswith("http") else "uri": root})
-
-
-def _upload(client: Any, run: Any, artifacts: Sequence[Artifact]) -> None:
-    """Upload the files that are not in the ledger, or are no longer in the store.
-
-    The ledger is {path: [digest, bytes]}, in tags of the MLflow run itself, so that it is right on any machine. It is
-    written after each large file and at the end: an interrupted sync repeats little, and repeating replaces.
-    """
-    ledger: dict[str, list[Any]] = _read_ledger(run.data.tags)
-    run_id = run.info.run_id
-    there = _listing(client, run, {str(PurePosixPath(path).parent) for path in ledger})
-    with tempfile.TemporaryDirectory(prefix="secateur-mlflow-") as scratch:
-        for artifact in artifacts:
-            digest, size = ledger.get(artifact.path, ("", -1))
-            if digest == artifact.digest[:16] and there.get(artifact.path) == size:
-                continue
-            file = artifact.open(Path(scratch))
-            folder = str(PurePosixPath(artifact.path).parent)
-            client.log_artifact(run_id, str(file), None if folder == "." else folder)
-            ledger[artifact.path] = [artifact.digest[:16], file.stat().st_size]
-            if file.stat().st_size > _LARGE:
-                _set_tags(client, run, _write_ledger(ledger))
-    _set_tags(client, run, _write_ledger(ledger))
-
-
-def _listing(client: Any, run: Any, folders: set[str]) -> dict[str, int]:
-    """The size in bytes of each artifact that the store has in these folders.
-
-    By the store itself: MLflow's client would also look for models of the run, which an old server does not know.
-    """
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    found, store = {}, get_artifact_repository(run.info.artifact_uri, tracking_uri=client.tracking_uri)
-    for folder in sorted(folders):
-        for info in store.list_artifacts(None if folder == "." else folder):
-            if not info.is_dir:
-                found[info.path] = int(info.file_size)
-    return found
-
-
-def _read_ledger(tags: dict[str, str]) -> dict[str, list[Any]]:
-    """The ledger. It is empty, so that all files are uploaded again, if its parts do not fit together after a crash."""
-    parts = [tags.get(_LEDGER, "")]
-    while (following := tags.get(f"{_LEDGER}.{len(parts) + 1}")) is not None:
-        parts.append(following)
-    try:
-        ledger = json.loads("".join(parts))
-    except ValueError:
-        return {}
-    return ledger if isinstance(ledger, dict) else {}
-
-
-def _write_ledger(ledger: dict[str, list[Any]]) -> dict[str, str]:
-    text = json.dumps(ledger, sort_keys=True, separators=(",", ":"))
-    parts = [text[i : i + _LEDGER_PART] for i in range(0, len(text), _LEDGER_PART)]
-    return {_LEDGER if i == 0 else f"{_LEDGER}.{i + 1}": part for i, part in enumerate(parts)}
-
-
-def _set_tags(client: Any, run: Any, tags: dict[str, str]) -> None:
-    """Set the tags that differ from what is there."""
-    from mlflow.entities import RunTag
-
-    changed = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
-    if changed:
-        client.log_batch(run.info.run_id, tags=changed)
-        run.data.tags.update(tags)
-
-
-def _set_status(client: Any, run: Any, record: MlflowRun) -> None:
-    """RUNNING; or how the run ended, and when."""
-    if record.end_ms is None:
-        if run.info.status != "RUNNING":
-            client.update_run(run.info.run_id, status="RUNNING")
-    elif (run.info.status, run.info.end_time) != (record.status, record.end_ms):
-        client.set_terminated(run.info.run_id, status=record.status, end_time=record.end_ms)

@@ -24,6 +24,7 @@ from pipeline.settings.config import Config, parse_config
 from pipeline.task.feed import Feed
 from pipeline.tracking import tracking
 from pipeline.tracking.mirror import Mirror
+from pipeline.tracking.server import Server
 
 pytestmark = pytest.mark.slow
 
@@ -157,7 +158,7 @@ def test_a_network_that_is_no_onnx_is_tensors_and_its_export_is_tried_once(
     assert said.startswith("MLflow gets this network as tensors, which only secateur loads, and not as ONNX: ")
     assert said.endswith("onnxscript is not installed; pip install onnx onnxscript onnxruntime")
     (final,) = [each for name, each in models_of(config).items() if "-round-" not in name]
-    model = loaded(final.artifact_location, tracking.Server(config.tracking, config.runs_dir).uri)
+    model = loaded(final.artifact_location, Server(config.tracking, config.runs_dir).uri)
     assert accuracy(model, config) == pytest.approx(result["test"]["pruned"]["top1"], abs=1e-9)
     again: list[Event] = []
     carry_out(config, again)  # though onnxscript is here now
@@ -175,7 +176,7 @@ def test_code_of_a_stranger_is_not_run_by_loading_a_model(tmp_path: Path) -> Non
     config = parse_config(merged(TINY, changes))
     carry_out(config)
     (logged,) = [each for name, each in models_of(config).items() if "-round-" in name]
-    server = tracking.Server(config.tracking, config.runs_dir).uri
+    server = Server(config.tracking, config.runs_dir).uri
     with pytest.raises(UserError, match=r'give model_config=\{"trust_code": True\} to load_model'):
         loaded(logged.artifact_location, server)
     model = loaded(logged.artifact_location, server, model_config={"trust_code": True})

@@ -27,6 +27,7 @@ from pipeline.settings.config import Config
 from pipeline.tracking import mirror as mirrors
 from pipeline.tracking import tracking
 from pipeline.tracking.mirror import Mirror
+from pipeline.tracking.server import Server
 
 
 def test_a_whole_run_reads_back(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_a_whole_run_reads_back(tmp_path: Path) -> None:
 def test_tables_are_as_mlflow_itself_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(tmp_path)
     monkeypatch.setenv(
-        "MLFLOW_TRACKING_URI", tracking.Server(settings.tracking, settings.runs_dir).uri
+        "MLFLOW_TRACKING_URI", Server(settings.tracking, settings.runs_dir).uri
     )  # load_table asks the global one
     synced = tracking.sync(whole(settings), settings)
     table = client_of(settings).load_table(synced.experiment_id, "layers.json", run_ids=[synced.run_id])
