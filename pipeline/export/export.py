@@ -44,6 +44,7 @@ def save_compact(found: Compacted, path: str | Path) -> None:
         "format": FORMAT,
         "flattened": ",".join(found.flattened),
         **({"resized": json.dumps(found.resized)} if found.resized else {}),
+        **({"graph": "the code computes with sizes of layers"} if found.as_graph else {}),
         **({"narrowed": ",".join(found.narrowed)} if found.narrowed else {}),
         "units": json.dumps(found.kept_units),
         "removed": json.dumps(found.removed),

@@ -8,7 +8,7 @@ lie along several of its axes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import fx, nn
 from pipeline.network.operations import (
     BINARY,
     CHUNKS,
+    COPIES,
     FLATTENS,
     MATRIX_PRODUCTS,
     PERMUTES,
@@ -108,6 +109,10 @@ class Heads:
             return self._between(node, source, self.tensors[source])
         return False
 
+    def parts(self, node: fx.Node) -> Sequence[Split | Signal]:
+        """What a step makes that gives several parts of a tensor; none for any other."""
+        return self._parts.get(node, ())
+
     def settle(self) -> None:
         """Once all is followed: what was split stays whole where not all units at one place along an axis are one."""
         for each in self.reshaped:
@@ -158,11 +163,12 @@ class Heads:
         if node.target in SOFTMAXES:
             along = bind(node, ("input", "dim")).get("dim")
             return isinstance(along, int) and along % len(shape) not in x.axes and self._made(node, self._copy(node, x))
+        if node.target in COPIES:
+            return self._made(node, x)
         if node.target not in POINTWISE | BINARY or in_place(node):
             return False
         others = [other for other in node.all_input_nodes if other is not source]
-        if node.target not in ("contiguous", "clone"):
-            x = self._copy(node, x)
+        x = self._copy(node, x)
         return self._alike(x, others) and self._made(node, x)
 
     def _made(self, node: fx.Node, split: Split) -> bool:
@@ -205,7 +211,8 @@ class Heads:
     def _unbind(self, node: fx.Node, x: Split, shape: tuple[int, ...]) -> bool:
         """Parts along an axis, whose units need not go together: of queries, keys and values."""
         select = node.target is operator.getitem
-        along = 0 if select else bind(node, ("input", "dim")).get("dim", 0) % len(shape)
+        named = 0 if select else bind(node, ("input", "dim")).get("dim", 0)
+        along = named % len(shape) if isinstance(named, int) else -1
         if along not in x.axes:
             return False
         axes = tuple(axis - (axis > along) for axis in x.axes if axis != along)
@@ -217,7 +224,10 @@ class Heads:
         return True
 
     def _permute(self, node: fx.Node, x: Split, rank: int) -> bool:
-        named = [axis % rank for axis in named_sizes(node)]
+        given = named_sizes(node)
+        if not all(isinstance(axis, int) for axis in given):
+            return False
+        named = [axis % rank for axis in given]
         order = [*range(rank)]
         if node.target in TRANSPOSES and len(named) == 2:
             order[named[0]], order[named[1]] = named[1], named[0]
@@ -240,7 +250,8 @@ class Heads:
         return True
 
     def _reshape(self, node: fx.Node, axis: int, units: Numbers) -> bool:
-        if not named_sizes(node):  # they are given by keyword
+        expected = units.ndim if node.target in UNFLATTENS else len(self._shapes[node])
+        if len(named_sizes(node)) != expected:  # they are given by keyword, or one step makes them
             return False
         self.reshaped.append(Reshaped(node, axis, units))
         return True

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
 from pipeline.network import heads
+from pipeline.network.apart import apart
+from pipeline.network.build import FOREIGN
 from pipeline.network.follow import Follower
 from pipeline.network.heads import FewerHeads
 from pipeline.network.layers import ATTENTION, CONVOLUTIONS, LAYERS
@@ -30,6 +32,8 @@ from pipeline.network.trace import Traced, flatten_calls, graph_of, resize_calls
 from pipeline.network.weights import load_weights
 
 FORMAT = "secateur compact 1"
+ROUNDING, COARSE = 1e-2, 5e-2  # of the largest output, in FULL precision and in any other
+FULL = (torch.float32, torch.float64)
 _SIZES = TypeAdapter(dict[str, dict[int, int]])
 
 
@@ -40,8 +44,8 @@ class Compacted:
     `removed` and `kept_units` count the output units of each linear and convolution layer, and of attention's
     projection, by layer. `notes` says what was left alone and why. `flattened` names the calls of view whose number of
     features was hard-coded, and which are now torch.flatten; `resized` has the new sizes, by place, of other calls
-    whose numbers were hard-coded. If there are any, `model` is a torch.fx.GraphModule, else it is of the network's own
-    class.
+    whose numbers were hard-coded. If there are any, or with `as_graph`, since the code computes with the size of a
+    layer, `model` is a torch.fx.GraphModule, else it is of the network's own class.
     """
 
     model: nn.Module
@@ -50,6 +54,7 @@ class Compacted:
     notes: list[str]
     flattened: list[str] = field(default_factory=list)
     resized: dict[str, dict[int, int]] = field(default_factory=dict)
+    as_graph: bool = False
 
     @property
     def narrowed(self) -> list[str]:
@@ -62,13 +67,13 @@ def compact(model: nn.Module, example: Tensor) -> Compacted:
 
     Pruned weights must be exactly 0. `example`, (batch, ...), is an input; its values do not matter. The outputs equal
     the model's in evaluation mode, but for rounding; inputs and outputs keep their size. Every layer keeps at least one
-    unit. Channels that cannot be followed are left alone, and a note says so.
+    unit. Channels that cannot be followed are left alone, and a note says so. The outputs are compared: where they
+    differ after all, nothing is removed, and a note says it.
     """
     work = copy.deepcopy(model).eval()
     graph = traced(work, example)
     if not isinstance(graph, Traced):
-        sizes = {name: len(part.weight) for name, part in work.named_modules() if isinstance(part, LAYERS)}
-        return Compacted(work, dict.fromkeys(sizes, 0), sizes, graph)
+        return _whole(work, graph)
     found = Follower(graph)
     alive = settle(found.layers, found.units)
     removed, kept = {}, {}
@@ -82,10 +87,29 @@ def compact(model: nn.Module, example: Tensor) -> Compacted:
         _refit(module)
     numbers = {each.node.name: each.sizes(alive[found.units.roots(each.units)]) for each in found.reshaped}
     resized = {name: changed for name, changed in numbers.items() if changed}
-    if graph.hard_coded or resized:
-        resize_calls(graph.module, resized)
-        work = graph.module.eval()
-    return Compacted(work, removed, kept, [*graph.notes, *found.notes], graph.hard_coded, resized)
+    notes = [*graph.notes, *found.notes]
+    resize_calls(graph.module, resized)
+    own = not graph.hard_coded and not resized
+    if own and _same(model, work, example):
+        return Compacted(work, removed, kept, notes)
+    if _same(model, graph.module.eval(), example):
+        return Compacted(graph.module, removed, kept, notes, graph.hard_coded, resized, as_graph=own)
+    whole = copy.deepcopy(model).eval()
+    return _whole(whole, [*notes, "nothing is removed: the outputs would be others, so its code was not understood"])
+
+
+def _whole(model: nn.Module, notes: list[str]) -> Compacted:
+    """A network of which nothing is removed."""
+    sizes = {name: len(part.weight) for name, part in model.named_modules() if isinstance(part, LAYERS)}
+    return Compacted(model, dict.fromkeys(sizes, 0), sizes, notes)
+
+
+def _same(model: nn.Module, small: nn.Module, example: Tensor) -> bool:
+    """Whether two networks' outputs differ by no more than rounding; not where the small one fails."""
+    try:
+        return apart(model, small, example) <= (ROUNDING if example.dtype in FULL else COARSE)
+    except FOREIGN:
+        return False
 
 
 def settle(layers: list[Layer], units: Units) -> Flags:
@@ -133,27 +157,29 @@ def rebuild(model: nn.Module, path: str | Path) -> nn.Module:
     if metadata.get("format") != FORMAT:
         raise UserError(f"'{path}' holds no compact network (format {metadata.get('format')!r}); give the path of a "
                         "compact.safetensors")  # fmt: skip
-    resize(model, shapes)
     model.eval()
     names = [name for name in metadata["flattened"].split(",") if name]
     sizes = _SIZES.validate_json(metadata.get("resized", "{}"))
-    if names or sizes:
-        graph, notes = graph_of(model)
+    made: nn.Module = model
+    if names or sizes or "graph" in metadata:
+        graph, notes = graph_of(model)  # of the whole network, whose sizes its code may compute with
         if graph is None:
             raise UserError(f"'{path}' is not of this network: {'; '.join(notes)}")
         flatten_calls(graph, names)
         resize_calls(graph, sizes)
-        model = graph
-    load_weights(model, path)
-    return model
+        made = graph
+    resize(model, shapes)
+    load_weights(made, path)
+    return made
 
 
 def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Give the layers, norms, PReLUs and attention of a network the sizes of the tensors named in `shapes`."""
     for name, part in reversed([*model.named_modules()]):  # attention after the layer that it holds
-        if not isinstance(part, (*LAYERS, *BATCH_NORMS, *ATTENTION, nn.PReLU)):
+        attention = type(part) in (*ATTENTION, FewerHeads)
+        if not attention and not isinstance(part, (*LAYERS, *BATCH_NORMS, nn.PReLU)):
             continue
-        names = heads.PROJECTION if isinstance(part, ATTENTION) else CHANNELWISE
+        names = heads.PROJECTION if attention else CHANNELWISE
         for held in names:
             shape = shapes.get(f"{name}.{held}" if name else held)
             before: Any = getattr(part, held, None)

@@ -31,10 +31,13 @@ from pipeline.network.operations import (
     BATCH_NORMS,
     BINARY,
     CONCATENATIONS,
+    COPIES,
     MAX_ARGUMENTS,
     MAX_POOLS,
     POINTWISE,
+    POOLED,
     PRODUCTS,
+    QUOTIENTS,
     SAME,
     as_function,
     dropout_arguments,
@@ -68,15 +71,12 @@ class Follower:
         self._graph = graph
         self._signals: dict[fx.Node, Signal] = {}
         self._calls = Counter(node.target for node in graph.module.graph.nodes if node.op == "call_module")
-        self._tied = tied(graph.module)
+        self._tied = tied(graph.module) | self._held_by_steps()
         self._heads = Heads(graph.module, graph.shapes, self.units, self._signals)
         self._within: dict[fx.Node, NDArray[np.int64]] = {}
         for node in graph.module.graph.nodes:
             self._visit(node)
         self._heads.settle()
-        for name, part in graph.module.named_modules():
-            if isinstance(part, LAYERS) and not any(f"{name}.".startswith(f"{target}.") for target in self._calls):
-                self.notes.append(f"{name} is never called in evaluation: it is left alone")
 
     @property
     def reshaped(self) -> list[Reshaped]:
@@ -92,6 +92,18 @@ class Follower:
     def _found(self, node: fx.Node) -> Signal | Split | None:
         """What is known of the tensor that a step makes."""
         return self._signals.get(node) or self._heads.tensors.get(node)
+
+    def _held(self, node: fx.Node) -> list[Signal | Split]:
+        """What is known of the tensor, or the tensors, that a step makes."""
+        found = self._found(node)
+        return [*self._heads.parts(node)] if found is None else [found]
+
+    def _held_by_steps(self) -> set[int]:
+        """The modules, by id, within those whose code cannot be followed: they are called there any number of times."""
+        steps = [self._graph.module.get_submodule(str(target)) for target in self._calls]
+        return {
+            id(part) for step in steps if type(step) not in ATTENTION for part in step.modules() if part is not step
+        }
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "output":
@@ -125,7 +137,7 @@ class Follower:
             return True
         if self._heads.follow(node):
             return True
-        if node.op == "call_module" and isinstance(self._graph.module.get_submodule(str(node.target)), ATTENTION):
+        if node.op == "call_module" and type(self._graph.module.get_submodule(str(node.target))) in ATTENTION:
             return self._attention(node)
         if node not in self._graph.shapes:
             return False
@@ -149,6 +161,8 @@ class Follower:
             return self._pointwise(node, x, module, module.__dict__.get("inplace", False))
         if x.axis != 1 and kind is not nn.Linear:
             return False
+        if not self._pools_no_channels(node, kind):
+            return False
         if kind in MAX_POOLS:
             return not module.return_indices and self._carry(node, x, max_keeps(module.padding, module.dilation))
         if kind in AVG_POOLS:
@@ -169,16 +183,21 @@ class Follower:
     def _function(self, node: fx.Node, x: Signal) -> bool:
         target, others = node.target, node.args[1:]
         if target in BINARY and len(others) == 1 and isinstance(others[0], fx.Node):
-            return self._join(node, x, others[0])
+            # A quotient of two channels that are removed is no number.
+            return target not in QUOTIENTS and self._join(node, x, others[0])
         if any(source is not node.args[0] for source in node.all_input_nodes):
             return False
+        if any(isinstance(given, fx.Node) for given in (*others, *node.kwargs.values())):  # the same tensor once more
+            return False
+        if target in COPIES:
+            return self._carry(node, x, same=target == "contiguous")
         if target in POINTWISE or target in BINARY:
             call = as_function(target)
             return self._pointwise(node, x, lambda value: call(value, *others, **node.kwargs), in_place(node))
         if (names := dropout_arguments(target)) is not None:
             given = bind(node, names)
             return given.get("training", True) is False and self._carry(node, x, same=True)
-        if x.axis != 1:
+        if x.axis != 1 or not self._pools_no_channels(node, target):
             return False
         if target is F.max_pool2d:
             given = bind(node, MAX_ARGUMENTS)
@@ -220,7 +239,7 @@ class Follower:
         shape = self._graph.shapes.get(query, ())
         if x is None or given.get("key") is not query or given.get("value") is not query or any(masks):
             return False
-        used = [user.args[1] for user in node.users if user.users]
+        used = [user.args[1] if user.target is operator.getitem else None for user in node.users if user.users]
         plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
         hooked = module._forward_hooks or module._forward_pre_hooks
         shared = self._calls[node.target] > 1 or {id(module), id(module.out_proj)} & self._tied
@@ -289,8 +308,7 @@ class Follower:
     def _pointwise(self, node: fx.Node, x: Signal, call: Callable[[Tensor], Tensor], changes: bool) -> bool:
         with torch.no_grad():
             value = call(x.value.clone().view(1, -1)).view(-1)
-        same = changes or node.target == "contiguous"
-        self._signals[node] = Signal(x.units, x.known, value, x.storage if same else node, x.axis)
+        self._signals[node] = Signal(x.units, x.known, value, x.storage if changes else node, x.axis)
         if changes:
             self._forget(x.storage, but=node)
         return True
@@ -314,17 +332,21 @@ class Follower:
         rank = len(self._graph.shapes[node.all_input_nodes[0]])
         axes = bind(node, ("input", "dim", "keepdim")).get("dim")
         axes = [axes] if isinstance(axes, int) else axes
-        if not isinstance(axes, list | tuple) or any(axis % rank < 2 for axis in axes):
+        if not isinstance(axes, list | tuple) or any(not isinstance(axis, int) or axis % rank < 2 for axis in axes):
             return False
         return self._carry(node, x)
+
+    def _pools_no_channels(self, node: fx.Node, kind: Any) -> bool:
+        """Whether a step is no pool, or one that takes its tensor for a batch: of one sample it would pool channels."""
+        return kind not in POOLED or len(self._graph.shapes[node.all_input_nodes[0]]) == POOLED[kind] + 2
 
     def _concatenate(self, node: fx.Node) -> bool:
         given = bind(node, ("tensors", "dim"))
         if isinstance(given["tensors"], fx.Node):  # a list that another operation made, as `chunk` does
             return False
         parts = [self._signals.get(part) for part in given["tensors"]]
-        rank = len(self._graph.shapes[node])
-        if given.get("dim", 0) % rank != 1 or any(part is None or part.axis != 1 for part in parts):
+        rank, along = len(self._graph.shapes[node]), given.get("dim", 0)
+        if not isinstance(along, int) or along % rank != 1 or any(part is None or part.axis != 1 for part in parts):
             return False
         found = [part for part in parts if part is not None]
         units = np.concatenate([part.units for part in found])
@@ -353,7 +375,7 @@ class Follower:
     def _leave(self, node: fx.Node) -> None:
         """A step that cannot be followed: its input and output units stay, and its inputs may be changed in place."""
         module: Any = self._graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        touched = [found for source in node.all_input_nodes if (found := self._found(source)) is not None]
+        touched = [found for source in node.all_input_nodes for found in self._held(source)]
         if touched:
             kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
             reason = ""
@@ -377,8 +399,7 @@ class Follower:
             self._signals[node] = Signal.without_constants(units, storage)
 
     def _pin(self, node: fx.Node) -> None:
-        found = self._found(node)
-        if found is not None:
+        for found in self._held(node):
             self.units.pin(found.units)
 
     def _forget(self, storage: fx.Node, but: fx.Node | None = None) -> None:

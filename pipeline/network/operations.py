@@ -21,17 +21,26 @@ ADAPTIVE_POOLS = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 )  # fmt: skip
+# Along how many axes a pool goes. It takes a tensor with one axis less for one sample, and pools its channels then.
+POOLED: dict[Any, int] = {
+    kind: count for kinds in (MAX_POOLS, AVG_POOLS, ADAPTIVE_POOLS[:3], ADAPTIVE_POOLS[3:])
+    for count, kind in enumerate(kinds, 1)
+} | {
+    F.max_pool2d: 2, F.avg_pool2d: 2, F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_max_pool2d: 2
+}  # fmt: skip
 POINTWISE: set[Any] = {
     torch.relu, torch.sigmoid, torch.tanh, F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu,
     F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.softsign, F.logsigmoid,
     "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "clamp", "clamp_", torch.clamp, "abs", torch.abs,
-    operator.neg, "contiguous", "clone",
+    operator.neg,
 }  # fmt: skip
+COPIES: set[Any] = {"contiguous", "clone", torch.clone}  # the same numbers, perhaps in memory of their own
 BINARY: set[Any] = {
     operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub", "sub_",
     operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, torch.div, "div", "div_",
     torch.maximum, torch.minimum,
 }  # fmt: skip
+QUOTIENTS: set[Any] = {operator.truediv, torch.div, "div", "div_"}
 PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 MATRIX_PRODUCTS: set[Any] = {operator.matmul, torch.matmul, "matmul"}
 UNFLATTENS: set[Any] = {"unflatten", torch.unflatten}
@@ -87,7 +96,10 @@ def only_reads_size(node: fx.Node, rank: int, channels: Collection[int]) -> bool
 
 
 def named_sizes(node: fx.Node) -> tuple[Any, ...]:
-    """The sizes (or axes) that a call of view, reshape, unflatten or permute names, one by one or in one list."""
+    """The sizes (or axes) that a call of view, reshape, unflatten or permute names, one by one or in one list.
+
+    None where they are given by keyword; one step where it makes all of them.
+    """
     given = node.args[2:] if node.target in UNFLATTENS else node.args[1:]
     return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else given
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves  # noqa: PLC2701 (torch has no public name for it)
 
-from pipeline.network.layers import ATTENTION
+from pipeline.base.names import few
+from pipeline.network.heads import FewerHeads
+from pipeline.network.layers import ATTENTION, LAYERS
 from pipeline.network.operations import UNFLATTENS, named_sizes
 
 # What tracing raises where the Python code looks into a tensor, or into an input that is no tensor.
@@ -37,14 +39,30 @@ class Traced:
 
 
 class _Tracer(fx.Tracer):
-    """A tracer that also takes modules whose code cannot be followed as one step."""
+    """A tracer that also takes modules whose code cannot be followed as one step.
 
-    def __init__(self, leaves: Collection[nn.Module]) -> None:
+    A network is called with its input alone (`one_input`): its other arguments are what they are by default.
+    """
+
+    def __init__(self, leaves: Collection[nn.Module], one_input: bool) -> None:
         super().__init__()
-        self._whole = {id(leaf) for leaf in leaves}
+        self._whole, self._one_input = {id(leaf) for leaf in leaves}, one_input
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return id(m) in self._whole or isinstance(m, ATTENTION) or super().is_leaf_module(m, module_qualified_name)
+        whole = id(m) in self._whole or type(m) in (*ATTENTION, FewerHeads)
+        return whole or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self,
+        root_fn: Callable[..., Any],
+        is_module: bool,
+        concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        def alone(module: nn.Module, x: Any) -> Any:
+            return root_fn(module, x)
+
+        called = alone if self._one_input and is_module else root_fn
+        return super().create_args_for_root(called, is_module, concrete_args)
 
 
 class _Shapes(fx.Interpreter):
@@ -70,19 +88,19 @@ def graph_of(model: nn.Module) -> tuple[fx.GraphModule | None, list[str]]:
     leaves: list[nn.Module] = []
     notes: list[str] = []
     try:
-        return _trace(model, leaves), notes
+        return _trace(model, leaves, one_input=True), notes
     except UNTRACEABLE as error:
         top = _first_line(error)
     for name, part in reversed(list(model.named_modules())):
         if name and not part.__module__.startswith("torch.nn"):
             try:
-                _trace(part, leaves)
+                _trace(part, leaves, one_input=False)
             except UNTRACEABLE as error:
                 leaves.append(part)
                 notes.append(f"{name} ({type(part).__name__}) is left alone: torch.fx cannot follow its code: "
                              f"{_first_line(error)}")  # fmt: skip
     try:
-        return _trace(model, leaves), notes
+        return _trace(model, leaves, one_input=True), notes
     except UNTRACEABLE:
         return None, [f"the whole network is left alone: torch.fx cannot follow its code: {top}"]
 
@@ -96,9 +114,12 @@ def traced(model: nn.Module, example: Tensor) -> Traced | list[str]:
     if module is None:
         return notes
     shapes = _Shapes(module)
-    with torch.no_grad():
-        shapes.run(example if len(example) > 1 else torch.cat([example, example]))
-    result = Traced(module, shapes.found, notes)
+    try:
+        with torch.no_grad():
+            shapes.run(example if len(example) > 1 else torch.cat([example, example]))
+    except UNTRACEABLE as error:  # torch.fx followed other code than runs
+        return [f"the whole network is left alone: its graph by torch.fx does not run: {_first_line(error)}"]
+    result = Traced(module, shapes.found, [*notes, *_unused(model, module)])
     _name_flattening(result)
     return result
 
@@ -123,8 +144,16 @@ def resize_calls(module: fx.GraphModule, sizes: Mapping[str, Mapping[int, int]])
     module.recompile()
 
 
-def _trace(model: nn.Module, leaves: Collection[nn.Module]) -> fx.GraphModule:
-    return fx.GraphModule(model, _Tracer(leaves).trace(model))
+def _trace(model: nn.Module, leaves: Collection[nn.Module], *, one_input: bool) -> fx.GraphModule:
+    return fx.GraphModule(model, _Tracer(leaves, one_input).trace(model))
+
+
+def _unused(model: nn.Module, graph: fx.GraphModule) -> list[str]:
+    """A note on the layers that the graph does not call."""
+    called = {f"{node.target}." for node in graph.graph.nodes if node.op == "call_module"}
+    layers = [name for name, part in model.named_modules() if isinstance(part, LAYERS)]
+    unused = [name for name in layers if not any(f"{name}.".startswith(each) for each in called)]
+    return [f"never called in evaluation, and so left alone: {few(unused)}"] if unused else []
 
 
 def _name_flattening(result: Traced) -> None:
@@ -136,7 +165,8 @@ def _name_flattening(result: Traced) -> None:
         before, after = result.shapes[source], result.shapes[node]
         if len(before) > 2 and len(after) == 2 and after[0] == before[0]:
             result.flattened.append(node.name)
-            last = named_sizes(node)[-1]
+            named = named_sizes(node) or next(iter(node.kwargs.values()))
+            last = named[-1] if isinstance(named, tuple | list) else None
             if isinstance(last, int) and last != -1:
                 result.hard_coded.append(node.name)
     flatten_calls(result.module, result.flattened)

@@ -6,6 +6,7 @@ rounds, results) has the whole network, into which the trained numbers are put b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from pipeline.base import blame
 from pipeline.base.errors import UserError
 from pipeline.network import dropout
+from pipeline.network.apart import apart
 from pipeline.network.build import FOREIGN
 from pipeline.network.groups import Groups
-from pipeline.network.modes import evaluating
 from pipeline.network.shrink import Small, shrink
 from pipeline.prune.gradual import Gradual
 from pipeline.rounds import before_retraining
@@ -59,7 +60,7 @@ def retrain(
 
 
 def require(model: nn.Module, groups: Groups | None, feed: Feed, factory: str) -> None:
-    """Raise UserError if a network on the CPU cannot be retrained with fewer channels; tries one channel a group."""
+    """Raise UserError if a network on the CPU cannot be retrained with fewer channels; tries half of each group."""
     if groups is None:
         return
     if groups.hard_coded:
@@ -67,38 +68,38 @@ def require(model: nn.Module, groups: Groups | None, feed: Feed, factory: str) -
             f"{SETTING}: {factory} has a number of features in its code, at {', '.join(groups.hard_coded)}, and takes "
             "no other: write torch.flatten(x, 1) there, or -1 for the number of heads; or set it to false"
         )
-    masks = groups.masks({name: flags.cumsum() == 1 for name, flags in groups.whole.items()})
+    masks = groups.masks({name: flags.cumsum() % 2 == 1 for name, flags in groups.whole.items()})
+    masked = copy.deepcopy(model)
+    for name, mask in masks.items():
+        masked.get_parameter(name).data.mul_(mask)
     try:
         with torch.random.fork_rng(devices=[]):
-            shrink(model, groups, masks).model.train()(feed.zeros(SAMPLES))
+            small = shrink(masked, groups, masks).model
+            different = apart(masked, small, feed.zeros(SAMPLES))
+            small.train()(feed.zeros(SAMPLES))
     except FOREIGN as error:
         raise UserError(
             f"{SETTING}: {factory} cannot be trained with fewer channels: {' '.join(str(error).split())[:300]}"
             f"{blame.place(error)}; set it to false, or name the layer in prune.exclude"
         ) from error
+    if different > ROUNDING:
+        raise UserError(
+            f"{SETTING}: {factory} with half of its channels does not answer as with the others masked (outputs differ "
+            f"by {different:.1%} of the largest), so its code was not understood: set it to false"
+        )
 
 
 def _small(session: Session, model: nn.Module, groups: Groups, kept: dict[str, Tensor], folder: str) -> Small:
     """The network without the channels that go. Raises Agreed, on every rank, if it is not the same function."""
     small = shrink(model, groups, kept)
     session.feed.place(small.model, session.world.device)
-    apart = _apart(model, small.model, session.feed.zeros(SAMPLES, session.world.device))
+    different = apart(model, small.model, session.feed.zeros(SAMPLES, session.world.device))
     session.world.agree(
-        f"{folder}: outputs of the small network differ from the masked one's by {apart:.1%} of the largest: set "
+        f"{folder}: outputs of the small network differ from the masked one's by {different:.1%} of the largest: set "
         "prune.shrink_between_rounds=false"
-        if not apart <= ROUNDING
+        if not different <= ROUNDING
         else None
     )
     sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (small.model, model)]
     session.progress(Noted(f"{folder} retrains a network of {sizes[0]:,} of {sizes[1]:,} parameters"))
     return small
-
-
-@torch.no_grad()
-def _apart(whole: nn.Module, small: nn.Module, like: Tensor) -> float:
-    """The largest difference of two networks' outputs, as a share of the largest output; 0 where that is not finite."""
-    inputs = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
-    with evaluating(whole), evaluating(small):
-        wanted, got = whole(inputs), small(inputs)
-    largest = wanted.abs().max()
-    return float((wanted - got).abs().max() / largest) if largest.isfinite() and largest > 0 else 0.0
