@@ -30,6 +30,7 @@ from pipeline.cli.display import Display
 from pipeline.engine import Engine
 from pipeline.export import load as loading
 from pipeline.export.bench import BATCHES, Bench
+from pipeline.export.latency import LEAST
 from pipeline.local import LocalEngine
 from pipeline.network import compact as compaction
 from pipeline.network import given
@@ -107,6 +108,8 @@ class Pruned:
 
     def bench(self, repeats: int = 100, batches: Sequence[int] = BATCHES) -> Bench:
         """Write final/compact.safetensors, .pt2 and .onnx, and measure how fast they are here (`secateur bench`)."""
+        if repeats < LEAST:
+            raise UserError(f"repeats={repeats}: give at least {LEAST}")
         with configured(1), _known(self.given):
             return commands.bench(self.path, repeats, batches, trust_code=True)
 
@@ -205,25 +208,27 @@ def plan(
         return outlook.make(opened)
 
 
-def load(run: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
+def load(run: str | Path | Pruned, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
     """The compact network of a finished run, on the CPU, in evaluation mode.
 
-    `run` is its folder or URL (s3://...). It takes float32 images (batch, channels, size, size), with the run's
-    data.mean and data.std, and gives logits (batch, classes), equal to those of the masked network but for rounding.
+    `run` is its folder or URL (s3://...), or what `prune` gave. The network takes float32 images (batch, channels,
+    size, size), with the run's data.mean and data.std, and gives logits (batch, classes), equal to those of the masked
+    network but for rounding.
     `model` is the network itself, which stays as it is; it is needed where the run was given one as an object, and is
     otherwise built by the run's model.factory: with `trust_code` where that is an import path other than torchvision's.
 
     Raises UserError for what is no finished run, for code that is not trusted, and for a model that does not fit.
     """
-    return loading.compact_of(run, model, trust_code)
+    return loading.compact_of(_place(run), model, trust_code)
 
 
-def masks_of(run: str | Path) -> dict[str, Tensor]:
+def masks_of(run: str | Path | Pruned) -> dict[str, Tensor]:
     """The masks of a run's last accepted round: bool tensors on the CPU by parameter, each of its shape, True keeps.
 
-    `run` is its folder or URL. Raises UserError for what is no run, and for one that has no round yet.
+    `run` is its folder or URL, or what `prune` gave. Raises UserError for what is no run, and for one that has no round
+    yet.
     """
-    return loading.masks_of(run)
+    return loading.masks_of(_place(run))
 
 
 def compact(model: nn.Module, example: Tensor, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -231,14 +236,25 @@ def compact(model: nn.Module, example: Tensor, masks: Mapping[str, Tensor] | Non
 
     Pruned weights are exactly 0, or `masks` (bool, by parameter, True keeps) makes them so first. `example` is an input
     (batch, ...); its values do not matter. Outputs are equal but for rounding; what cannot be followed stays as it is.
-    Raises UserError for masks that do not fit. Source: Han et al. 2015, section 3.5.
+    Raises UserError for masks that do not fit, and where the network does not take the example. Source: Han et al.
+    2015, section 3.5.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module: give the network itself")
+    if not isinstance(example, Tensor):
+        raise UserError(f"example is a {type(example).__name__}: give an input of the network, a tensor (batch, ...)")
+    compaction.require_taken(model, example)
     work = model
     if masks is not None:
         work = given.copied(model).to(example.device)
         weights, kept = matched(work, masks)
         Applier([*weights.values()], [mask.to(example.device) for mask in kept.values()]).clean()
     return compaction.compact(work, example).model
+
+
+def _place(run: str | Path | Pruned) -> str | Path:
+    """A run's folder or URL."""
+    return run.path if isinstance(run, Pruned) else run
 
 
 def _call(
@@ -251,7 +267,12 @@ def _call(
     if model is None and config is None and model_settings is None:
         raise UserError("model is missing: give a network, an import path (my_module:build), or config='my.yaml'")
     if compression is not None:
-        settings["target"] = {**settings.get("target", {}), "compression": compression}
+        target = settings.get("target", {})
+        if not isinstance(target, Mapping):
+            raise UserError(f"target={target!r}: give a mapping, as in target={{'budget': 'flops'}}")
+        if "compression" in target:
+            raise UserError("compression and target['compression'] are one setting: leave one of them out")
+        settings["target"] = {**target, "compression": compression}
     if model_settings is not None:
         settings["model"] = dict(model_settings)
     return Call(model, {"train": train, "val": val, "test": test}, config, settings, trust_code, engine == "local")

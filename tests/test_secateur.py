@@ -25,7 +25,8 @@ import secateur
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.cli.called import Call
-from pipeline.data import given
+from pipeline.data import given, loader, shards
+from pipeline.data import given as data_given
 from pipeline.data.shards import load_manifest
 from pipeline.run.events import Event, StageBegun, unheard
 from pipeline.settings.config import Config
@@ -309,6 +310,12 @@ def test_a_data_set_that_is_none_is_one_sentence(kind: str, tmp_path: Path) -> N
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"model": None}, "model is missing"),
+    "no data": (dict.fromkeys(("train", "val", "test")), "train is missing: give a data set"),
+    "data twice": ({"data": {"source": "folder", "root": "/x"}}, "data has root, source, and train is given too"),
+    "a target that is a number": ({"compression": 5, "target": 3}, "target=3: give a mapping"),
+    "compression twice": ({"compression": 5, "target": {"compression": 7}}, "are one setting: leave one of them out"),
+    "half precision": ({"model": small.network().half()}, r"model is of torch\.float16, .*give model\.float\(\)"),
+    "a compiled network": ({"model": torch.compile(small.network())}, r"compiled by torch\.compile.*model\._orig_mod"),
     "no network": ({"model": 3}, "model is 3, which has no import path"),
     "a lambda": ({"model": lambda: None}, "which has no import path"),
     "an unknown group": ({"retain": {"epochs": 1}}, "unknown setting 'retain'; did you mean 'retrain'"),
@@ -365,8 +372,43 @@ def test_a_run_of_a_config_is_pruned_and_loaded_by_python(tmp_path: Path) -> Non
     assert by_function.result.network == "small:network"
 
 
+def test_mistakes_after_a_run_are_one_sentence(pruned: secateur.Pruned, network: nn.Module) -> None:
+    assert torch.equal(secateur.load(pruned, network)(torch.ones(1, 1, 8, 8)), pruned.model(torch.ones(1, 1, 8, 8)))
+    assert secateur.masks_of(pruned).keys() == pruned.masks.keys()
+    with pytest.raises(UserError, match="repeats=0: give at least 5"):
+        pruned.bench(repeats=0)
+    with pytest.raises(UserError, match=r"does not take an input of shape \(1, 3, 8, 8\)"):
+        secateur.compact(network, torch.ones(1, 3, 8, 8))
+    with pytest.raises(UserError, match="example is a tuple"):
+        secateur.compact(network, (1, 1, 8, 8))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="model is a str"):
+        secateur.compact(pruned.path, torch.ones(1, 1, 8, 8))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="masks is a str"):
+        secateur.hold(network, pruned.path, torch.optim.SGD(network.parameters()))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="optimizer is a NoneType"):
+        secateur.hold(network, pruned.masks, None)  # type: ignore[arg-type]
+
+
+def test_images_of_16_bits_are_read_as_those_of_a_folder(tmp_path: Path) -> None:
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    samples = [(Image.fromarray(values), number % 2) for number in range(40)]
+    written = data_given.write({"train": samples, "val": samples, "test": samples}, str(tmp_path), Data(), 0, lambda *_: None)
+    assert (written.channels, written.size) == (1, 8)
+    config = Data(source="shards", root=written.root, size=8)
+    split = loader.open_split(config, written.root, shards.load_manifest(written.root), "val")
+    batch = next(loader.EvalLoader(split, config).batches(0, 1))
+    assert batch.images[0, 0].tolist() == (values >> 8).tolist()
+
+
+def test_a_refused_call_locks_no_name(network: nn.Module, tmp_path: Path) -> None:
+    call = {"runs_dir": str(tmp_path), "name": "mine", **SETTINGS}
+    with pytest.raises(UserError, match="compression"):
+        secateur.prune(network, *SETS, compression=1e9, **call)
+    assert secateur.prune(network, *SETS, compression=3, **call).compression == pytest.approx(3.0, rel=0.01)
+
+
 def test_bench_writes_what_others_load(pruned: secateur.Pruned) -> None:
-    found = pruned.bench(repeats=3)
+    found = pruned.bench(repeats=5)
     assert not found.missing
     images = torch.randn(4, 1, 8, 8)
     program = torch.export.load(Path(pruned.path) / "final/compact.pt2").module()

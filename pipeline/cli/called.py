@@ -98,7 +98,15 @@ class Call:
         given: dict[str, Any] = dict(tree.get("data", {}))
         train, *others = (self.sets.get(name) for name in ("train", "val", "test"))
         if train is None and all(other is None for other in others):
+            if self.config is None and "source" not in given:
+                raise UserError(
+                    "train is missing: give a data set of (image, label), the folder of your shards, or "
+                    "data={'source': 'folder', 'root': ...} (digits are scikit-learn's own)"
+                )
             return given
+        clash = {"source", "root"} & self.settings.get("data", {}).keys()
+        if clash:
+            raise UserError(f"data has {', '.join(sorted(clash))}, and train is given too: leave one of them out")
         if isinstance(train, str | Path):
             if any(other is not None for other in others):
                 raise UserError(f"train='{train}' is a folder of shards, which holds val and test too: leave them out")

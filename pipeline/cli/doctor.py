@@ -145,6 +145,22 @@ def disk(config: Config | None) -> Iterator[Finding]:
         yield Finding("clock", "ok", f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')}, that of the disk")
 
 
+def files(config: Config | None) -> Iterator[Finding]:
+    """Whether what a config names on a disk is here."""
+    if config is None:
+        return
+    data, model = config.data, config.model
+    named = {"data.root": data.root, "data.class_index": data.class_index, "model.checkpoint": model.checkpoint}
+    for setting, place in named.items():
+        if place is None or not storage.is_local(place):
+            continue
+        if storage.local_path(place).exists():
+            yield Finding("files", "ok", f"{setting}={place} is here")
+            continue
+        state: Literal["broken", "warning"] = "warning" if _elsewhere(config) else "broken"
+        yield Finding("files", state, f"{setting}={place} is not here", f"Set {setting} to where it lies on every node")
+
+
 def s3(config: Config | None) -> Iterator[Finding]:
     """Whether the S3 places of a config answer; runs_dir must also heed conditional writes."""
     if config is None:
@@ -206,4 +222,4 @@ def _installed(name: str) -> bool:
     return True
 
 
-CHECKS: tuple[Check, ...] = (versions, gpu, host, disk, s3, mlflow)
+CHECKS: tuple[Check, ...] = (versions, gpu, host, disk, files, s3, mlflow)

@@ -119,11 +119,16 @@ def shrink(data: bytes, short: int, quality: int) -> bytes:
     return stream.getvalue()
 
 
+def upper_half(image: Image.Image) -> Image.Image:
+    """16-bit greyscale, which Pillow would clip at 255, as 8-bit: the upper half of each number."""
+    upper = np.asarray(image).astype(np.int64) >> 8
+    return Image.fromarray(upper.clip(0, 255).astype(np.uint8))
+
+
 def _colours(image: Image.Image, channels: int) -> Image.Image:
     mode = "L" if channels == 1 else "RGB"
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
-        upper = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(upper.clip(0, 255).astype(np.uint8)).convert(mode)
+    if image.mode.startswith("I"):
+        return upper_half(image).convert(mode)
     if image.mode in ("P", "PA"):
         return image.convert("RGBA").convert("RGB").convert(mode)
     if image.mode == "CMYK":

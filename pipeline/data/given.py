@@ -23,6 +23,7 @@ from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.base.spread import Spread, here
 from pipeline.data import shards, sources
+from pipeline.data.decoder import upper_half
 from pipeline.data.manifest import MOST_CLASSES
 from pipeline.data.parts import Entry, Part, Source
 from pipeline.settings.data import Data
@@ -170,8 +171,9 @@ def _label(label: Any, where: str) -> int:
     except (TypeError, ValueError, RuntimeError) as error:
         shape = f" of shape {tuple(label.shape)}" if hasattr(label, "shape") else ""
         batch = ": give the data set itself, not its DataLoader" if shape and len(label.shape) else ""
+        remedy = batch or ": give whole numbers, which count classes from 0"
         raise UserError(
-            f"{where}: its label is a {type(label).__name__}{shape}, not the number of a class{batch}"
+            f"{where}: its label is a {type(label).__name__}{shape}, not the number of a class{remedy}"
         ) from error
     if not 0 <= number < MOST_CLASSES:
         raise UserError(f"{where}: its label is {number}; labels count classes from 0")
@@ -181,6 +183,8 @@ def _label(label: Any, where: str) -> int:
 def _picture(image: Any, where: str) -> Image.Image:
     """An image as Pillow has it. Raises UserError for another shape or type, or values that are no pixels."""
     if isinstance(image, Image.Image):
+        if image.mode.startswith("I"):
+            return upper_half(image)
         return image if image.mode in _AS_PNG else image.convert("RGB")
     if not isinstance(image, Tensor | np.ndarray):
         raise UserError(f"{where}: its image is a {type(image).__name__}: give a PIL image, a tensor or an array")

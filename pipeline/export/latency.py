@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves  # noqa: PLC2701 (torch has no publi
 from pipeline.base.errors import UserError
 from pipeline.base.record import Record
 
+LEAST = 5  # timed passes of a network that say something
 CLOSE = 1.05  # a ratio nearer to 1 than this is no gain worth naming, however sure
 
 SAME = "no faster"
@@ -46,7 +47,7 @@ class Latency(Record):
 class Passes:
     """How often a network is timed at one batch size: `repeats` after `warmup` others, which are not timed.
 
-    Timing ends after about `seconds`, but never before 5 repeats. So do the others, but never before the first.
+    Timing ends after about `seconds`, but never before LEAST repeats. So do the others, but never before the first.
     """
 
     repeats: int = 100
@@ -169,7 +170,7 @@ def _interleaved(models: Mapping[str, nn.Module], inputs: Tensor, passes: Passes
     draw = random.Random(0)
     started = time.perf_counter()
     for repeat in range(passes.repeats):
-        if repeat >= 5 and time.perf_counter() - started > passes.seconds:
+        if repeat >= LEAST and time.perf_counter() - started > passes.seconds:
             break
         for name in draw.sample(names, len(names)):  # a fixed order would let one always follow the same other
             times[name].append(clock(models[name], inputs))

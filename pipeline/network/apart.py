@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves  # noqa: PLC2701 (torch has no publi
 
 from pipeline.network.modes import evaluating
 
-
 TINY = 1e-6  # outputs that are all smaller are compared with this
 
 

@@ -26,6 +26,7 @@ from pipeline.network.build import FOREIGN
 from pipeline.network.follow import Follower
 from pipeline.network.heads import FewerHeads
 from pipeline.network.layers import ATTENTION, CONVOLUTIONS, LAYERS
+from pipeline.network.modes import evaluating
 from pipeline.network.operations import BATCH_NORMS, CHANNELWISE
 from pipeline.network.signals import Flags, Layer, Units, constant_part
 from pipeline.network.trace import Traced, flatten_calls, graph_of, resize_calls, traced
@@ -110,6 +111,18 @@ def _same(model: nn.Module, small: nn.Module, example: Tensor) -> bool:
         return apart(model, small, example) <= (ROUNDING if example.dtype in FULL else COARSE)
     except FOREIGN:
         return False
+
+
+def require_taken(model: nn.Module, example: Tensor) -> None:
+    """Raise UserError where a network does not take an input."""
+    try:
+        with evaluating(model), torch.no_grad():
+            model(example)
+    except FOREIGN as error:
+        raise UserError(
+            f"the network does not take an input of shape {tuple(example.shape)} and type {example.dtype}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def settle(layers: list[Layer], units: Units) -> Flags:

@@ -29,6 +29,7 @@ def held(module: nn.Module) -> Iterator[dict[str, Any]]:
     The name is a digest of its class, layers and weights, so the same network given again goes on with its run. Its
     weights and mode stay as they are. Raises UserError for what is no network that can be copied.
     """
+    _require_plain(module)
     made = copied(module)
     key = digest(made)
     before = _HELD.get(key)
@@ -63,10 +64,34 @@ def copied(module: nn.Module) -> nn.Module:
         ) from error
 
 
+def _require_plain(module: Any) -> None:
+    """Raise UserError for a network that is compiled, or not of float32."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UserError("model is compiled by torch.jit: give the network that it was made of")
+    if hasattr(module, "_orig_mod"):
+        raise UserError(
+            "model is compiled by torch.compile, and each of its copies would be compiled anew: give the network that "
+            "it was made of (model._orig_mod); with compile=True the run compiles it"
+        )
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    other = {each.dtype for each in parameters if each.is_floating_point()} - {torch.float32}
+    if other:
+        raise UserError(f"model is of {other.pop()}, and images are float32: give model.float()")
+
+
 def digest(module: nn.Module) -> str:
-    """24 hex digits of a SHA-256 over the class, the layers as they print, and every tensor of the state dict."""
+    """24 hex digits of a SHA-256 over the class, the layers as they print, plain attributes, and every tensor.
+
+    Plain attributes are numbers, flags and texts that a module holds, and whether a parameter is trained. The code of
+    the classes is not in it.
+    """
     kind = type(module)
     total = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__}\n{module}".encode())
+    for name, part in module.named_modules():
+        plain = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str)}
+        plain.pop("training", None)
+        total.update(f"\n{name} {sorted(plain.items())}".encode())
+    total.update(repr([name for name, each in module.named_parameters() if not each.requires_grad]).encode())
     for name, tensor in module.state_dict().items():
         if isinstance(tensor, Tensor):
             total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

@@ -71,6 +71,7 @@ def make(config: Config) -> RunPlan:
     preflight.check_names(config, planned=True)
     counts = preflight.count_samples(config.data, config.seed)
     require_samples(counts)
+    preflight.require_enough(config.target, counts)
     run = state.Run(state.run_root(config), 0)
     checked = preflight.check_network(config, counts, run)
     model, prunable, flops = checked.model, checked.prunable, checked.flops

@@ -23,6 +23,7 @@ from pipeline.settings.config import UNHASHED, Config, differences, dump_config,
 from pipeline.settings.pruning import Start
 
 # Settings that change how a run is carried out, but not its results. They may differ when it resumes.
+EARLY = ("log", "course", "machines", "ray", "shards")  # folders of a run that has made nothing yet
 OPERATIONAL = (
     "runs_dir", "cluster", "tracking", "data.decode_threads", "data.cache_bytes", "data.cache_dir",
     "data.cache_disk_bytes", *UNHASHED,
@@ -129,6 +130,8 @@ def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Ite
     with lease.hold(root, config.cluster.lease_seconds, lambda: _check_config(root, config), tell) as held:
         run = Run(root, held.fence, held.token, held.alive)
         storage.remove_leftovers(root)
+        if not _has_begun(root):
+            _forget_shards(run, config)
         if not run.has("run.json"):
             run.commit(RunFacts(uuid.uuid4().hex, config.name, now_ms(), VERSION), "run.json")
         run.commit_bytes(dump_config(config).encode(), "config.yaml")
@@ -163,12 +166,29 @@ def _make_folder(root: str, runs_dir: str) -> None:
         raise UserError(f"runs_dir={runs_dir} cannot be written: {error.strerror}") from error
 
 
+def _changed(root: str, config: Config) -> list[str]:
+    """The settings in which a run's config differs from a new one; the folder's name may have changed."""
+    file = storage.join(root, "config.yaml")
+    return differences(load_begun(file), config, ignore=(*OPERATIONAL, "name")) if storage.exists(file) else []
+
+
+def _has_begun(root: str) -> bool:
+    """Whether a run holds more than what it says of itself and its shards, as one does that was refused before."""
+    return any(name not in EARLY for name in storage.list_folders(root))
+
+
+def _forget_shards(run: Run, config: Config) -> None:
+    """Remove the shards of a run that has made nothing else, where they may be those of other settings."""
+    if _changed(run.root, config):
+        run.remove_tree("shards")
+        if run.has("data.json"):
+            run.remove("data.json")
+
+
 def _check_config(root: str, config: Config) -> None:
-    if not storage.exists(storage.join(root, "config.yaml")):
-        return
-    before = load_begun(storage.join(root, "config.yaml"))
-    changed = differences(before, config, ignore=OPERATIONAL)
-    if changed:
+    changed = _changed(root, config)
+    if changed and _has_begun(root):
+        before = load_begun(storage.join(root, "config.yaml"))
         raise UserError(
             f"run '{root}' was started with other settings ({'; '.join(changed)}): use another name=..., also with "
             f"start.from={before.name}:0 to take its dense network and scan, or remove the folder to start over"

@@ -68,6 +68,10 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
     masked parameters. Source: the masked retraining of Han et al. 2015, section 3.1.
     """
     weights, named = matched(model, masks)
+    if not hasattr(optimizer, "param_groups") and not hasattr(optimizer, "optimizer"):
+        raise UserError(
+            f"optimizer is a {type(optimizer).__name__}: give the torch.optim.Optimizer that trains this model"
+        )
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning and Accelerate wrap it
     updated = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
     if not any(id(weight) in updated for weight in weights.values()):
@@ -77,6 +81,10 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
 
 def matched(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
     """The masked parameters of a model, and their masks, by name. Raises UserError for masks that do not fit it."""
+    if not isinstance(masks, Mapping):
+        raise UserError(
+            f"masks is a {type(masks).__name__}: give masks by the names of parameters, as masks_of(RUN) does"
+        )
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     named = {_plain(name): mask for name, mask in masks.items()}
     if not named:

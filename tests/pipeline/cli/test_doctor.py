@@ -43,6 +43,15 @@ def test_what_is_broken_is_named_with_a_remedy_and_code_1(
     assert "secateur sync RUN" in lines[1]
 
 
+def test_files_that_a_config_names_and_are_not_here_are_broken(tmp_path: Path, tiny: Callable[..., Config]) -> None:
+    config = tiny(**{"data.source": "folder", "data.root": str(tmp_path), "model.checkpoint": "/nowhere.pth"})
+    here, gone = doctor.files(config)
+    assert (here.state, gone.state) == ("ok", "broken")
+    assert gone.found == "model.checkpoint=/nowhere.pth is not here"
+    [elsewhere] = doctor.files(tiny(**{"model.checkpoint": "/nowhere.pth", "cluster.address": "10.0.0.1:10001"}))
+    assert elsewhere.state == "warning"
+
+
 def test_a_store_that_does_not_answer_is_broken_and_one_that_does_is_not(
     s3: str, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,13 @@ def test_a_change_of_weights_layers_or_class_is_another_network() -> None:
         pass
 
     known.add(given.digest(Mine(*network)))
-    assert len(known) == 4
+    mine = Mine(*network)
+    mine.scale = 2.0  # what its code computes with
+    known.add(given.digest(mine))
+    mine.get_parameter("0.weight").requires_grad_(False)
+    known.add(given.digest(mine))
+    assert len(known) == 6
+    assert given.digest(mine.train()) == given.digest(mine.eval())
 
 
 def test_a_network_of_half_precision_has_a_digest() -> None:

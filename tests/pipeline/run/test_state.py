@@ -136,19 +136,41 @@ def _stale(_: Path) -> bytes:
 
 
 def test_changed_settings_stop_with_the_keys_that_differ(tiny: Callable[..., Config]) -> None:
-    with open_run(tiny()):
-        pass
+    with open_run(tiny()) as here:
+        here.commit({}, "dense", "something.json")
     with pytest.raises(UserError, match=r"seed: 0 -> 5.*use another name"), open_run(tiny(seed=5)):
         pass
     with open_run(tiny(**{"cluster.workers": 2})):
         pass
 
 
+def test_a_run_that_has_made_nothing_takes_other_settings(tiny: Callable[..., Config]) -> None:
+    """As one that was refused before its first stage, or where its shards showed what was wrong."""
+    with open_run(tiny()) as first:
+        first.commit({}, "shards", "manifest.json")
+        first.commit({}, "log", "driver-0001.jsonl")
+        uid = first.read("run.json")["uid"]
+    with open_run(tiny(**{"cluster.workers": 2})) as same:
+        assert same.has("shards", "manifest.json")
+    with open_run(tiny(seed=5)) as other:
+        assert not other.has("shards", "manifest.json")
+        assert other.read("run.json")["uid"] == uid
+        assert config_of(other.root).seed == 5
+
+
+def test_a_run_whose_folder_was_renamed_is_the_same_run(tiny: Callable[..., Config]) -> None:
+    with open_run(tiny()) as here:
+        here.commit({}, "dense", "something.json")
+    moved = Path(here.root).rename(Path(here.root).with_name("moved"))
+    with open_run(config_of(moved)) as again:
+        assert again.has("dense", "something.json")
+
+
 def test_a_run_keeps_the_decoder_that_it_began_with(tiny: Callable[..., Config]) -> None:
     config, other = tiny(), tiny(**{"data.decoder": "pillow"})
     assert as_begun(config) is config  # there is no such run yet
-    with open_run(config):
-        pass
+    with open_run(config) as here:
+        here.commit({}, "dense", "something.json")
     file = Path(run_root(config), "config.yaml")
     assert as_begun(config) == config
     with pytest.raises(UserError, match=r"data\.decoder: 'turbo' -> 'pillow'"), open_run(as_begun(other)):
