@@ -392,7 +392,9 @@ def test_mistakes_after_a_run_are_one_sentence(pruned: secateur.Pruned, network:
 def test_images_of_16_bits_are_read_as_those_of_a_folder(tmp_path: Path) -> None:
     values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     samples = [(Image.fromarray(values), number % 2) for number in range(40)]
-    written = data_given.write({"train": samples, "val": samples, "test": samples}, str(tmp_path), Data(), 0, lambda *_: None)
+    written = data_given.write(
+        {"train": samples, "val": samples, "test": samples}, str(tmp_path), Data(), 0, lambda *_: None
+    )
     assert (written.channels, written.size) == (1, 8)
     config = Data(source="shards", root=written.root, size=8)
     split = loader.open_split(config, written.root, shards.load_manifest(written.root), "val")
