@@ -17,6 +17,7 @@ from pipeline.cli.messages import make_console
 from pipeline.cli.progress import Tracker, clock
 from pipeline.run.events import (
     Busy,
+    Doing,
     EpochEnded,
     Event,
     LevelMeasured,
@@ -86,8 +87,8 @@ def said(event: Event) -> str:
         case WorkersBegun(stage, attempt, workers):
             again = f", start {attempt}" if attempt > 1 else ""
             return f"{stage}: {workers} worker{'s' * (workers > 1)} began{again}"
-        case Paced() | Saved() | Mirrored() | Busy() | Outlined():
-            return ""  # for the log and for gauges
+        case Paced() | Saved() | Mirrored() | Busy() | Outlined() | Doing():
+            return ""  # for the log, for gauges, and for what is shown as going on
         case _:
             assert_never(event)
 

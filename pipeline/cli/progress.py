@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.results.words import duration, number, percent
 from pipeline.run.events import (
     SCANNED,
+    Doing,
     EpochEnded,
     Event,
     LevelMeasured,
@@ -90,6 +91,8 @@ class Tracker:
                 self._reached(phase, epoch.step / max(1, steps), when)
             case Paced(rank=rank, images_per_s=images_per_s):
                 self.images_per_s = images_per_s if rank == 0 else self.images_per_s
+            case Doing(text):
+                self.doing, self.share = text, None
             case Noted(text):
                 if not self.share:
                     self.doing = text

@@ -18,13 +18,13 @@ from pipeline.calibrate.statistics import statistics_for
 from pipeline.data.loader import EvalLoader
 from pipeline.network.activity import ActivationMeter
 from pipeline.network.survey import Prunable, survey
-from pipeline.prune import masks, round_plan
+from pipeline.prune import criteria, masks, round_plan
 from pipeline.prune.gradual import Gradual
 from pipeline.prune.round_plan import Goal, Standing
 from pipeline.rounds import attempts, before_retraining, campaign, comparison, retraining, sharing
 from pipeline.rounds.before_retraining import Pruned
 from pipeline.rounds.subject import Subject, open_subject
-from pipeline.run.events import Noted, RoundBegun
+from pipeline.run.events import Doing, Noted, RoundBegun
 from pipeline.run.layout import DENSE, handed_over, round_folder
 from pipeline.run.records import (
     BeforeRetraining,
@@ -140,6 +140,7 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
     plan, kept, fits = pruned
     gradual = gradually(subject, alive, goal, folder)
     rates = before_retraining.dropout_rates(session, model, plan.keep)
+    session.progress(Doing(f"{folder}: evaluated on val before retraining"))
     before = session.evaluate(model, "val").metrics()
     count, dead = sum(plan.keep.values()), plan.dead
     density = count / sum(mask.numel() for mask in kept.values())
@@ -148,6 +149,7 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
     if gradual:
         plan = run.load(RoundPlan, folder, "plan.json")
     guard(subject, kept, plan)
+    session.progress(Doing(f"{folder}: evaluated on val"))
     answers = session.evaluate(model, "val")
     against_dense = attempts.judge(session, answers)
     accepted = against_dense is None or campaign.accepts(against_dense, session.config.target)
@@ -189,7 +191,10 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
 def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str) -> Pruned:
     """Plan, mask, and do all that comes before retraining. With prune.gradual only plan: no weight is pruned yet."""
     session, model = subject.session, subject.model
-    gradual = session.config.prune.gradual
+    prune, gradual = session.config.prune, session.config.prune.gradual
+    if criteria.of(prune).statistic is not None:
+        samples = f"{prune.statistics_samples:,} train samples"
+        session.progress(Doing(f"{folder}: what prune.criterion={prune.criterion} needs is measured on {samples}"))
     needed = statistics_for(session, model, [*subject.dense])
     plan = plan_round(subject, alive, goal, needed)
     kept = alive if gradual else shared_masks(subject, plan, alive, needed)
@@ -200,6 +205,8 @@ def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: s
         session.run.commit(plan, folder, "plan.json")
     before_retraining.reinitialise(session, model, goal.generation)
     apply_masks(model, kept)
+    if before is not None:
+        session.progress(Doing(f"{folder}: layers are reconstructed on {prune.reconstruct_samples:,} train samples"))
     fits = before_retraining.reconstruct(session, model, before, kept)
     before_retraining.recalibrate(session, model)
     return Pruned(plan, kept, fits)

@@ -26,6 +26,13 @@ class Noted(Record):
 
 
 @dataclass(frozen=True)
+class Doing(Record):
+    """What is begun now, and may take a while; it is no line of its own."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class StageBegun(Record):
     """A stage begins, the `number`-th of `count`, or is skipped since it was finished before."""
 
@@ -183,6 +190,7 @@ class EpochEnded(Record):
 Event = (
     Warned
     | Noted
+    | Doing
     | StageBegun
     | Outlined
     | ShardsCounted

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from pipeline.cli.progress import Tracker
-from pipeline.run.events import EpochEnded, Event, LevelMeasured, Outlined, Paced, RoundBegun, StageBegun, Stepped
+from pipeline.run.events import (
+    Doing,
+    EpochEnded,
+    Event,
+    LevelMeasured,
+    Outlined,
+    Paced,
+    RoundBegun,
+    StageBegun,
+    Stepped,
+)
 from pipeline.run.records import Epoch, Level
 
 LEVEL = Level(
@@ -57,6 +67,17 @@ def test_what_is_left_follows_from_the_images_and_the_pace() -> None:
     assert later.left_s == pytest.approx(15.0)
     later(LevelMeasured("fc1.weight", LEVEL, 5, 10), 14.0)  # half of the scan in 6 s: 750 images in 12 s by now
     assert later.left_s == pytest.approx((150 + 1200) * 12 / 750)
+
+
+def test_what_is_begun_between_trainings_is_said() -> None:
+    tracker = told(*BEGIN, (4.0, epoch("dense", 2, 20, 20, 2)), (5.0, Doing("rounds/01: layers are reconstructed")))
+    assert (tracker.doing, tracker.share) == ("rounds/01: layers are reconstructed", None)
+    left = tracker.left_s
+    tracker(begun("rounds/01", 0.5), 90.0)  # it is none of the time that images take
+    tracker(Stepped("rounds/01", 5, 10), 90.0 + 0.75)
+    assert left is not None
+    assert tracker.left_s is not None
+    assert tracker.left_s < left
 
 
 def test_a_slow_beginning_is_forgotten() -> None:
