@@ -27,7 +27,7 @@ _RAY = (
 _TRAINING = ("pipeline/train/*", "pipeline/rounds/*", "pipeline/stages.py")
 _STORE = ("pipeline/storage/*",)
 _STREAM = ("pipeline/data/stream.py", "pipeline/data/cache.py", "pipeline/data/split.py", "pipeline/data/manifest.py")
-# What each file of fault tests covers, as patterns of paths. `make test` runs those of test_kept.py.
+# What each file of fault tests covers, as patterns of paths.
 COVERS: dict[str, tuple[str, ...]] = {
     "test_cancelled": (*_RAY, "pipeline/cli/*", "pipeline/stages.py", "pipeline/tracking/mirror.py"),
     "test_commands_on_s3": ("cluster/cli.py", "pipeline/storage/s3.py", "pipeline/export/*"),
@@ -42,6 +42,7 @@ COVERS: dict[str, tuple[str, ...]] = {
         "pipeline/local.py",
     ),
     "test_jobs": ("cluster/submit.py", "cluster/job_env.py", "cluster/connect.py"),
+    "test_kept": ("cluster/train.py", "cluster/engine.py", "pipeline/train/checkpoint.py"),
     "test_lost_workers": (*_RAY, "pipeline/train/roll.py", "pipeline/train/memory.py"),
     "test_mlflow_away": ("pipeline/tracking/*",),
     "test_mutated_configs": ("pipeline/settings/*", "pipeline/rounds/preflight.py", "pipeline/rounds/idle.py"),
