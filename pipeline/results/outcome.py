@@ -92,11 +92,11 @@ def rows_of(run: Contents, result: Result) -> list[tuple[str, str]]:
 
 
 def _against_given(test: OnTest) -> list[tuple[str, str]]:
-    """The drop against the dense network as it was given, where the verdict rests on the dense control."""
+    """The drop against the dense network as it was before the rounds, where the verdict rests on the dense control."""
     if test.against_dense is None:
         return []
     lost, (low, high) = test.dense.top1 - test.pruned.top1, test.against_dense.drop_ci95
-    return [("against the dense network as given", f"{better(lost)} (95% of the drop: {span(low, high)})")]
+    return [("against the dense network before the rounds", f"{better(lost)} (95% of the drop: {span(low, high)})")]
 
 
 def _bits(result: Result) -> list[tuple[str, str]]:
