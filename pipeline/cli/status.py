@@ -11,10 +11,10 @@ from pipeline.base.record import Record, plain
 from pipeline.cli.progress import Tracker
 from pipeline.cli.runs import FINISHED, NOT_ALWAYS, STAGES, last_ms, stage
 from pipeline.results.words import duration, moment, number
-from pipeline.run import lease
+from pipeline.run import ended, lease
 from pipeline.run.layout import trail
 from pipeline.run.log_lines import LogLines
-from pipeline.run.records import RunFacts
+from pipeline.run.records import Ended, RunFacts
 from pipeline.run.result import Result
 from pipeline.run.state import Run, now_ms
 from pipeline.settings.config import load_begun
@@ -25,7 +25,7 @@ class Status(Record):
     """Where a run stands. `rounds` is how many there are to be, where that is known; `accepted` of them are done.
 
     `doing` says what is done now, or was when the run stopped; `left_s` is about how many seconds are left of it all;
-    `held_by` is the process that writes, None where nobody does.
+    `held_by` is the process that writes, None where nobody does. `ended` is how and why the last one ended too early.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Status(Record):
     heard_ms: int | None
     compression: float | None = None
     verdict: str | None = None
+    ended: str | None = None
 
 
 def of(run_dir: str) -> Status:
@@ -76,7 +77,16 @@ def of(run_dir: str) -> Status:
         heard_ms=known,
         compression=result.compression if result else None,
         verdict=result.verdict if result else None,
+        ended=_ended(run),
     )
+
+
+def _ended(run: Run) -> str | None:
+    if not run.has(ended.FILE):
+        return None
+    last = run.load(Ended, ended.FILE)
+    kind, found, why = last.why.partition(": ")  # the error's class, which says little to people
+    return f"{last.how}: {why if found and kind.isidentifier() else last.why}"
 
 
 def show(run_dir: str, as_json: bool) -> None:
@@ -107,6 +117,8 @@ def lines(found: Status) -> list[str]:
         said.append(f"left: about {duration(found.left_s)} at the pace so far")
     if found.verdict is not None:
         said.append(f"verdict: {found.verdict} at {number(found.compression)}×")
+    if found.ended and not found.held_by and not found.verdict:
+        said.append(f"the last process {found.ended}")
     at_it = found.held_by or ("nobody" if found.verdict else "nobody; the command that started it goes on")
     said.append(f"at it: {at_it}")
     if found.heard_ms is not None:

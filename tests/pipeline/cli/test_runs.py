@@ -111,6 +111,15 @@ def test_a_status_says_where_a_run_stands_and_who_is_at_it(tmp_path: Path) -> No
         status.of(str(tmp_path))
 
 
+def test_a_status_says_why_the_last_process_ended(tmp_path: Path) -> None:
+    root = stopped(tmp_path)
+    put(root / "ended.json", {"how": "failed", "why": "UserError: target.compression=1e9: too much", "ms": 5})
+    said = status.lines(status.of(str(root)))
+    assert "the last process failed: target.compression=1e9: too much" in said
+    with held(root):
+        assert not [line for line in status.lines(status.of(str(root))) if line.startswith("the last process")]
+
+
 def test_a_process_that_has_the_number_of_a_dead_writer_is_not_at_the_run(tmp_path: Path) -> None:
     root = stopped(tmp_path)
     with held(root):
