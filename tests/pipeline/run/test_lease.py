@@ -244,8 +244,8 @@ def test_a_run_whose_lease_was_removed_stops(remote: Tiny) -> None:
 
 
 def test_changed_settings_stop_and_leave_the_lease(remote: Tiny) -> None:
-    with open_run(remote()):
-        pass
+    with open_run(remote()) as here:
+        here.commit({}, "dense", "something.json")
     before = lease_of(remote())
     with pytest.raises(UserError, match=r"seed: 0 -> 5.*use another name"), open_run(remote(seed=5)):
         pass
