@@ -65,7 +65,8 @@ class Server:
             self._home.mkdir(parents=True, exist_ok=True)
         from mlflow.tracking import MlflowClient
 
-        for name in ("alembic", "mlflow.store.db.utils"):  # "Creating initial MLflow database tables...", and 60 more
+        # "Creating initial MLflow database tables...", and 60 more; "Validating input example..." of each model.
+        for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
             logging.getLogger(name).setLevel(logging.WARNING)
         return MlflowClient(tracking_uri=uri)
 
