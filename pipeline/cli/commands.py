@@ -16,6 +16,7 @@ from pipeline.cli.display import Display
 from pipeline.cli.messages import make_console
 from pipeline.engine import Engine
 from pipeline.export.bench import Bench, bench_run
+from pipeline.export.latency import LEAST
 from pipeline.export.load import require_known_code
 from pipeline.network.build import build_network
 from pipeline.results import budgets, figures, final, plots
@@ -163,6 +164,8 @@ def show_options(config: Config, compressions: str, figure: str | None) -> None:
 
 def bench(run_dir: str | Path, repeats: int, batches: Sequence[int], trust_code: bool = False) -> Bench:
     """Export and measure a finished run's networks on this machine, and tell its result and report."""
+    if repeats < LEAST:
+        raise UserError(f"repeats={repeats}: give at least {LEAST}")
     config = config_of(run_dir)
     require_known_code(config, run_dir, trust_code)
     configure_process(config.threads, config.reproducible)

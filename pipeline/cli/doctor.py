@@ -89,8 +89,7 @@ def gpu(config: Config | None) -> Iterator[Finding]:
         yield Finding("GPU", "broken", f"{len(hardware)} here, and torch sees none", remedy.capitalize())
     elif wanted:
         remedy = "Set device=auto and cluster.gpus_per_worker=0, or run it where the GPUs are"
-        state: Literal["broken", "warning"] = "warning" if _elsewhere(config) else "broken"
-        yield Finding("GPU", state, "none here, and the config asks for one", remedy)
+        yield Finding("GPU", _missing(config), "none here, and the config asks for one", remedy)
     else:
         yield Finding("GPU", "ok", "none here: trainings use the CPU")
 
@@ -157,8 +156,9 @@ def files(config: Config | None) -> Iterator[Finding]:
         if storage.local_path(place).exists():
             yield Finding("files", "ok", f"{setting}={place} is here")
             continue
-        state: Literal["broken", "warning"] = "warning" if _elsewhere(config) else "broken"
-        yield Finding("files", state, f"{setting}={place} is not here", f"Set {setting} to where it lies on every node")
+        yield Finding(
+            "files", _missing(config), f"{setting}={place} is not here", f"Set {setting} to where it lies on every node"
+        )
 
 
 def s3(config: Config | None) -> Iterator[Finding]:
@@ -199,9 +199,9 @@ def mlflow(config: Config | None) -> Iterator[Finding]:
         yield Finding("MLflow", "broken", str(error), "A run goes on without it; `secateur sync RUN` mends that later")
 
 
-def _elsewhere(config: Config | None) -> bool:
-    """Whether the work is done on other machines than this one."""
-    return config is not None and config.cluster.place != "local"
+def _missing(config: Config | None) -> Literal["broken", "warning"]:
+    """How bad it is that this machine lacks something: less, where the work is done on others."""
+    return "warning" if config is not None and config.cluster.place != "local" else "broken"
 
 
 def _required() -> list[str]:

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves  # noqa: PLC2701 (torch has no publi
 
 from pipeline.network.modes import evaluating
 
+ROUNDING = 1e-2  # what passes for rounding (TF32 rounds to 1e-3)
 TINY = 1e-6  # outputs that are all smaller are compared with this
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
 from pipeline.network import heads
-from pipeline.network.apart import apart
+from pipeline.network.apart import ROUNDING, apart
 from pipeline.network.build import FOREIGN
 from pipeline.network.follow import Follower
 from pipeline.network.heads import FewerHeads
@@ -33,8 +33,8 @@ from pipeline.network.trace import Traced, flatten_calls, graph_of, resize_calls
 from pipeline.network.weights import load_weights
 
 FORMAT = "secateur compact 1"
-ROUNDING, COARSE = 1e-2, 5e-2  # of the largest output, in FULL precision and in any other
 FULL = (torch.float32, torch.float64)
+COARSE = 5e-2  # what passes for rounding in any other precision
 _SIZES = TypeAdapter(dict[str, dict[int, int]])
 
 
@@ -189,7 +189,7 @@ def rebuild(model: nn.Module, path: str | Path) -> nn.Module:
 def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Give the layers, norms, PReLUs and attention of a network the sizes of the tensors named in `shapes`."""
     for name, part in reversed([*model.named_modules()]):  # attention after the layer that it holds
-        attention = type(part) in (*ATTENTION, FewerHeads)
+        attention = type(part) in heads.KINDS
         if not attention and not isinstance(part, (*LAYERS, *BATCH_NORMS, nn.PReLU)):
             continue
         names = heads.PROJECTION if attention else CHANNELWISE

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.network.layers import ATTENTION
+
 PROJECTION = ("in_proj_weight", "in_proj_bias")  # to queries, keys and values
 
 
@@ -36,6 +38,9 @@ class FewerHeads(nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2)).transpose(0, batch), None
+
+
+KINDS = (*ATTENTION, FewerHeads)
 
 
 def refit(attention: nn.MultiheadAttention) -> None:

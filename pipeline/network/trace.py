@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves  # noqa: PLC2701 (torch has no public name for it)
 
 from pipeline.base.names import few
-from pipeline.network.heads import FewerHeads
-from pipeline.network.layers import ATTENTION, LAYERS
+from pipeline.network import heads
+from pipeline.network.layers import LAYERS
 from pipeline.network.operations import UNFLATTENS, named_sizes
 
 # What tracing raises where the Python code looks into a tensor, or into an input that is no tensor.
@@ -49,7 +49,7 @@ class _Tracer(fx.Tracer):
         self._whole, self._one_input = {id(leaf) for leaf in leaves}, one_input
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = id(m) in self._whole or type(m) in (*ATTENTION, FewerHeads)
+        whole = id(m) in self._whole or type(m) in heads.KINDS
         return whole or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(

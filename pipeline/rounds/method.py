@@ -191,10 +191,10 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
 def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: str) -> Pruned:
     """Plan, mask, and do all that comes before retraining. With prune.gradual only plan: no weight is pruned yet."""
     session, model = subject.session, subject.model
-    prune, gradual = session.config.prune, session.config.prune.gradual
-    if criteria.of(prune).statistic is not None:
-        samples = f"{prune.statistics_samples:,} train samples"
-        session.progress(Doing(f"{folder}: what prune.criterion={prune.criterion} needs is measured on {samples}"))
+    settings, gradual = session.config.prune, session.config.prune.gradual
+    if criteria.of(settings).statistic is not None:
+        samples = f"{settings.statistics_samples:,} train samples"
+        session.progress(Doing(f"{folder}: what prune.criterion={settings.criterion} needs is measured on {samples}"))
     needed = statistics_for(session, model, [*subject.dense])
     plan = plan_round(subject, alive, goal, needed)
     kept = alive if gradual else shared_masks(subject, plan, alive, needed)
@@ -206,7 +206,7 @@ def prune_once(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: s
     before_retraining.reinitialise(session, model, goal.generation)
     apply_masks(model, kept)
     if before is not None:
-        session.progress(Doing(f"{folder}: layers are reconstructed on {prune.reconstruct_samples:,} train samples"))
+        session.progress(Doing(f"{folder}: layers are reconstructed on {settings.reconstruct_samples:,} train samples"))
     fits = before_retraining.reconstruct(session, model, before, kept)
     before_retraining.recalibrate(session, model)
     return Pruned(plan, kept, fits)

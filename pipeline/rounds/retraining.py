@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.base import blame
 from pipeline.base.errors import UserError
 from pipeline.network import dropout
-from pipeline.network.apart import apart
+from pipeline.network.apart import ROUNDING, apart
 from pipeline.network.build import FOREIGN
 from pipeline.network.groups import Groups
 from pipeline.network.shrink import Small, shrink
@@ -29,7 +29,6 @@ from pipeline.train.session import Session
 
 SETTING = "prune.shrink_between_rounds=true"
 SAMPLES = 2  # that the small network is tried with; batch norm needs more than one
-ROUNDING = 1e-2  # of the largest output (TF32 rounds to 1e-3): by how much the small network's may differ
 
 
 def retrain(

@@ -22,8 +22,8 @@ from pipeline.run.records import RunFacts, StageMarker
 from pipeline.settings.config import UNHASHED, Config, differences, dump_config, load_begun
 from pipeline.settings.pruning import Start
 
-# Settings that change how a run is carried out, but not its results. They may differ when it resumes.
 EARLY = ("log", "course", "machines", "ray", "shards")  # folders of a run that has made nothing yet
+# Settings that change how a run is carried out, but not its results. They may differ when it resumes.
 OPERATIONAL = (
     "runs_dir", "cluster", "tracking", "data.decode_threads", "data.cache_bytes", "data.cache_dir",
     "data.cache_disk_bytes", *UNHASHED,
@@ -130,8 +130,8 @@ def open_run(config: Config, tell: Callable[[str], None] = warnings.warn) -> Ite
     with lease.hold(root, config.cluster.lease_seconds, lambda: _check_config(root, config), tell) as held:
         run = Run(root, held.fence, held.token, held.alive)
         storage.remove_leftovers(root)
-        if not _has_begun(root):
-            _forget_shards(run, config)
+        if _changed(root, config):  # of a run that has made nothing but shards: see _check_config
+            _forget_shards(run)
         if not run.has("run.json"):
             run.commit(RunFacts(uuid.uuid4().hex, config.name, now_ms(), VERSION), "run.json")
         run.commit_bytes(dump_config(config).encode(), "config.yaml")
@@ -177,15 +177,15 @@ def _has_begun(root: str) -> bool:
     return any(name not in EARLY for name in storage.list_folders(root))
 
 
-def _forget_shards(run: Run, config: Config) -> None:
-    """Remove the shards of a run that has made nothing else, where they may be those of other settings."""
-    if _changed(run.root, config):
-        run.remove_tree("shards")
-        if run.has("data.json"):
-            run.remove("data.json")
+def _forget_shards(run: Run) -> None:
+    """Remove shards that may be those of other settings."""
+    run.remove_tree("shards")
+    if run.has("data.json"):
+        run.remove("data.json")
 
 
 def _check_config(root: str, config: Config) -> None:
+    """Raise UserError where a run that has made something was begun with other settings."""
     changed = _changed(root, config)
     if changed and _has_begun(root):
         before = load_begun(storage.join(root, "config.yaml"))

@@ -68,11 +68,11 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
     masked parameters. Source: the masked retraining of Han et al. 2015, section 3.1.
     """
     weights, named = matched(model, masks)
-    if not hasattr(optimizer, "param_groups") and not hasattr(optimizer, "optimizer"):
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning and Accelerate wrap it
+    if not hasattr(inner, "param_groups"):
         raise UserError(
             f"optimizer is a {type(optimizer).__name__}: give the torch.optim.Optimizer that trains this model"
         )
-    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning and Accelerate wrap it
     updated = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
     if not any(id(weight) in updated for weight in weights.values()):
         raise UserError("the optimizer holds none of the masked parameters: give the optimizer that trains this model")

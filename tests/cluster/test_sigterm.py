@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 import yaml
@@ -25,13 +22,6 @@ def written(folder: Path, **changes: object) -> tuple[Path, Config]:
     return path, commands.load(path, None)
 
 
-def stop(run: Started) -> None:
-    """Two signals, the second while the run is ending."""
-    os.kill(run.process.pid, signal.SIGTERM)
-    time.sleep(0.3)
-    os.kill(run.process.pid, signal.SIGTERM)
-
-
 def test_without_ray_on_s3_the_lease_is_given_back_and_mlflow_is_told(s3: str, tmp_path: Path) -> None:
     """While shards are written; MLflow is only being imported then."""
     path, config = written(
@@ -46,7 +36,7 @@ def test_without_ray_on_s3_the_lease_is_given_back_and_mlflow_is_told(s3: str, t
     run = Started(tmp_path / "log.txt", [sys.executable, "-m", "pipeline", "run", str(path)])
     try:
         run.wait(lambda: "shards: shard train-" in run.output)
-        stop(run)
+        run.stop()
         run.finish(130)
     finally:
         run.kill()

@@ -69,6 +69,13 @@ class Started:
         assert found == code, self.output
         return time.monotonic() - self.started
 
+    def stop(self) -> None:
+        """SIGTERM, and a second one while it ends."""
+        os.kill(self.process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGTERM)
+
     def kill(self) -> None:
         """SIGKILL it, if it lives."""
         self.process.kill()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -152,10 +150,7 @@ def terminated(started: Started, ready: Callable[[], object], code: int = 130) -
     try:
         started.wait(ready)
         since = time.monotonic()
-        os.kill(started.process.pid, signal.SIGTERM)
-        time.sleep(0.3)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(started.process.pid, signal.SIGTERM)
+        started.stop()
         started.finish(code)
     finally:
         started.kill()
