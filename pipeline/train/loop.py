@@ -196,7 +196,7 @@ class Training:
         step = self.position.step
         self.world.at(f"step {step} of {self.phase}")
         # Dropout draws from the step alone, so a resumed training draws what the undisturbed one drew.
-        torch.manual_seed(seeding.derive(self.config.seed, "dropout", self.order, step, self.world.rank))
+        self.world.seed(seeding.derive(self.config.seed, "dropout", self.order, step, self.world.rank))
         rate = recipe.finite_rate(self.settings, step, self.loader.steps_per_epoch, self.phase)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -53,6 +53,13 @@ def test_an_update_in_parts_is_the_same(parts: int, small_session: Session) -> N
     torch.testing.assert_close(split.tally.here, whole.tally.here)
 
 
+def test_dropout_draws_what_torchs_own_seed_gives(small_session: Session) -> None:
+    torch.manual_seed(2**62 + 5)
+    expected = torch.rand(8)
+    small_session.world.seed(2**62 + 5)
+    assert torch.equal(torch.rand(8), expected)
+
+
 def test_a_pruned_weight_stays_zero(small_session: Session) -> None:
     mask = torch.arange(200).view(10, 20) % 2 == 0
     made = training(small_session, {NAME: mask})
