@@ -84,10 +84,10 @@ def add_l1(weights: Sequence[nn.Parameter], strength: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: `fc1.weight/momentum_buffer`."""
+    """The optimizer's state as named tensors: `fc1.weight/momentum_buffer`. They are its own: copy what is to last."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{names[index]}/{key}": value.detach().clone()
+        f"{names[index]}/{key}": value.detach()
         for index, slots in state.items()
         for key, value in slots.items()
         if isinstance(value, Tensor)
@@ -95,7 +95,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) ->
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
-    """Load the tensors that `optimizer_tensors` returned."""
+    """Load the tensors that `optimizer_tensors` returned.
+
+    Each is laid out in memory as its parameter is (channels last, say): fused optimizers go through both in one order.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, _, key = name.rpartition("/")
@@ -103,6 +106,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str
     whole = optimizer.state_dict()
     whole["state"] = state
     optimizer.load_state_dict(whole)
+    for parameter, slots in optimizer.state.items():
+        for key, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                slots[key] = torch.empty_like(parameter).copy_(value)
 
 
 def momentum_buffers(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> list[list[Tensor]]:
@@ -110,7 +117,7 @@ def momentum_buffers(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Para
     return [
         [
             value
-            for value in optimizer.state[weight].values()
+            for value in optimizer.state.get(weight, {}).values()  # never [weight]: it would add an empty entry
             if isinstance(value, Tensor) and value.shape == weight.shape
         ]
         for weight in weights

@@ -20,7 +20,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
@@ -85,6 +85,15 @@ def test_it_is_masked_sgd_to_the_bit() -> None:
             model(torch.tensor([[2.0, 8.0]])).sum().backward()
             optimizer.step()
             assert model.weight.tolist() == [[expected, 0.0]]
+
+
+def test_an_optimizer_of_some_of_the_masked_weights_can_still_be_saved() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1, momentum=0.9)
+    hold(model, half(model), optimizer)
+    assert optimizer.state_dict()["state"] == {}
+    step(model, optimizer)
+    assert optimizer.state_dict()["state"].keys() == {0, 1}
 
 
 def test_a_wrapped_model_is_held_by_the_names_of_the_plain_one() -> None:

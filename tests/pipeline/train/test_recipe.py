@@ -9,6 +9,7 @@ import torch
 
 from pipeline.settings.training import Retrain, Train
 from pipeline.train import recipe
+from pipeline.train.checkpoint import plain_tensors
 
 
 def train(**settings: Any) -> Train:
@@ -57,15 +58,16 @@ def test_l1_adds_the_sign_of_each_weight() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_an_optimizer_put_back_makes_the_same_next_step(name: str) -> None:
-    def fresh() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_optimizer_put_back_makes_the_same_next_step(name: str, layout: torch.memory_format) -> None:
+    def fresh() -> tuple[torch.nn.Conv2d, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model = torch.nn.Linear(3, 2)
-        return model, recipe.make_optimizer(train(optimizer=name, lr=0.1), list(model.parameters()))
+        model = torch.nn.Conv2d(2, 3, 3).to(memory_format=layout)
+        return model, recipe.make_optimizer(train(optimizer=name, lr=0.1, momentum=0.9), list(model.parameters()))
 
-    def step(model: torch.nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+    def step(model: torch.nn.Conv2d, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
-        model(torch.ones(1, 3)).square().sum().backward()
+        model(torch.arange(18.0).view(1, 2, 3, 3)).square().sum().backward()
         optimizer.step()
 
     model, optimizer = fresh()
@@ -73,7 +75,7 @@ def test_an_optimizer_put_back_makes_the_same_next_step(name: str) -> None:
     other, second = fresh()
     other.load_state_dict(model.state_dict())
     names = [key for key, _ in model.named_parameters()]
-    saved = {key: value.clone() for key, value in recipe.optimizer_tensors(optimizer, names).items()}
+    saved = plain_tensors(recipe.optimizer_tensors(optimizer, names))  # as a checkpoint holds them: in one layout
     recipe.load_optimizer_tensors(second, names, saved)
     step(model, optimizer)
     step(other, second)
