@@ -24,6 +24,7 @@ from pipeline.train.session import Session, open_session
 from pipeline.train.world import World, configure_process
 
 SIZES = (1, 2, 3, 4)
+UNEVEN = (1, 3)
 STEPS = 50
 BATCH = 64
 
@@ -82,11 +83,19 @@ def noisy(session: Session) -> dict[str, Any]:
     return {"top1": position.history[-1].val_top1, "order": [epoch.order for epoch in position.history]}
 
 
-def process(rank: int, folder: str, configs: list[Config], run: Run, what: str) -> None:
-    """What each of four processes does: it takes part in every world that is large enough to have its rank."""
+def normed(session: Session) -> dict[str, Any]:
+    """An epoch with batch norm; what its layers know of the samples then."""
+    model = session.new_model()
+    settings = session.config.dense.model_copy(update={"epochs": 1})
+    Training(session, model, settings, f"normed-{session.world.size}", "order", []).fit()
+    return {name: buffer.tolist() for name, buffer in model.named_buffers()}
+
+
+def process(rank: int, folder: str, configs: list[Config], run: Run, what: str, sizes: tuple[int, ...]) -> None:
+    """What each process does: it takes part in every world that is large enough to have its rank."""
     torch.set_num_threads(1)
     for number, config in enumerate(configs):
-        for size in SIZES:
+        for size in sizes:
             if rank >= size:
                 continue
             configure_process(config.threads)
@@ -94,41 +103,58 @@ def process(rank: int, folder: str, configs: list[Config], run: Run, what: str) 
                 store = f"file://{folder}/store-{number}-{size}"
                 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
             world = World(rank, size, torch.device("cpu"))
-            found = {"exact": exact, "noisy": noisy}[what](open_session(config, world, run, unheard))
+            found = {"exact": exact, "noisy": noisy, "normed": normed}[what](open_session(config, world, run, unheard))
             Path(folder, f"{number}-{size}-{rank}.json").write_text(json.dumps(found))
             if size > 1:
                 dist.destroy_process_group()
 
 
-def train(session: Session, folder: Path, what: str, *changes: dict[str, Any]) -> list[dict[int, dict[str, Any]]]:
+def train(
+    session: Session, folder: Path, what: str, *changes: dict[str, Any], sizes: tuple[int, ...] = SIZES
+) -> list[dict[int, dict[str, Any]]]:
     """For each change of the config, what rank 0 of each world size found."""
     tree = session.config.model_dump(mode="json")
     configs = [parse_config({**tree, **change}) for change in changes]
-    mp.spawn(process, (str(folder), configs, session.run, what), nprocs=max(SIZES))
+    mp.spawn(process, (str(folder), configs, session.run, what, sizes), nprocs=max(sizes))
     return [
-        {size: json.loads((folder / f"{number}-{size}-0.json").read_text()) for size in SIZES}
+        {size: json.loads((folder / f"{number}-{size}-0.json").read_text()) for size in sizes}
         for number in range(len(configs))
     ]
 
 
-def test_every_world_size_takes_the_same_updates(small_session: Session, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [UNEVEN, pytest.param(SIZES, marks=pytest.mark.faults)])
+def test_every_world_size_takes_the_same_updates(
+    sizes: tuple[int, ...], small_session: Session, tmp_path: Path
+) -> None:
     dense = small_session.config.dense.model_dump() | {
         "batch_size": BATCH, "checkpoint_steps": 1, "epochs": 4, "lr": 0.2,
     }  # fmt: skip
     settings = {**dense, "distill": 0.3, "clip_norm": 0.3}
     found, parts = train(
-        small_session, tmp_path, "exact", {"retrain": settings}, {"retrain": {**settings, "accumulate": 3}}
+        small_session,
+        tmp_path,
+        "exact",
+        {"retrain": settings},
+        {"retrain": {**settings, "accumulate": 3}},
+        sizes=sizes,
     )
-    curves = {size: np.array(found[size]["losses"]) for size in SIZES}
+    curves = {size: np.array(found[size]["losses"]) for size in sizes}
     assert len(curves[1]) == STEPS
     assert curves[1][-5:].mean() < 0.8 * curves[1][:5].mean()  # there is something to agree on
-    assert all(found[size]["order"] == found[1]["order"] for size in SIZES)
-    apart = {size: float(np.abs(curves[size] - curves[1]).max()) for size in SIZES[1:]}
+    assert all(found[size]["order"] == found[1]["order"] for size in sizes)
+    apart = {size: float(np.abs(curves[size] - curves[1]).max()) for size in sizes[1:]}
     print(f"largest difference of a loss over {STEPS} updates, by world size: {apart}")
     assert max(apart.values()) < 1e-6
-    for size in SIZES:  # computed in three parts, which do not divide the shares evenly
+    for size in sizes:  # computed in three parts, which do not divide the shares evenly
         assert np.abs(np.array(parts[size]["losses"]) - curves[1]).max() < 1e-6
         assert parts[size]["order"] == found[1]["order"]
+
+
+def test_all_ranks_measure_val_with_the_statistics_that_are_saved(small_session: Session, tmp_path: Path) -> None:
+    train(small_session, tmp_path, "normed", {}, sizes=UNEVEN)
+    first, *others = [json.loads((tmp_path / f"0-3-{rank}.json").read_text()) for rank in range(3)]
+    assert any(name.endswith("running_mean") for name in first)
+    assert others == [first, first]
 
 
 @pytest.mark.faults
