@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.base.errors import UserError
 from pipeline.base.seeding import derive, generator
-from pipeline.data import placement
+from pipeline.data import placement, stream
 from pipeline.data.split import Batch, Numbers, Split, open_split
 from pipeline.data.stream import Raw
 from pipeline.settings.data import Data
@@ -49,10 +49,15 @@ class TrainLoader:
 
         def read() -> Iterator[Raw]:
             readers = [self._read_lane(lane, start_step) for lane in lanes]
-            for _ in range(start_step, self.steps_per_epoch):
+            try:
+                begun = stream.begun(readers) if split.distant else readers
+                for _ in range(start_step, self.steps_per_epoch):
+                    for reader in begun:
+                        for _ in range(self.micro):
+                            yield next(reader)
+            finally:
                 for reader in readers:
-                    for _ in range(self.micro):
-                        yield next(reader)
+                    stream.close(reader)
 
         return split.batches(order(), read, derive(self.seed, "augment", epoch))
 
@@ -63,7 +68,10 @@ class TrainLoader:
         place[lane.order] = np.arange(len(lane.order))
         begin = placement.resume_point(lane.order, first)
         needed = begin + np.flatnonzero((place[begin:] >= first) & (place[begin:] < last))
-        return self.split.read(lane.line[needed], place[needed] - first)
+        wanted, places = lane.line[needed], place[needed] - first
+        return (
+            self.split.read_ahead(wanted, places, self.micro) if self.split.distant else self.split.read(wanted, places)
+        )
 
 
 class EvalLoader:

@@ -123,15 +123,13 @@ def batch_indices(
 def stratified(labels: NDArray[np.int64], total: int, stream: np.random.Generator) -> NDArray[np.int64]:
     """`total` places of `labels`, sorted, each class in proportion (largest remainder, ties to the lower class)."""
     assert 0 <= total <= len(labels), (total, len(labels))
-    classes, members = np.unique(labels, return_counts=True)
+    members = np.unique(labels, return_counts=True)[1]
     # Exact in integers: share = total * members / n; the remainders of that division are compared, not floats.
     counts, remainders = np.divmod(total * members.astype(np.int64), max(len(labels), 1))
     first = np.argsort(-remainders, kind="stable")[: total - int(counts.sum())]
     counts[first] += 1
-    chosen = [
-        stream.permutation(np.flatnonzero(labels == label))[:count]
-        for label, count in zip(classes, counts, strict=True)
-    ]
+    places = np.split(np.argsort(labels, kind="stable"), np.cumsum(members)[:-1])  # of each class, rising
+    chosen = [stream.permutation(part)[:count] for part, count in zip(places, counts, strict=False)]
     return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
 
 

@@ -7,7 +7,7 @@ import itertools
 import tarfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ R = TypeVar("R")
 Item = dict[str, Any]  # what WebDataset's stages pass on
 Members = Item  # one sample: __key__, __url__, then suffix -> bytes
 _END: Any = object()
+_AT_ONCE = 4096  # numbers of a long array that are Python's at a time: each takes 4 times the memory then
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,20 @@ def reorder(places: NDArray[np.int64], items: Iterable[T]) -> Iterator[T]:
     """Give input i out as output places[i]; `places` is a permutation."""
     waiting: dict[int, T] = {}
     due = 0
-    for place, item in zip(places.tolist(), items, strict=True):
+    pieces = (places[start : start + _AT_ONCE].tolist() for start in range(0, len(places), _AT_ONCE))
+    for place, item in zip(itertools.chain.from_iterable(pieces), items, strict=True):
         waiting[place] = item
         while due in waiting:
             yield waiting.pop(due)
             due += 1
     assert not waiting, len(waiting)
+
+
+def begun(readers: Sequence[Iterator[T]]) -> list[Iterator[T]]:
+    """The same readers, which wait for their first items side by side, each in a thread."""
+    with ThreadPoolExecutor(len(readers) or 1, thread_name_prefix="secateur-data") as pool:
+        firsts = pool.map(lambda reader: list(itertools.islice(reader, 1)), readers)
+        return [itertools.chain(first, reader) for first, reader in zip(firsts, readers, strict=True)]
 
 
 def chunks(items: Iterable[T], count: int) -> Iterator[list[T]]:
@@ -174,7 +183,7 @@ def prefetch(items: Iterator[T], ahead: int) -> Generator[T, None, None]:
     try:
         yield from ordered_map(lambda _: next(items, _END), itertools.repeat(None), threads=1, ahead=ahead)
     finally:
-        _close(items)
+        close(items)
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Generator[R, None, None]:
@@ -199,10 +208,10 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int, ah
             yield result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        _close(source)
+        close(source)
 
 
-def _close(items: Iterator[Any]) -> None:
+def close(items: Iterator[Any]) -> None:
     """Close a generator now, and with it the files and threads that it holds."""
     if isinstance(items, Generator):
         items.close()

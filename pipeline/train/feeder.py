@@ -32,6 +32,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _sent(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, torch.cuda.Event]]:
+    torch.cuda.set_device(device)  # of this thread, which would else begin on GPU 0, and take memory there
     own = _stream(device)
 
     def copied(tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Tied:
     """Keeps the weights of each centroid equal, to the bit, on every rank. `shared` is by parameter name."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], shared: Mapping[str, Sharing]) -> None:
-        self._all = [(parameters[name], sharing) for name, sharing in shared.items()]
+        self._all = [(parameters[name], sharing, sharing.first) for name, sharing in shared.items()]
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -39,21 +39,22 @@ class Tied:
         The learning rate of a centroid is so that of the recipe divided by its number of weights: a sum over thousands
         of them would leave the range in which the recipe's rate is stable. The sums are made in one order everywhere.
         """
-        for parameter, sharing in self._all:
+        for parameter, sharing, _ in self._all:
             if parameter.grad is not None:
                 members = parameter.grad.contiguous().view(-1)[sharing.members]
-                put(parameter.grad, sharing, torch.segment_reduce(members, "mean", lengths=sharing.sizes))
+                # `unsafe`: without checks of the lengths, for which the host would wait for the device.
+                put(parameter.grad, sharing, torch.segment_reduce(members, "mean", lengths=sharing.sizes, unsafe=True))
 
     @torch.no_grad()
     def tie(self) -> None:
         """Give each weight the value of its centroid's first weight."""
-        for parameter, sharing in self._all:
-            put(parameter, sharing, parameter.detach().contiguous().view(-1)[sharing.first])
+        for parameter, sharing, first in self._all:
+            put(parameter, sharing, parameter.detach().contiguous().view(-1)[first])
 
 
 @torch.no_grad()
 def put(tensor: Tensor, sharing: Sharing, values: Tensor) -> None:
     """Set the weights of each centroid to its value, and all others to 0; `values` has one a centroid."""
     flat = tensor.new_zeros(tensor.numel())
-    flat[sharing.members] = values.to(flat).repeat_interleave(sharing.sizes)
+    flat[sharing.members] = values.to(flat).repeat_interleave(sharing.sizes, output_size=len(sharing.members))
     tensor.copy_(flat.view(tensor.shape))

@@ -135,6 +135,7 @@ def configure_process(threads: int, reproducible: bool = True) -> None:
     torch.set_num_threads(threads)
     # use_deterministic_algorithms would import torch._inductor: 3 s
     torch.set_deterministic_debug_mode("warn" if reproducible else "default")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # else written twice
     torch.backends.cudnn.benchmark = not reproducible
     torch.backends.cuda.matmul.allow_tf32 = not reproducible
     torch.backends.cudnn.allow_tf32 = not reproducible
@@ -146,6 +147,7 @@ def configured(threads: int, reproducible: bool = True) -> Iterator[None]:
     held, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices):
@@ -155,6 +157,7 @@ def configured(threads: int, reproducible: bool = True) -> Iterator[None]:
         torch.set_num_threads(held)
         torch.set_deterministic_debug_mode(mode)
         cudnn.benchmark, matmul.allow_tf32, cudnn.allow_tf32 = before
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def current_world(device: torch.device) -> World:

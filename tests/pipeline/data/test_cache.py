@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from web_server import Quiet, serving
 
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.data import cache as caching
 from pipeline.data import loader, push, shards
 from pipeline.data.cache import Cache, Entry
+from pipeline.data.loader import Batch
 from pipeline.settings.config import Config
 from pipeline.storage import s3 as boto
 
@@ -219,6 +223,67 @@ def test_a_stream_from_s3_is_the_stream_from_disk(pushed: str, tiny: Tiny, tmp_p
 
     assert batches(pushed) == batches(str(tmp_path / "shards"))
     assert (tmp_path / "cache").exists() == cached
+
+
+class Slow(Quiet):
+    """Serves the files of a folder, whole or in ranges, each answer after a while; counts those under way."""
+
+    folder: Path
+    under_way: set[int] = set()
+    most = 0
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self.under_way.add(threading.get_ident())
+        type(self).most = max(self.most, len(self.under_way))
+        time.sleep(0.05)
+        self._answer(body=True)
+        self.under_way.discard(threading.get_ident())
+
+    def _answer(self, body: bool) -> None:
+        file = self.folder / self.path.lstrip("/")
+        if not file.is_file():
+            self.send_error(404)
+            return
+        content, start = file.read_bytes(), 0
+        stop = len(content)
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, stop = int(wanted[1]), min(stop, int(wanted[2] or stop) + 1)
+        self.send_response(206 if wanted else 200)
+        self.send_header("ETag", f'"{len(content)}"')
+        self.send_header("Content-Length", str(stop - start))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+        self.end_headers()
+        if body:
+            self.wfile.write(content[start:stop])
+
+
+def test_lanes_of_a_distant_root_wait_for_their_requests_side_by_side(tiny: Tiny, tmp_path: Path) -> None:
+    shards.build(tiny(**{"data.shard_samples": 20}).data, 0, str(tmp_path / "shards"))
+    before = set(threading.enumerate())
+
+    def batches(root: str) -> Generator[Batch, None, None]:
+        config = tiny(**{"data.source": "shards", "data.root": root, "data.cache_bytes": 0}).data
+        split = loader.open_split(config, root, shards.load_manifest(root), "train")
+        epoch = loader.TrainLoader(split, config, batch_size=64, seed=0, rank=0, world=1).epoch(0)
+        assert isinstance(epoch, Generator)
+        return epoch
+
+    Slow.folder = tmp_path / "shards"
+    with serving(Slow) as root:
+        far = [batch.indices.tolist() for batch in batches(root)]
+        assert Slow.most > 4  # of 8 lanes
+        stopped = batches(root)
+        next(stopped)
+        stopped.close()
+    assert far == [batch.indices.tolist() for batch in batches(str(tmp_path / "shards"))]
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
 
 
 def test_a_shard_of_the_right_size_and_other_content_is_found_out(pushed: str, tiny: Tiny) -> None:
