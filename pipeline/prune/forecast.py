@@ -81,12 +81,25 @@ def forecast(measured: Sequence[Measured], weights: int) -> Forecast:
     rises = np.maximum.accumulate(rises[::-1])[::-1]  # from the largest budget down
     at, x = np.log(budgets), np.log(np.maximum(places, 1.0))
     below, above = (np.interp(at, x, ends) for ends in ([e.below for e in known], [e.above for e in known]))
-    return Forecast(budgets, rises, _errors(known, places, budgets), below, above)
+    missed = _missed(known, places, weights)
+    return Forecast(budgets, rises, _errors(known, places, budgets, missed), below, above)
 
 
 def _place(measured: Measured, weights: int) -> float:
-    """The budget at which the course of a measurement has the density that was measured."""
-    return float(np.interp(measured.density * weights, measured.course.kept, measured.course.cost))
+    """The budget at which the course of a measurement has the density that was measured.
+
+    One that is beyond the course, since fewer weights are alive or a pattern keeps fewer, keeps its distance from those
+    within: were all of them put at the end, the farthest would count there.
+    """
+    wanted, course = measured.density * weights, measured.course
+    if _beyond(measured, weights):
+        return float(course.cost[-1] * wanted / course.kept[-1])
+    return float(np.interp(wanted, course.kept, course.cost))
+
+
+def _beyond(measured: Measured, weights: int) -> bool:
+    """Whether more weights were kept than the largest budget can keep."""
+    return bool(measured.density * weights > measured.course.kept[-1] > 0)
 
 
 def _between(known: Sequence[Measured], places: Sequence[float], budgets: Floats) -> Floats:
@@ -97,30 +110,34 @@ def _between(known: Sequence[Measured], places: Sequence[float], budgets: Floats
     return np.asarray(np.exp((share * logs).sum(axis=0)))
 
 
-def _errors(known: Sequence[Measured], places: Sequence[float], budgets: Floats) -> Floats:
+def _errors(
+    known: Sequence[Measured], places: Sequence[float], budgets: Floats, missed: Sequence[tuple[float, float]]
+) -> Floats:
     """The standard errors of the logarithms: of the measurements, and of going from one to the next."""
     x, at = np.log(np.maximum(places, 1.0)), np.log(budgets)
     measured = np.interp(at, x, [each.error for each in known])
     away = np.abs(at[:, None] - x[None, :]).min(axis=1)
     spacing = float(np.diff(x).mean()) if len(x) > 1 else 1.0
-    missed = _missed(known, places)
-    if len(missed):
+    if missed:
+        spots, errors = zip(*missed, strict=True)
         # The median: one that is missed widely, as near a dense network whose loss fell, says nothing of those far off.
-        near = np.maximum(float(np.median(missed)), np.interp(at, x[1:-1], missed))
+        near = np.maximum(float(np.median(errors)), np.interp(at, np.log(np.maximum(spots, 1.0)), errors))
     else:
         near = np.full_like(at, ASSUMED)
     return np.asarray(np.hypot(measured, near * np.minimum(2.0, 2 * away / max(spacing, LEAST))))
 
 
-def _missed(known: Sequence[Measured], places: Sequence[float]) -> Floats:
-    """By how much the logarithm of each measured rise but the first and the last is missed when it is predicted from
-    the measurements beside it; shape (measurements - 2,), or none.
+def _missed(known: Sequence[Measured], places: Sequence[float], weights: int) -> list[tuple[float, float]]:
+    """The place of each measurement but the first and the last, and by how much the logarithm of its rise is missed
+    when it is predicted from those beside it. One beyond its course has no rise there.
     """
     found = []
     for number in range(1, len(known) - 1):
+        if _beyond(known[number], weights):
+            continue
         beside = [number - 1, number + 1]
         at = np.array([places[number]])
         told = _between([known[i] for i in beside], [places[i] for i in beside], at)[0]
         true = _between([known[number]], [places[number]], at)[0]
-        found.append(abs(math.log(told) - math.log(true)))
-    return np.array(found)
+        found.append((places[number], abs(math.log(told) - math.log(true))))
+    return found

@@ -47,7 +47,8 @@ class Alone:
         self.keeps = [racing.kept(density, self.count) for density in densities]
         ranking = self._given.scores(self.dense)
         if self._group is None:
-            self.steps = {self._name: self._given.pattern.nested(ranking[self._name], self.alive, self.keeps)}
+            self._scores = ranking[self._name]
+            self.steps = {self._name: self._given.pattern.nested(self._scores, self.alive, self.keeps)}
         else:
             steps = masks.nested(channels.unit_scores(self._group, ranking), self.alive, self.keeps)
             self.steps = {
@@ -92,15 +93,15 @@ class Alone:
             yield
 
     def quality(self, number: int) -> float:
-        """threshold / std: the smallest weight that a level keeps, in standard deviations of the alive weights.
+        """threshold / std: the lowest score that a level keeps, in standard deviations of the alive weights.
 
-        0 for a group of channels, which has no threshold of single weights.
+        Scored by magnitude this is the paper's quality (section 3). 0 for a group of channels, which has no threshold
+        of single weights.
         """
         if self._group is not None:
             return 0.0
-        dense = self.dense[self._name]
-        smallest = float(torch.where(self.steps[self._name] > number, dense.abs(), math.inf).min())
-        std = sigma(dense[self.alive])
+        smallest = float(torch.where(self.steps[self._name] > number, self._scores, math.inf).min())
+        std = sigma(self.dense[self._name][self.alive])
         return smallest / std if std > 0 else 0.0
 
     def level(self, number: int, seen: Difference, method: str) -> Level:

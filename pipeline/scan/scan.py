@@ -196,11 +196,14 @@ def origin(source: str, config: Config, here: Run) -> ScanOrigin:
     everything, keys = hashed(config), KEY_SETTINGS
     if patterns.of(config.prune).channels:  # what stays dense decides what is a group
         keys = {**keys, "prune": (*keys["prune"], "include", "exclude")}
+    # Before, a level's quality was the smallest weight that it keeps, whatever the weights were scored by.
+    scored = {} if config.prune.criterion == "magnitude" else {"quality": "score"}
     return ScanOrigin(
         weights=fingerprint(weights, masks),
         data=fingerprint([shard.sha256 for shard in shards], held, *skipped),
         settings={
             **{key: everything[key] for key in ("seed", "task", "eval_precision") if key in everything},
+            **scored,
             **{
                 f"{part}.{key}": everything[part][key]
                 for part, names in keys.items()

@@ -28,6 +28,19 @@ def test_a_measured_rise_is_predicted_as_it_was_measured() -> None:
     assert found.at(200)[0] == pytest.approx(15.0)
 
 
+def test_measurements_that_no_budget_reaches_do_not_all_stand_at_the_largest_one() -> None:
+    """A quarter of the weights is alive. At that quarter the nearest measurements tell, not the farthest, at 0.8."""
+    cost = np.linspace(10.0, 250.0, 25)
+    reach = Course(cost, cost, 1000.0 / cost)
+
+    def measured(density: float, scale: float) -> Measured:
+        return Measured(density, 0.1, reach._replace(rise=scale * reach.rise))
+
+    found = forecast([measured(0.8, 50.0), measured(0.3, 1.0), measured(0.2, 1.0), measured(0.1, 1.0)], 1000)
+    assert found.at(250)[0] == pytest.approx(4.0, rel=1e-6)
+    assert found.at(200)[0] == pytest.approx(5.0, rel=1e-6)
+
+
 def test_halfway_the_prediction_is_the_geometric_mean_of_both() -> None:
     """Halfway in the logarithm between 0.5 and 0.2, at density sqrt(0.1): rises 1 and 3 over it."""
     found = forecast([Measured(0.5, 0.1, course(1.0)), Measured(0.2, 0.1, course(3.0))], 1000)
