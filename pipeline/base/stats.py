@@ -91,6 +91,9 @@ def verdict(low: float, high: float, margin: float) -> Literal["no loss", "loss"
     return "loss" if low > 0 else "undecided"
 
 
+MOST_TIMES = 1000.0
+
+
 def deciding(lost: int, won: int, samples: int, margin: float) -> int | None:
     """About how many samples would decide a verdict, if they were lost and won as often as in these `samples`.
 
@@ -103,9 +106,9 @@ def deciding(lost: int, won: int, samples: int, margin: float) -> int | None:
 
     few, many = 1.0, 1.0
     while not decided(many):
-        few, many = many, 2 * many
-        if many > 1000:
+        if many >= MOST_TIMES:
             return None
+        few, many = many, min(2 * many, MOST_TIMES)
     for _ in range(30):
         middle = (few + many) / 2
         few, many = (few, middle) if decided(middle) else (middle, many)

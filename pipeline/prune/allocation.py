@@ -283,5 +283,7 @@ def _scales(
 
 
 def sigma(weight: Tensor) -> float:
-    """The standard deviation of a tensor's weights, over all of them (population form)."""
+    """The standard deviation of a tensor's weights, over all of them (population form); 0 of none."""
+    if not weight.numel():
+        return 0.0
     return float(weight.detach().double().std(correction=0))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pipeline.prune import limits
 
 KINDS = ("conv", "fc", "attention")
+HALF = 2.0**-11  # the largest relative error of half precision, where its exponent reaches
 STEPS = 1000  # of k-means at the most; it ends where no value changes its centroid, usually long before
 Values = NDArray[np.float64]
 Places = NDArray[np.uint8]
@@ -61,11 +62,13 @@ def share(values: NDArray[np.floating], count: int) -> tuple[Values, Places]:
 
 
 def rounded(centroids: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Centroids rounded to half precision, which halves a codebook's bytes; as they are where one is too large.
+    """Centroids rounded to half precision, which halves a codebook's bytes; in float32 where that does not hold one.
 
-    0 is +0.0. The rounding, 11 bits of mantissa, is far below the distance of centroids.
+    0 is +0.0. The rounding, 11 bits of mantissa, is far below the distance of centroids. Numbers too large for half
+    precision would be infinite, and those below 6e-5 would lose bits, or become 0.
     """
     exact = centroids.astype(np.float32)
     with np.errstate(over="ignore"):
         half = exact.astype(np.float16).astype(np.float32)
-    return (half if np.isfinite(half).all() else exact) + np.float32(0.0)
+    held = np.abs(half.astype(np.float64) - exact) <= HALF * np.abs(exact.astype(np.float64))
+    return (half if held.all() else exact) + np.float32(0.0)

@@ -38,14 +38,17 @@ def top_mask(scores: Tensor, alive: Tensor, keep: int) -> Tensor:
     return torch.from_numpy(mask).reshape(scores.shape).to(scores.device)
 
 
+MOST_NESTED = 255
+
+
 def nested(scores: Tensor, alive: Tensor, keeps: Sequence[int]) -> Tensor:
     """How many of the masks top_mask(scores, alive, keep) for `keeps` keep each weight; uint8, shaped like `scores`.
 
     Ties are broken by index, so the masks are nested: with falling `keeps`, mask i is `nested(...) > i`. One byte a
-    weight holds up to 255 masks. Scores must not be NaN; 1 <= keep <= alive.sum().
+    weight holds up to MOST_NESTED masks. Scores must not be NaN; 1 <= keep <= alive.sum().
     """
     assert list(keeps) == sorted(keeps, reverse=True)
-    assert len(keeps) < 256
+    assert len(keeps) <= MOST_NESTED
     living, values = as_bool(alive), as_array(scores)
     order = values[living]
     assert all(1 <= keep <= order.size for keep in keeps), f"keeps={keeps} of {order.size} alive"

@@ -190,8 +190,10 @@ def undecided(result: Result, margin: float) -> str:
 
 
 def unpruned(result: Result) -> bool:
-    """Whether a campaign ended with the dense network: nothing is pruned, and no round was accepted."""
-    return result.weights_kept == result.weights_total and not any(row.accepted for row in result.rounds)
+    """Whether a campaign ended with the network that it began with: its dense one, or one that was given sparse."""
+    begun = result.lineage
+    own = begun is None or begun.kept == begun.weights
+    return own and not any(row.accepted for row in result.rounds)
 
 
 def error(scores: Scores, samples: int, classes: int | None = None) -> str:

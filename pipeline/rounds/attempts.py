@@ -54,7 +54,7 @@ def first_masks(weights: Mapping[str, Tensor], prunable: Sequence[Prunable], con
 
     A tensor of it is sparse where more than SPARSE of its weights, though not all, are exactly 0.
     """
-    given = config.model.checkpoint is not None or config.model.trained
+    given = was_given(config)
     pattern = patterns.of(config.prune)
     masks = {}
     for tensor in prunable:
@@ -66,13 +66,24 @@ def first_masks(weights: Mapping[str, Tensor], prunable: Sequence[Prunable], con
     return masks
 
 
-def origin(run: Run, prunable: Sequence[Prunable]) -> Origin:
-    """Where the first round begins: at the dense network, or at the round that the run branches from."""
+def origin(run: Run, prunable: Sequence[Prunable], config: Config, dense: Mapping[str, Tensor] | None = None) -> Origin:
+    """Where the first round begins: at the dense network, or at the round that the run branches from.
+
+    `dense` has the weights of the dense network by name. If it was given sparse, its zeros are pruned already. None
+    where it is still to be trained, and so will have no zeros.
+    """
     total = sum(tensor.weights for tensor in prunable)
-    if not run.has(START, "start.json"):
+    if run.has(START, "start.json"):
+        start = run.load(StartFacts, START, "start.json")
+        return Origin(start.kept, total, start.generation)
+    if dense is None or not was_given(config):
         return Origin(total, total)
-    start = run.load(StartFacts, START, "start.json")
-    return Origin(start.kept, total, start.generation)
+    return Origin(sum(int(mask.sum()) for mask in first_masks(dense, prunable, config).values()), total)
+
+
+def was_given(config: Config) -> bool:
+    """Whether the network comes with weights, which may be sparse."""
+    return config.model.checkpoint is not None or config.model.trained
 
 
 def priced(unit: Quantity, begin: Origin, total: int) -> Origin:
@@ -87,8 +98,9 @@ def priced(unit: Quantity, begin: Origin, total: int) -> Origin:
 
 def beginning(subject: Subject) -> Origin:
     """Where the first round of the run begins, in the unit of target.budget."""
-    begin = origin(subject.session.run, subject.prunable)
-    return priced(subject.session.config.target.budget, begin, subject.total)
+    config = subject.session.config
+    begin = origin(subject.session.run, subject.prunable, config, subject.dense)
+    return priced(config.target.budget, begin, subject.total)
 
 
 def outlook(subject: Subject) -> list[Goal]:

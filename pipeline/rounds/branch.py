@@ -9,8 +9,10 @@ equal, since the seed draws val and test: otherwise a branch would be judged on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from pipeline import storage
 from pipeline.base.errors import UserError
@@ -106,13 +108,13 @@ def take(config: Config, here: Run, prunable: Sequence[Prunable]) -> None:
     here.commit(source.facts, START, "start.json")
 
 
-def origin(config: Config, here: Run, prunable: Sequence[Prunable]) -> Origin:
+def origin(config: Config, here: Run, prunable: Sequence[Prunable], dense: Mapping[str, Tensor] | None) -> Origin:
     """Where the first round of a run begins; a branch that has copied what it needs does not read its source again.
 
-    Raises UserError as `find` does.
+    `dense` is as for `attempts.origin`. Raises UserError as `find` does.
     """
     if config.start.source is None or here.has(START, "start.json"):
-        return attempts.origin(here, prunable)
+        return attempts.origin(here, prunable, config, dense)
     return find(config, prunable).origin
 
 

@@ -76,7 +76,7 @@ def outlook(prune: Prune, target: Target, origin: Origin, floor: int) -> list[Go
 def require_room(prune: Prune, target: Target, origin: Origin, floor: int, source: str | None) -> None:
     """Raise UserError if a run that begins at `source`, a pruned network, does not ask for fewer weights."""
     goals = outlook(prune, target, origin, floor)
-    if origin.kept == origin.total or target.by_thresholds:
+    if source is None or origin.kept == origin.total or target.by_thresholds:
         return
     if not goals or goals[0].budget >= origin.kept:
         asked = f"prune.list={[*prune.list]}"

@@ -42,17 +42,21 @@ def control(session: Session) -> None:
     prunable, _ = survey(model, session.config.prune.include, session.config.prune.exclude)
     names = [tensor.name for tensor in prunable]
     history: list[Epoch] = []
+    earlier = 0.0  # seconds of its training in earlier processes
     for generation, recipe in enumerate(recipes, start=1):
         folder = control_folder(generation)
         if run.has(folder, "checkpoint", "manifest.json"):
             saved = checkpoint.load(run, f"{folder}/checkpoint")
             model.load_state_dict(saved.weights)
-            history += [Epoch.from_json(epoch, run.path(folder)) for epoch in saved.state["history"]]
+            made = [Epoch.from_json(epoch, run.path(folder)) for epoch in saved.state["history"]]
+            history += made
+            earlier += sum(epoch.seconds for epoch in made)
             continue
         teacher = before_retraining.teacher(session, recipe)
         training = Training(session, model, recipe, folder, round_folder(generation), names, teacher=teacher)
         position = training.fit()
         history += position.history
+        earlier += position.earlier
         if session.world.first:
             state = {"history": [epoch.to_json() for epoch in position.history]}
             checkpoint.save(run, f"{folder}/checkpoint", Checkpoint(dict(model.state_dict()), state=state))
@@ -60,7 +64,7 @@ def control(session: Session) -> None:
         session.world.barrier()
     val = session.evaluate(model, "val").metrics()
     if session.world.first:
-        seconds = round(time.monotonic() - clock, 3)
+        seconds = round(time.monotonic() - clock + earlier, 3)
         metrics = DenseMetrics(val, tuple(history), seconds, now_ms(), session.manifest.identity)
         run.commit(metrics, "rounds/control.json")
     session.world.barrier()

@@ -37,9 +37,17 @@ def _training(name: str) -> tuple[Row, ...]:
         Row(f"{name}.milestones", lambda c: of(c).schedule == "step", f"{name}.schedule=step"),
         Row(f"{name}.gamma", lambda c: of(c).schedule in ("step", "inv"), f"{name}.schedule=step or inv"),
         Row(f"{name}.power", lambda c: of(c).schedule == "inv", f"{name}.schedule=inv"),
-        Row(f"{name}.momentum", lambda c: of(c).optimizer == "sgd", f"{name}.optimizer=sgd"),
         Row(f"{name}.nesterov", lambda c: of(c).optimizer == "sgd", f"{name}.optimizer=sgd"),
     )
+
+
+def _compresses(config: Config) -> bool:
+    """Whether a run ends at target.compression."""
+    prune, target = config.prune, config.target
+    if target.no_loss:
+        return True
+    fixed = schedules.of(prune).from_list or target.by_thresholds
+    return not fixed and (target.budget != "latency" or target.latency_ms is None)
 
 
 ROWS = (
@@ -103,8 +111,8 @@ ROWS = (
     Row("prune.gradual_every", lambda c: c.prune.gradual > 0, "prune.gradual"),
     Row(
         "target.compression",
-        lambda c: c.target.budget != "latency" or c.target.latency_ms is None,
-        "no target.latency_ms, which stands in its place",
+        _compresses,
+        "no target.latency_ms, prune.list or target.mode=thresholds, which stand in its place",
     ),
     Row("target.latency_ms", lambda c: c.target.budget == "latency", "target.budget=latency"),
     Row("target.latency_table", lambda c: c.target.budget == "latency", "target.budget=latency"),

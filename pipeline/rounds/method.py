@@ -29,7 +29,6 @@ from pipeline.run.layout import DENSE, handed_over, round_folder
 from pipeline.run.records import (
     BeforeRetraining,
     DenseMetrics,
-    Epoch,
     LayerActivity,
     LayerCount,
     RoundMetrics,
@@ -38,7 +37,7 @@ from pipeline.run.records import (
 from pipeline.run.state import now_ms
 from pipeline.train import checkpoint, first_step
 from pipeline.train.checkpoint import Checkpoint
-from pipeline.train.loop import Training
+from pipeline.train.loop import Position, Training
 from pipeline.train.session import Session
 
 ACTIVITY_SAMPLES = 1000
@@ -50,18 +49,18 @@ def dense(session: Session) -> None:
     first_step.on_workers(session, DENSE)
     model = session.new_model()
     prunable, _ = survey(model, config.prune.include, config.prune.exclude)
-    history: list[Epoch] = []
+    position = Position()
     if config.dense.epochs:
         training = Training(session, model, config.dense, "dense", "dense", [t.name for t in prunable])
-        history = training.fit().history
+        position = training.fit()
     val = session.evaluate(model, "val").metrics()
     if not session.world.first:
         return
     for note in about_dense(session, val.top1, attempts.first_masks(model.state_dict(), prunable, config)):
         session.progress(Noted(note))
     checkpoint.save(session.run, "dense/checkpoint", Checkpoint(dict(model.state_dict())))
-    seconds = time.monotonic() - clock
-    metrics = DenseMetrics(val, tuple(history), round(seconds, 3), now_ms(), session.manifest.identity)
+    seconds = time.monotonic() - clock + position.earlier
+    metrics = DenseMetrics(val, tuple(position.history), round(seconds, 3), now_ms(), session.manifest.identity)
     session.run.commit(metrics, "dense", "metrics.json")
     checkpoint.keep_last(session.run, "dense", 0)
 
@@ -177,7 +176,7 @@ def one_round(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
             reconstruction=tuple(fits),
             history=tuple(position.history),
             steps=position.step,
-            seconds=round(time.monotonic() - clock, 3),
+            seconds=round(time.monotonic() - clock + position.earlier, 3),
             finished_ms=now_ms(),
             data=session.manifest.identity,
         )
@@ -244,8 +243,7 @@ def gradually(subject: Subject, alive: dict[str, Tensor], goal: Goal, folder: st
             session.run.commit(plan, folder, "plan.json")
         return kept
 
-    before = sum(int(mask.sum()) for mask in alive.values()) / sum(mask.numel() for mask in alive.values())
-    return Gradual(prune, before, goal.density, config.gradual, config.gradual_every)
+    return Gradual(prune, subject.share(alive), goal.density, config.gradual, config.gradual_every)
 
 
 def shared_masks(

@@ -29,7 +29,6 @@ from pipeline.settings.pruning import Target
 from pipeline.task.feed import Feed, task_of
 from pipeline.train import first_step, phases
 from pipeline.train.session import check_output
-from pipeline.train.world import choose_device
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ def check(config: Config, run: Run | None = None) -> None:
     if not run.has("dense", "finished.json"):
         # Whether it can be compiled is for the workers to find: they have the compiler, and the batch that counts.
         plain = config.model_copy(update={"compile": False})
-        first_step.require(plain, counts.classes, first_step.zeros(config.data), choose_device(config.device))
+        device = timing.workers_device(config) or torch.device("cpu")
+        first_step.require(plain, counts.classes, first_step.zeros(config.data), device)
 
 
 def check_again(config: Config, run: Run) -> None:
@@ -129,7 +129,8 @@ def check_network(config: Config, counts: Counts, run: Run) -> Checked:
     if price is not None:
         config = config.model_copy(update={"target": latency.aimed(config.target, total)})
     round_plan.require_possible(config.prune, config.target, sizes, living, flops, groups, price)
-    begin = attempts.priced(unit, branch.origin(config, run, prunable), total)
+    dense = None if config.dense.epochs else subject.prunable_weights(model, prunable)
+    begin = attempts.priced(unit, branch.origin(config, run, prunable, dense), total)
     fewest = attempts.floor(config.prune, prunable, groups)
     campaign.require_room(config.prune, config.target, begin, fewest, config.start.source)
     phases.require_layers(model, config.retrain.phases)

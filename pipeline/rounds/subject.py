@@ -56,6 +56,15 @@ class Subject:
         """Masks that keep all weights."""
         return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.dense.items()}
 
+    def share(self, alive: Mapping[str, Tensor]) -> float:
+        """What is alive of the whole network, in the unit of target.budget."""
+        if self.price is not None and self.groups is not None:
+            units = {name: int(flags.sum()) for name, flags in self.groups.alive(alive).items()}
+            return self.price(units) / self.total
+        kept = {name: int(mask.sum()) for name, mask in alive.items()}
+        prices = self.scan.prices if self.scan is not None and self.session.config.target.budget != "weights" else {}
+        return limits.spent(kept, prices) / self.total
+
     def load(self, saved: Checkpoint) -> dict[str, Tensor]:
         """Load a checkpoint into the network, and return its masks."""
         self.model.load_state_dict(saved.weights)

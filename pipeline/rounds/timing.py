@@ -35,11 +35,24 @@ def known(config: Config, run: Run, groups: Groups | None) -> LatencyTable | Non
         return None
     if run.has(FILE):
         return run.load(LatencyTable, FILE)
-    return None if config.target.latency_table is None else read(config, groups)
+    return None if config.target.latency_table is None else read(config, groups, workers_device(config))
 
 
-def read(config: Config, groups: Groups) -> LatencyTable:
-    """The table in the file target.latency_table, which must be of this network and of the device that is meant."""
+def workers_device(config: Config) -> torch.device | None:
+    """The device of the run's workers, as far as it can be told here; None where they have GPUs and this process none.
+
+    A driver is often on a machine without a GPU. Raises UserError where device=cuda finds none for the workers either.
+    """
+    if config.device != "cpu" and config.cluster.gpus_per_worker > 0 and not torch.cuda.is_available():
+        return None
+    return choose_device(config.device)
+
+
+def read(config: Config, groups: Groups, device: torch.device | None) -> LatencyTable:
+    """The table in the file target.latency_table, which must be of this network and of the device that is meant.
+
+    `device` is that of the run; None leaves it to the workers to compare the table's with theirs.
+    """
     target, path = config.target, str(config.target.latency_table)
     given = f"target.latency_table={path}"
     try:
@@ -62,9 +75,9 @@ def read(config: Config, groups: Groups) -> LatencyTable:
             f"{given}: is of {found.batch} samples a pass, and target.latency_batch={target.latency_batch}: give the "
             "same number"
         )
-    here = device_name(choose_device(config.device), config.threads)
+    here = None if device is None else device_name(device, config.threads)
     meant = target.latency_device or here
-    if found.device != meant:
+    if meant is not None and found.device != meant:
         asked = f"target.latency_device={meant}" if target.latency_device else f"this run's device is '{here}'"
         raise UserError(
             f"{given}: is of the device '{found.device}', and {asked}: measure one there with `secateur bench "
@@ -101,6 +114,6 @@ def of_model(model: nn.Module, config: Config, device: torch.device) -> tuple[La
     assert groups is not None
     channels.require_some(groups, "latency")
     if config.target.latency_table is not None:
-        return read(config, groups), groups
+        return read(config, groups, device), groups
     where, batch = device_name(device, config.threads), config.target.latency_batch
     return tables.measure(model, groups, feed.shape, device, where, batch, config.threads), groups

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.base.stats import paired_mean, tango, wilson
 from pipeline.data.loader import Batch
 from pipeline.network.trace import State, nbytes
+from pipeline.prune import masks
 from pipeline.run.records import Difference, Level
 from pipeline.scan import racing, suffix
 from pipeline.scan.alone import Alone
@@ -40,7 +41,7 @@ def scan_part(given: ScanInputs, dense: Answers, name: str, known: Sequence[Leve
     prefixes: _Prefixes | None = None
     levels = list(known)
     while wanted := racing.next_levels(levels, given.scan, part.count):
-        part.plan(wanted)
+        part.plan(wanted[: masks.MOST_NESTED])
         if prefixes is None:
             prefixes = _Prefixes(given, part)
         for level in _measure(prefixes, dense):

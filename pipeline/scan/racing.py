@@ -61,6 +61,8 @@ def next_levels(known: Sequence[Level], scan: Scan, weights: int) -> list[float]
     again from the first on, each from the levels of the choices before it alone: the curve is the one of a scan that
     never stopped.
     """
+    if not weights:
+        return []
     measured = {level.density: level.drop for level in known}
     if scan.mode == "grid":
         return [density for density in scan.levels if density not in measured]

@@ -36,11 +36,12 @@ TELL_EVERY_S = 5.0  # between reports of a step within an epoch; an epoch of Ima
 
 @dataclass
 class Position:
-    """Where a training stands; saved with every checkpoint."""
+    """Where a training stands; saved with every checkpoint. `earlier`: those of its seconds in earlier processes."""
 
     step: int = 0
     history: list[Epoch] = field(default_factory=list)
     seconds: float = 0.0
+    earlier: float = 0.0
 
 
 class Training:
@@ -311,7 +312,7 @@ class Training:
         self.model.load_state_dict(saved.weights)
         recipe.load_optimizer_tensors(self.optimizer, list(self.parameters), saved.optimizer)
         history = [Epoch.from_json(epoch, f"a step checkpoint of {self.phase}") for epoch in state["history"]]
-        self.position = Position(state["step"], history, state["seconds"])
+        self.position = Position(state["step"], history, state["seconds"], earlier=state["seconds"])
         self.tally.load(state)
         self.session.progress(Resumed(self.phase, steps, self.total, self.world.size))
 

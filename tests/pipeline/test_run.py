@@ -23,10 +23,10 @@ from pipeline.local import LocalEngine
 from pipeline.network import cost
 from pipeline.network.build import build_network
 from pipeline.prune import round_plan
-from pipeline.rounds import campaign
+from pipeline.rounds import campaign, preflight
 from pipeline.run.events import EpochEnded, Event, LevelMeasured, Noted, Resumed, RoundBegun, StageBegun, unheard
 from pipeline.run.records import Scan
-from pipeline.run.state import fingerprint, run_root
+from pipeline.run.state import Run, fingerprint, run_root
 from pipeline.settings.config import Config
 from pipeline.train import checkpoint
 from pipeline.train.loop import Training
@@ -431,6 +431,23 @@ def test_zeros_of_a_network_that_is_given_are_never_counted_as_kept(
     if allocation == "uniform":
         assert rows["fc1.weight"]["kept"] == nonzero  # less than the share of the others
         assert rows["fc2.weight"]["density"] == pytest.approx((25100 - nonzero) / 31000, abs=1e-4)
+
+
+def test_rounds_of_a_network_that_is_given_sparse_begin_at_what_it_has(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    base = tiny()
+    state = build_network(base.model, 10, 3).state_dict()
+    for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
+        state[name].view(-1)[torch.arange(state[name].numel()) % 5 != 0] = 0.0
+    torch.save(state, tmp_path / "sparse.pth")
+    recipe = {"dense.epochs": 0, "retrain.epochs": 1, "prune.rounds": 2, "target.compression": 20}
+    config = tiny(**recipe, **{"model.checkpoint": str(tmp_path / "sparse.pth"), "prune.allocation": "uniform"})
+    result = carry_out(config)
+    assert [each["density"] for each in result["rounds"]] == [0.1, 0.05]  # half of a fifth, and half of that
+    fresh = Run(str(tmp_path / "none"), 0)
+    counts = preflight.known_counts(config.data, 0, fresh)
+    assert preflight.check_network(config, counts, fresh).begin.kept == 10040
 
 
 def test_a_network_that_is_given_sparser_than_asked_for_keeps_all_that_it_has(

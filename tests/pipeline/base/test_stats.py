@@ -136,3 +136,4 @@ def test_how_many_samples_would_decide() -> None:
         low, high = tango(12 * times, 10 * times, 1000 * times)
         assert (verdict(low, high, 0.01) != "undecided") is decided
     assert deciding(30, 5, 1000, 0.001) == 1000  # a loss already
+    assert deciding(10, 10, 100, 0.003) == pytest.approx(85_400, rel=0.01)  # between 512 and 1,000 times as many

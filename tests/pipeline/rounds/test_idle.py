@@ -43,9 +43,7 @@ BESIDE: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.build_workers": (2, {"data.source": "shards", "data.root": "/x"}),
     "data.shrink": (100, {"data.source": "shards", "data.root": "/x"}),
     "data.test_fraction": (0.3, {"data.source": "idx", "data.root": "/x"}),
-    "dense.momentum": (0.5, {"dense.optimizer": "adamw"}),
     "dense.nesterov": (True, {"dense.optimizer": "adamw"}),
-    "retrain.momentum": (0.5, {"retrain.optimizer": "adamw"}),
     "retrain.nesterov": (True, {"retrain.optimizer": "adamw"}),
     "prune.rounds": (7, {"prune.schedule": "one-shot"}),
     "prune.sigma": ("renewed", {"prune.allocation": "uniform"}),
@@ -75,6 +73,17 @@ def test_a_setting_that_another_switches_off_is_told_of(setting: str) -> None:
     said = [*idle(config_of(**{setting: value, **others}))]
     assert len(said) == 1
     assert said[0].startswith(f"{setting}=")
+
+
+@pytest.mark.parametrize("ends", [{"prune.schedule": "list", "prune.list": [0.5, 0.25]}, {"target.mode": "thresholds"}])
+def test_a_compression_that_something_else_stands_for_is_told_of(ends: dict[str, Any]) -> None:
+    [said] = idle(config_of(**{"target.compression": 20.0, **ends}))
+    assert said.startswith("target.compression=20")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_momentum_is_read_by_both_optimizers(optimizer: str) -> None:
+    assert [*idle(config_of(**{"dense.optimizer": optimizer, "dense.momentum": 0.5}))] == []
 
 
 def test_nothing_is_idle_by_default_or_in_the_configs_that_come_with_it() -> None:

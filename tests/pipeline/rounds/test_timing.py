@@ -20,7 +20,7 @@ from pipeline.network.build import build_network
 from pipeline.network.groups import Groups
 from pipeline.network.survey import survey
 from pipeline.prune import channels, latency
-from pipeline.rounds import outlook, timing
+from pipeline.rounds import outlook, preflight, timing
 from pipeline.run.layout import round_folder
 from pipeline.run.records import LatencyTable, RoundPlan, Timed
 from pipeline.run.state import Run, run_root
@@ -98,6 +98,11 @@ def test_the_plan_needs_a_table_and_shows_what_it_comes_to(tiny: Callable[..., C
     [
         ({}, {"target.latency_device": "a tablet"}, "is of the device 'a phone', and target.latency_device=a tablet"),
         ({}, {"target.latency_device": None}, r"is of the device 'a phone', and this run's device is 'cpu \("),
+        (
+            {},
+            {"target.latency_device": None, "cluster.gpus_per_worker": 1},
+            r"is of the device 'a phone', and this run's device is 'cpu \(",
+        ),
         ({"network": "other"}, {}, "is of another network"),
         ({}, {"data.size": 6, "data.resize": 6, "model.kwargs.inputs": 36}, "is of another network"),
         ({}, {"target.latency_batch": 4}, r"is of 1 samples a pass, and target.latency_batch=4"),
@@ -113,6 +118,16 @@ def test_a_table_of_something_else_and_a_time_out_of_reach_are_refused(
     given = BY_LATENCY | {"target.latency_table": made.target.latency_table} | settings
     with pytest.raises(UserError, match=sentence):
         carry_out(tiny(**given))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can judge a GPU's table")
+def test_a_driver_without_a_gpu_leaves_the_device_of_a_table_to_its_workers(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    given = BY_LATENCY | {"target.latency_device": None, "cluster.gpus_per_worker": 1}
+    preflight.check(write(tiny(**given), tmp_path / "table.json"))
+    with pytest.raises(UserError, match="is of the device 'a phone'"):
+        preflight.check(write(tiny(**given | {"device": "cpu"}), tmp_path / "table.json"))
 
 
 def test_what_is_no_table_is_refused(tiny: Callable[..., Config], tmp_path: Path) -> None:
