@@ -260,11 +260,20 @@ def make(basis: Basis, goal: Goal, standing: Standing) -> RoundPlan:
     return RoundPlan(
         round=goal.round,
         attempt=goal.attempt,
-        planned_density=goal.density,
+        planned_density=_planned(basis, goal, keep),
         budget=sum(keep.values()),
         predicted=predicted,
         tensors=tensors,
     )
+
+
+def _planned(basis: Basis, goal: Goal, keep: Mapping[str, int]) -> float:
+    """The share of all prunable weights that a plan aims at; what it keeps, where the goal is not of weights."""
+    prune, target = basis.prune, basis.target
+    of_weights = target.budget == "weights" and not target.by_thresholds and not allocation.of(prune).fixes_densities
+    if of_weights:
+        return goal.density
+    return sum(keep.values()) / sum(weight.numel() for weight in basis.dense.values())
 
 
 def _of_channels(basis: Basis, groups: Groups, goal: Goal, standing: Standing) -> RoundPlan:
@@ -289,7 +298,7 @@ def _of_channels(basis: Basis, groups: Groups, goal: Goal, standing: Standing) -
     return RoundPlan(
         round=goal.round,
         attempt=goal.attempt,
-        planned_density=goal.density,
+        planned_density=_planned(basis, goal, counts),
         budget=sum(counts.values()),
         predicted=predicted,
         tensors=tuple(

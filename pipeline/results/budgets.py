@@ -16,7 +16,7 @@ from pipeline.network.survey import survey
 from pipeline.prune import channels, damage, limits, patterns, round_plan, schedules
 from pipeline.prune.budget import Solution
 from pipeline.results.tables import TextTable, percent
-from pipeline.rounds import preflight, sharing
+from pipeline.rounds import preflight, sharing, timing
 from pipeline.rounds.subject import price_of
 from pipeline.run import state
 from pipeline.run.records import Scan
@@ -92,7 +92,8 @@ def solve(config: Config, compressions: Sequence[float]) -> Options:
     shared = sharing.bits(config, model, prunable)
     started = time.perf_counter()
     scanned = round_plan.scanned(unit, scan, classes, flops, groups)
-    price = price_of(unit, groups, sizes, flops)
+    price = price_of(unit, groups, sizes, flops, timing.known(config, run, groups))
+    timing.require_known(config, price)
     if groups is None or price is None:
         living = patterns.most(prune, {name: model.get_parameter(name).shape for name in weights})
         floors, caps = limits.bounds(weights, living, prune.min_weights, prune.floors, prune.ceilings)

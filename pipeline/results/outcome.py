@@ -42,10 +42,11 @@ def _against(test: OnTest) -> str:
 def _speed(latency: LatencySummary | None) -> str:
     if latency is None or latency.dense is None:
         return "its speed is not measured yet (secateur bench)"
-    best = min(value for value in (latency.pruned, latency.compact, latency.dense) if value)
-    if (latency.verdict or "").startswith("no faster") or best * 1.05 > latency.dense:
+    if (latency.verdict or "").startswith("no faster"):
         return f"no faster on {latency.device}"
-    return f"{number(latency.dense / best, 2)}× faster on {latency.device}"
+    best = min(value for value in (latency.pruned, latency.compact, latency.dense) if value)
+    gained = "no" if best * 1.05 > latency.dense else f"{number(latency.dense / best, 2)}×"
+    return f"{gained} faster on {latency.device} at batch {latency.batch}"  # other batches and forms may differ
 
 
 def repeat_command(run: Contents, folder: str) -> str:
@@ -193,7 +194,8 @@ def unpruned(result: Result) -> bool:
     """Whether a campaign ended with the network that it began with: its dense one, or one that was given sparse."""
     begun = result.lineage
     own = begun is None or begun.kept == begun.weights
-    return own and not any(row.accepted for row in result.rounds)
+    tried = bool(result.rounds) or result.weights_kept == result.weights_total
+    return own and tried and not any(row.accepted for row in result.rounds)
 
 
 def error(scores: Scores, samples: int, classes: int | None = None) -> str:

@@ -17,7 +17,7 @@ from pipeline.network.groups import Groups
 from pipeline.network.survey import LeftOut, Prunable
 from pipeline.prune import allocation, criteria, limits, round_plan
 from pipeline.prune.round_plan import Basis, Goal, Scanned, Standing
-from pipeline.rounds import branch, campaign, preflight, sharing
+from pipeline.rounds import branch, campaign, preflight, sharing, timing
 from pipeline.rounds.subject import prunable_weights
 from pipeline.run import state
 from pipeline.run.events import Outlined
@@ -75,11 +75,7 @@ def make(config: Config) -> RunPlan:
     run = state.Run(state.run_root(config), 0)
     checked = preflight.check_network(config, counts, run)
     model, prunable, flops = checked.model, checked.prunable, checked.flops
-    if config.target.budget == "latency" and checked.price is None:
-        raise UserError(
-            "target.budget=latency: how long this network takes is not known yet: `secateur bench CONFIG --table FILE` "
-            "measures it, and target.latency_table=FILE takes it; a run measures it by itself"
-        )
+    timing.require_known(config, checked.price)
     config = config.model_copy(update={"target": checked.target})
     source = branch.find(config, prunable) if config.start.source is not None else None
     known = look_up(config, prunable_weights(model, prunable), source, counts.classes, flops, checked.groups)

@@ -15,6 +15,7 @@ from pipeline.export.bench import device_name
 from pipeline.network.groups import Groups
 from pipeline.network.survey import survey
 from pipeline.prune import channels, latency
+from pipeline.prune.channels import Price
 from pipeline.run.events import Noted
 from pipeline.run.records import LatencyTable
 from pipeline.run.state import Run
@@ -36,6 +37,15 @@ def known(config: Config, run: Run, groups: Groups | None) -> LatencyTable | Non
     if run.has(FILE):
         return run.load(LatencyTable, FILE)
     return None if config.target.latency_table is None else read(config, groups, workers_device(config))
+
+
+def require_known(config: Config, price: Price | None) -> None:
+    """Raise UserError where the budget is a time, and how long the network takes is not known."""
+    if config.target.budget == "latency" and price is None:
+        raise UserError(
+            "target.budget=latency: how long this network takes is not known yet: `secateur bench CONFIG --table FILE` "
+            "measures it, and target.latency_table=FILE takes it; a run measures it by itself"
+        )
 
 
 def workers_device(config: Config) -> torch.device | None:

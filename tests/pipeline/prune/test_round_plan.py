@@ -114,6 +114,7 @@ def test_thresholds_of_which_each_round_has_its_share() -> None:
     first = round_plan.make(rests, goal(1, prune, target), Standing(WEIGHTS, EVERYTHING))
     assert first.keep == {"a": 1, "b": 2}
     assert first.budget == 3  # the budget of 2 is not used
+    assert first.planned_density == 0.75
     second = round_plan.make(rests, goal(2, prune, target), Standing(WEIGHTS, EVERYTHING))
     assert second.keep == {"a": 1, "b": 1}
 

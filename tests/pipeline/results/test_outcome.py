@@ -24,7 +24,7 @@ def test_all_that_came_of_it(tmp_path: Path) -> None:
     document["test"]["against_dense"] = paired
     assert outcome.sentence(taken(document)) == (
         "13.7× smaller at 1.62% error, 0.02 points better than the network it came from (−0.30 to +0.10 points); "
-        "3.1× fewer FLOPs; 2× faster on cpu."
+        "3.1× fewer FLOPs; 2× faster on cpu at batch 1."
     )
 
 
@@ -33,7 +33,7 @@ def test_all_that_came_of_it(tmp_path: Path) -> None:
     [
         (None, "its speed is not measured yet (secateur bench)."),
         ({**LATENCY, "verdict": "no faster on cpu: all the same"}, "no faster on cpu."),
-        ({**LATENCY, "compact": None}, "no faster on cpu."),
+        ({**LATENCY, "compact": None}, "no faster on cpu at batch 1."),
     ],
 )
 def test_speed(tmp_path: Path, latency: Any, said: str) -> None:

@@ -169,6 +169,13 @@ def test_dense_epochs_may_be_0_only_where_something_is_trained(tiny: Callable[..
     preflight.check(tiny(**{"dense.epochs": 0, "model.trained": True}))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU")
+def test_a_driver_without_a_gpu_takes_workers_that_have_some(tiny: Callable[..., Config]) -> None:
+    preflight.check(tiny(**{"device": "cuda", "cluster.gpus_per_worker": 1}))
+    with pytest.raises(UserError, match=r"device=cuda, but this process sees no GPU"):
+        preflight.check(tiny(device="cuda"))
+
+
 def test_parts_that_are_not_images_keep_their_memory_format(tiny: Callable[..., Config]) -> None:
     preflight.check(tiny(**of("Volume"), **{"dense.channels_last": True}))
 

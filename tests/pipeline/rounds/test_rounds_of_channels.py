@@ -143,6 +143,9 @@ def test_the_scan_measures_each_group_alone_and_its_budget_is_met(tiny: Callable
     options = budgets.solve(config, [4.0])
     assert options.asked[0].solution.keep == kept
     assert options.total / options.asked[0].kept == pytest.approx(result["compression"])
+    timed = config.model_copy(update={"target": config.target.model_copy(update={"budget": "latency"})})
+    with pytest.raises(UserError, match="how long this network takes is not known yet"):
+        budgets.solve(timed, [4.0])
 
 
 def test_a_group_alone_is_pruned_as_its_channels_score(tiny: Callable[..., Config]) -> None:
