@@ -21,12 +21,21 @@ def sentence(result: Result) -> str:
         return "Nothing was pruned: the network handed over is the dense one."
     test = result.test
     wrong = percent(1 - test.pruned.top1, 1 if test.samples < _FEW else 2)
-    parts = [f"{number(result.compression)}× smaller at {wrong} error, {_against(test)}"]
+    parts = [f"{_smaller_network(result)} at {wrong} error, {_against(test)}"]
     if result.flops_density_weights:
         fewer = 1 / result.flops_density_weights
         parts.append(f"{number(fewer, 2)}× fewer FLOPs" if fewer >= 1.05 else "as many FLOPs")
     parts.append(_speed(result.latency_ms))
     return f"{'; '.join(parts)}."
+
+
+def _smaller_network(result: Result) -> str:
+    """The compression; where tensors that are not pruned hold much of the network, also that of all its numbers."""
+    others = max(0, result.bytes.dense_fp32 // 4 - result.weights_total)
+    whole = (result.weights_total + others) / (result.weights_kept + others)
+    if whole >= 0.8 * result.compression:
+        return f"{number(result.compression)}× smaller"
+    return f"{number(result.compression)}× fewer prunable weights, {number(whole, 2)}× fewer in all,"
 
 
 def _against(test: OnTest) -> str:

@@ -40,6 +40,14 @@ def test_speed(tmp_path: Path, latency: Any, said: str) -> None:
     assert changed(tmp_path, latency_ms=latency).endswith(said)
 
 
+def test_what_stays_dense_counts_in_the_whole_network(tmp_path: Path) -> None:
+    """As many numbers again as are prunable stay: 19,424 of 266,200 and 266,200 of 266,200 make 1.86×."""
+    document = result(config(tmp_path))
+    document["bytes"]["dense_fp32"] = 4 * 2 * document["weights_total"]
+    said = outcome.sentence(taken(document))
+    assert said.startswith("13.7× fewer prunable weights, 1.9× fewer in all, at 1.62% error")
+
+
 def test_where_nothing_was_pruned(tmp_path: Path) -> None:
     total = result(config(tmp_path))["weights_total"]
     said = changed(tmp_path, weights_kept=total, compression=1.0, density=1.0)
