@@ -120,6 +120,28 @@ def test_what_is_loaded_has_the_reports_accuracy(pruned: secateur.Pruned) -> Non
     assert float(right.float().mean()) == pytest.approx(pruned.result.test.pruned.top1)
 
 
+class WithFeatures(nn.Module):
+    """A small network that gives its logits and their softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small.network()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.inner(x)
+        return logits, logits.softmax(1)
+
+
+def test_a_network_of_several_outputs_comes_back_as_one_of_logits(tmp_path: Path) -> None:
+    network, images = WithFeatures().eval(), torch.randn(4, 1, 8, 8)
+    made = secateur.prune(network, *SETS, compression=2, runs_dir=str(tmp_path / "runs"), **SETTINGS)
+    wanted = made.masked(images)
+    assert wanted.shape == (4, 10)
+    assert torch.allclose(made.model(images), wanted, atol=1e-5)
+    assert torch.equal(secateur.load(made, network)(images), made.model(images))
+    assert isinstance(network(images), tuple)
+
+
 def test_nothing_of_the_users_is_changed(tmp_path: Path) -> None:
     model = small.network()
     model.eval()

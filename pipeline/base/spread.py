@@ -7,12 +7,17 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.popen_forkserver import Popen
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pipeline.base.errors import Away, Lost, UserError
@@ -121,13 +126,36 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
+_STARTING = threading.Lock()  # while __main__ is another
+
+
+class _Process(ForkServerProcess):
+    """One that does not run the program's script, which would start its work again where it has no __main__ guard."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Popen:
+        with _STARTING:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = types.ModuleType("__main__")  # what the new process is told to run: nothing
+            try:
+                return ForkServerProcess._Popen(process_obj)
+            finally:
+                sys.modules["__main__"] = main
+
+
+class _Context(ForkServerContext):
+    """Makes such processes."""
+
+    Process = _Process
+
+
 class _Pool:
     """Processes that have imported the function's module; at the end of the block they are gone."""
 
     def __init__(self, function: Callable[..., Any], number: int) -> None:
         while isinstance(function, functools.partial):
             function = function.func
-        context = multiprocessing.get_context("forkserver")
+        context = _Context()
         context.set_forkserver_preload([function.__module__])
         self._pool = ProcessPoolExecutor(number, context, _end_with_parent)
 

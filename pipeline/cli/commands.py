@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from pipeline import stages, storage
 from pipeline.base.errors import UserError
+from pipeline.base.record import plain
 from pipeline.cli import plan as planning
 from pipeline.cli.console import show_plan, show_result, show_tables
 from pipeline.cli.display import Display
@@ -124,7 +126,7 @@ def plan(
     """
     config = load(path, overrides, needs_data=False, trust_code=trust_code)
     if compressions is not None:
-        show_options(config, compressions, figure)
+        show_options(config, compressions, figure, as_json)
     elif figure is not None:
         raise UserError(f"--figure {figure} draws the curve of several budgets: give --budgets 2,4,8 too")
     else:
@@ -152,11 +154,18 @@ def show(config: Config, full: bool, as_json: bool) -> None:
         console.print("every tensor, every round and every setting: the same command with --full", markup=False)
 
 
-def show_options(config: Config, compressions: str, figure: str | None) -> None:
+def show_options(config: Config, compressions: str, figure: str | None, as_json: bool) -> None:
     """Print several budgets solved from the run's scan, and draw their curve into a file. Raises UserError."""
     figures.require_name(figure, "--figure")
     options = budgets.solve(config, budgets.parse(compressions))
-    show_tables([budgets.table(options)], budgets.bars(options))
+    if as_json:
+        solved = {
+            kind: [{**plain(each), "rise": each.solution.rise} for each in found]
+            for kind, found in (("asked", options.asked), ("curve", options.curve))
+        }
+        print(json.dumps({**plain(options), **solved}, indent=1))
+    else:
+        show_tables([budgets.table(options)], budgets.bars(options))
     if figure is not None:
         label = "Predicted rise of the loss against compression"
         figures.write(plots.budgets(options), figure, label, "--figure")

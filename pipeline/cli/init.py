@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import statistics
@@ -13,11 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image, UnidentifiedImageError
 
 from pipeline import storage
 from pipeline.base.errors import UserError
 from pipeline.data import shards, sources
+from pipeline.data.manifest import IMAGES
+from pipeline.data.stream import read_members
 from pipeline.network.build import build_network
 from pipeline.rounds import preflight
 from pipeline.settings.config import parse_config
@@ -98,8 +102,10 @@ def look(data: str) -> Found:
         return _of_source(Data.model_validate({"source": "digits", "size": 8}), None)
     if storage.exists(storage.join(data, "manifest.json")):
         made = shards.load_manifest(data)
-        place = str(storage.local_path(data).absolute()) if storage.is_local(data) else data
-        return Found("shards", place, 3, LARGE[1], made.sizes["train"], made.num_classes)
+        first = itertools.islice(read_members([(storage.join(data, made.splits["train"][0].name), 0, None)]), LOOKS)
+        stored = [next((sample[suffix] for suffix in IMAGES if suffix in sample), b"") for sample in first]
+        channels, pixels = _seen(stored, data)
+        return Found("shards", _whole(data), channels, pixels, made.sizes["train"], made.num_classes)
     local = storage.local_path(data)
     kind = "folder"
     if local.is_dir():
@@ -118,18 +124,30 @@ def _of_source(settings: Data, root: str | None) -> Found:
     train = len(source.train.labels)
     if not train:
         raise UserError(f"--data {root}: holds no train images")
+    numbers = np.linspace(0, train - 1, min(LOOKS, train)).astype(int).tolist()
+    channels, pixels = _seen([source.train.read(number) for number in numbers], root)
+    held = 0 if source.val is not None else math.ceil(0.1 * train)
+    return Found(settings.source, root, channels, pixels, train - held, source.num_classes)
+
+
+def _seen(stored: list[bytes], root: str | None) -> tuple[int, int]:
+    """Channels of images, and the short side of a typical one. Raises UserError where none of them can be read."""
     sides, channels = [], 1
-    for number in np.linspace(0, train - 1, min(LOOKS, train)).astype(int):
+    for data in stored:
         try:
-            with Image.open(io.BytesIO(source.train.read(int(number)))) as image:
+            with Image.open(io.BytesIO(data)) as image:
                 sides.append(min(image.size))
                 channels = channels if image.mode in ("1", "L", "I;16", "LA") else 3
         except (UnidentifiedImageError, OSError):
             continue  # a run counts unreadable images, and says so
     if not sides:
-        raise UserError(f"--data {root}: none of {min(LOOKS, train)} train images can be read")
-    held = 0 if source.val is not None else math.ceil(0.1 * train)
-    return Found(settings.source, root, channels, int(statistics.median(sides)), train - held, source.num_classes)
+        raise UserError(f"--data {root}: none of {len(stored)} train images can be read")
+    return channels, int(statistics.median(sides))
+
+
+def _whole(place: str) -> str:
+    """A path made absolute; a URL as it is."""
+    return str(storage.local_path(place).absolute()) if storage.is_local(place) else place
 
 
 def make(given: Answers, found: Found, run: str) -> str:
@@ -143,11 +161,11 @@ def make(given: Answers, found: Found, run: str) -> str:
     augment = f"[shift]\n  shift: {max(1, size // 14)}" if small else "[resized-crop, flip]"
     root = "" if found.root is None else f"\n  root: {_text(found.root)}"
     dense = "epochs: 0" if given.checkpoint else "epochs: 30"
-    trained = f"\n  checkpoint: {_text(str(Path(given.checkpoint).absolute()))}" if given.checkpoint else ""
+    trained = f"\n  checkpoint: {_text(_whole(given.checkpoint))}" if given.checkpoint else ""
     return f"""\
 # yaml-language-server: $schema={SCHEMA}
 # Made by `secateur init`. `secateur plan FILE` shows what it would do, `secateur run FILE` does it.
-name: {run}                          # the run's folder is runs/{run}
+name: {_text(run)}                          # the run's folder is runs/{run}
 data:
   source: {found.source}{root}
   channels: {found.channels}                    # 1: grey, 3: colour
@@ -207,6 +225,7 @@ def check(text: str, out: Path, found: Found) -> None:
 
 
 def _text(value: str) -> str:
-    """A text as YAML has it, in quotes where it needs them."""
-    plain = re.fullmatch(r"[A-Za-z0-9_./:-]+", value) and not value.endswith(":") and ": " not in value
+    """A text as YAML has it, in quotes where it needs them: 2024 would be a number, and yes a flag."""
+    plain = re.fullmatch(r"[A-Za-z/][A-Za-z0-9_./:-]*", value) and not value.endswith(":")
+    plain = plain and yaml.safe_load(value) == value
     return value if plain else "'" + value.replace("'", "''") + "'"

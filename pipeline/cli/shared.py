@@ -183,31 +183,42 @@ def bench(
             help="Only measure how long the network takes at some widths: target.latency_table.",
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed passes of each network.", min=5)] = 100,
+    repeats: Annotated[int | None, typer.Option(help="Timed passes of each network; by default 100.", min=5)] = None,
     batches: Annotated[
-        str, typer.Option(metavar="1,64", help="Samples in a pass; the first is the report's.")
-    ] = "1,64",
+        str | None,
+        typer.Option(metavar="1,64", help="Samples in a pass; the first is the report's; by default 1,64."),
+    ] = None,
     trust_code: TrustCode = False,
 ) -> None:
     """Measure dense, pruned, compact and CSR networks of a finished run on this machine, and export them."""
     from pipeline.base.errors import UserError
     from pipeline.cli import commands
     from pipeline.cli.console import show_bench
-    from pipeline.export.bench import parse_batches
+    from pipeline.export.bench import BATCHES, parse_batches
 
+    sizes = parse_batches(batches) if batches is not None else BATCHES
     if table is not None:
+        if batches is not None:
+            raise UserError(
+                f"--batches {batches}: a table is of one number of samples in a pass, which is a setting: give "
+                f"target.latency_batch={sizes[0]} instead"
+            )
+        if repeats is not None:
+            raise UserError(f"--repeats {repeats}: with --table the number of passes is fixed: leave it out")
         print(commands.bench_table(run_dir, overrides or [], table, trust_code=trust_code))
         return
     if overrides:
         raise UserError(f"{overrides[0]}: settings are given with --table only; a run is measured as it is")
-    show_bench(commands.bench(run_dir, repeats, parse_batches(batches), trust_code))
+    show_bench(commands.bench(run_dir, 100 if repeats is None else repeats, sizes, trust_code))
 
 
 def sync(
     run_dir: RunPath,
     uri: Annotated[
         str | None,
-        typer.Option(help="Tracking server; the run's by default, where no credentials would be sent to it."),
+        typer.Option(
+            help="Tracking server; by default the run's own. Needed where the run's server would get your credentials."
+        ),
     ] = None,
 ) -> None:
     """Bring MLflow up to date from the run's folder; twice is the same as once."""

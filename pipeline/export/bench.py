@@ -137,6 +137,7 @@ def _foreseen(
     if not here.has(table.FILE):
         return None
     known = here.load(LatencyTable, table.FILE)
+    pruned.cpu()  # where the example is; measuring has left the network on the run's device
     prunable, _ = survey(pruned, config.prune.include, config.prune.exclude)
     groups = channels.groups_of(pruned, prunable, example, config.prune)
     assert groups is not None, "a run with a table prunes channels"

@@ -12,6 +12,7 @@ from pipeline.base.errors import UserError
 from pipeline.network import given
 from pipeline.network.build import build_network
 from pipeline.network.compact import compact
+from pipeline.network.logits import of_logits
 from pipeline.network.weights import load_weights
 from pipeline.run.layout import DENSE, standing
 from pipeline.run.records import DataFacts
@@ -31,7 +32,8 @@ def compact_of(run_dir: str | Path, model: nn.Module | None = None, trust_code: 
 def masked_of(run_dir: str | Path, model: nn.Module | None = None, trust_code: bool = False) -> nn.Module:
     """The pruned network of a finished run in its dense shapes, in evaluation mode, on the CPU.
 
-    `model` is the network whose weights are replaced, in a copy; by default it is built as the run's config says.
+    `model` is the network whose weights are replaced, in a copy that gives logits alone; by default it is built as the
+    run's config says.
     Raises UserError for a run that is not finished, and where its config names a network by import path (unless
     `trust_code`).
     """
@@ -42,7 +44,7 @@ def masked_of(run_dir: str | Path, model: nn.Module | None = None, trust_code: b
         plain = config.model.model_copy(update={"checkpoint": None})  # which may be gone, and is replaced
         network = build_network(plain, here.load(DataFacts, "data.json").classes, config.seed)
     else:
-        network = given.copied(model)
+        network = of_logits(given.copied(model))
     load_weights(network, here.path("final", "model.safetensors"))
     return network.eval()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,8 +64,9 @@ def measure(
                 if repeat >= 0:
                     whole[number].append(milliseconds)
                     stepwise[number].note()
+    names = {step.name for step in groups.steps}
     timed = [
-        Timed(keep, float(np.median(times)), each.medians())
+        Timed(keep, float(np.median(times)), each.medians(names))
         for keep, times, each in zip(keeps, whole, stepwise, strict=True)
     ]
     return LatencyTable(where, batch, network(groups, shape), tuple(timed))
@@ -127,9 +128,12 @@ class _Runner(fx.Interpreter):
         for name, span in self._spans.items():
             self._times.setdefault(name, []).append(_between(*span))
 
-    def medians(self) -> dict[str, float]:
-        """The median time of each step over the passes that were noted, in ms."""
-        return {name: float(np.median(times)) for name, times in self._times.items()}
+    def medians(self, names: Collection[str]) -> dict[str, float]:
+        """The median time of each step of these names over the passes that were noted, in ms.
+
+        The graph that runs also reads sizes, which is no step of the groups.
+        """
+        return {name: float(np.median(times)) for name, times in self._times.items() if name in names}
 
 
 def _clock(device: torch.device, threads: int) -> Callable[[], Any]:

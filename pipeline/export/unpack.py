@@ -345,7 +345,7 @@ def decode_shared(entry: PackedTensor, part: Raw) -> Raw:
 def shared_places(entry: PackedTensor, index: Reader) -> NDArray[np.int64]:
     """The places of the shared values among the elements, in the order in which they are stored."""
     (how,) = index.take(1).tolist()
-    require(how in (FLAT, BY_ROW, BY_COLUMN) and entry.numel > 0, index.problem)
+    require(how in (FLAT, BY_ROW, BY_COLUMN) and entry.numel > 0 and len(entry.shape) > 0, index.problem)
     rows = entry.shape[0]
     columns = entry.numel // rows
     lines = [np.flatnonzero(bits(index.take((size + 7) // 8), size)) for size in (rows, columns) if how != FLAT]

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.base import blame
 from pipeline.base.errors import UserError
 from pipeline.base.seeding import derive
 from pipeline.network import factory as factories
+from pipeline.network.logits import of_logits
 from pipeline.network.weights import load_weights
 from pipeline.settings.model import Model
 
@@ -54,17 +55,7 @@ def build_network(model: Model, num_classes: int | None = None, seed: int = 0) -
         )
     if model.checkpoint is not None:
         load_weights(network, model.checkpoint, model.checkpoint_key)
-    network.register_forward_hook(_logits)
-    return network
-
-
-def _logits(_module: nn.Module, _inputs: object, output: Any) -> Any:
-    """A forward hook: the logits among a network's outputs; what has none stays as it is, and is refused later."""
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits
-    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-        return output[0]
-    return output
+    return of_logits(network)
 
 
 def _class_argument(factory: Callable[..., Any], given: Mapping[str, Any], classes: int | None) -> dict[str, int]:

@@ -8,7 +8,9 @@ network is named by an import path, which workers import.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +22,10 @@ from pipeline.base.errors import UserError
 
 FACTORY = "pipeline.network.given:network"
 _HELD: dict[str, nn.Module] = {}
+_EVERY_MODULES = vars(nn.Module()).keys()  # attributes by which torch keeps its books
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_VALUES = (Tensor, torch.dtype, functools.partial, *_FUNCTIONS)
+_HOLDERS = (tuple, list, dict, set, frozenset)
 
 
 @contextmanager
@@ -80,10 +86,11 @@ def _require_plain(module: Any) -> None:
 
 
 def digest(module: nn.Module) -> str:
-    """24 hex digits of a SHA-256 over the class, the layers as they print, plain attributes, and every tensor.
+    """24 hex digits of a SHA-256 over the class, the layers as they print, other attributes, and every tensor.
 
-    Plain attributes are numbers, flags and texts that a module holds, and whether a parameter is trained. The code of
-    the classes is not in it.
+    Other attributes are numbers, flags, texts, tensors, types of number and functions that a module holds, also in
+    tuples, lists, dicts and sets, and whether a parameter is trained. A function counts by its name, a lambda by what
+    it does. The code of classes and functions is not in it.
     """
     kind = type(module)
     total = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__}\n{module}".encode())
@@ -91,9 +98,50 @@ def digest(module: nn.Module) -> str:
         plain = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str)}
         plain.pop("training", None)
         total.update(f"\n{name} {sorted(plain.items())}".encode())
+        if more := sorted((key, _described(value)) for key, value in vars(part).items() if _counts(part, key, value)):
+            total.update(repr(more).encode())
     total.update(repr([name for name, each in module.named_parameters() if not each.requires_grad]).encode())
-    for name, tensor in module.state_dict().items():
+    saved = module.state_dict()
+    for name, tensor in saved.items():
         if isinstance(tensor, Tensor):
             total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            total.update(_bytes(tensor))
+    if unsaved := [(name, _described(each)) for name, each in module.named_buffers() if name not in saved]:
+        total.update(repr(unsaved).encode())
     return total.hexdigest()[:24]
+
+
+def _counts(part: nn.Module, key: str, value: object) -> bool:
+    """Whether an attribute that is no plain value is of a network's own; torch's modules print their tuples."""
+    if key in _EVERY_MODULES:
+        return False
+    of_torch = type(part).__module__.startswith("torch.nn.")
+    return isinstance(value, _VALUES) or (isinstance(value, _HOLDERS) and not of_torch)
+
+
+def _described(value: Any) -> str:
+    """A value as text, the same in every process; what is of no known kind is its class."""
+    if isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | None):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(_bytes(value)).hexdigest()}"
+    if isinstance(value, functools.partial):
+        return _described(("partial", value.func, value.args, value.keywords))
+    if isinstance(value, dict):
+        return _described([*value.items()])
+    if isinstance(value, set | frozenset):
+        return f"set {sorted(map(_described, value))}"
+    if isinstance(value, tuple | list):
+        return repr([*map(_described, value)])
+    if isinstance(value, _FUNCTIONS):
+        name = f"{value.__module__} {value.__qualname__} {value.__name__}"
+        if isinstance(value, types.FunctionType) and value.__name__ == "<lambda>":
+            code = value.__code__
+            name += _described((code.co_code, code.co_names, code.co_consts))
+        return name
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """The bytes of a tensor's elements."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

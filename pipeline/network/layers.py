@@ -24,8 +24,8 @@ DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 
 ACTIVATIONS = (
-    nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
-    nn.Hardswish, nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Threshold,
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU,
+    nn.Mish, nn.Hardswish, nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Threshold,
     nn.Softshrink, nn.Hardshrink, nn.Tanhshrink,
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves  # noqa: PLC2701 (torch has no publi
 from pipeline.base.names import few
 from pipeline.network import heads
 from pipeline.network.layers import LAYERS
+from pipeline.network.logits import forward_of
 from pipeline.network.operations import UNFLATTENS, named_sizes
 
 # What tracing raises where the Python code looks into a tensor, or into an input that is no tensor.
@@ -58,11 +59,14 @@ class _Tracer(fx.Tracer):
         is_module: bool,
         concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
     ) -> tuple[Callable[..., Any], list[Any]]:
-        def alone(module: nn.Module, x: Any) -> Any:
-            return root_fn(module, x)
+        if not (self._one_input and is_module):
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        forward = forward_of(self.root)
 
-        called = alone if self._one_input and is_module else root_fn
-        return super().create_args_for_root(called, is_module, concrete_args)
+        def alone(module: nn.Module, x: Any) -> Any:
+            return forward(module, x)
+
+        return super().create_args_for_root(alone, is_module, concrete_args)
 
 
 class _Shapes(fx.Interpreter):

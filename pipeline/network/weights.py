@@ -72,7 +72,8 @@ def _fitted(state: State, wanted: Mapping[str, Tensor]) -> State:
 
 def _renamed(state: State, wanted: Mapping[str, Tensor]) -> State:
     """The tensors under the prefix, taken off or put on, that fits the most names; as they are where that fits best."""
-    last = max(wanted, key=len, default="")
+    counters = "num_batches_tracked"  # which older files leave out
+    last = max((name for name in wanted if not name.endswith(counters)), key=len, default="")
     choices = [dict(state)]
     for prefix in sorted({name.removesuffix(last) for name in state if name.endswith(f".{last}")}):
         choices.append({name.removeprefix(prefix): tensor for name, tensor in state.items()})

@@ -53,6 +53,10 @@ def test_plan_shows_several_budgets_of_a_scan_without_scanning_again(
         assert words in shown
     assert "composed by the power" in shown
     assert "is assumed" not in shown
+    made = json.loads(secateur("plan", str(path), "--budgets", "2,4,16", "--json"))
+    assert [(each["compression"], each["kept"]) for each in made["asked"]] == [(2, 25100), (4, 12550), (16, 3137)]
+    assert sum(made["asked"][0]["solution"]["keep"].values()) == 25100
+    assert 0 <= made["asked"][0]["rise"] <= made["asked"][2]["rise"]
     shown = secateur("plan", str(path), "target.budget=flops", "--budgets", "4")
     assert "25,100" in shown  # of 100,400 FLOPs
     assert figure.read_text().startswith("<svg")
@@ -76,11 +80,14 @@ def test_plan_shows_several_budgets_of_a_scan_without_scanning_again(
         (["run", "CONFIG", "target.compression=1000000"], ["target.compression"]),
         (["run", "CONFIG", "data.source=idx", "data.root=/nowhere"], ["/nowhere"]),
         (["run", "CONFIG", "device=cuda"], ["device=cuda", "no GPU"]),
+        (["run", "CONFIG", "device=cuda", "cluster.gpus_per_worker=1"], ["device=cuda", "no GPU"]),  # without Ray
         (["run", "CONFIG", "target.budget=flops"], ["target.budget=flops", "prune.allocation=budget"]),
         (["run", "CONFIG", "prune.floors={fc9.weight: 0.5}"], ["prune.floors", "fc9.weight", "did you mean"]),
         (["run", "CONFIG", "prune.ceilings={'*': 0.01}"], ["above the 502", "prune.ceilings"]),
         (["plan", "CONFIG", "--budgets", "2,x"], ["--budgets 2,x", "2,4,8"]),
         (["plan", "CONFIG", "--budgets", "2"], ["has none yet", "secateur scan"]),
+        (["bench", "CONFIG", "--table", "t", "--batches", "8,1"], ["--batches 8,1", "target.latency_batch=8"]),
+        (["bench", "CONFIG", "--table", "t", "--repeats", "9"], ["--repeats 9", "--table", "leave it out"]),
         (["run", "missing.yaml"], ["missing.yaml", "does not exist"]),
         (["report", "nowhere"], ["nowhere", "is not a run"]),
         (["sync", "nowhere"], ["nowhere", "is not a run"]),

@@ -37,13 +37,11 @@ def die(number: int) -> int:
     return number
 
 
-def wait_or_tell(folder: Path) -> int:
-    """How many came before; the third and later wait for ever."""
+def wait_or_tell(given: tuple[Path, int]) -> int:
+    """The item's number; the third and later wait for ever."""
+    folder, number = given
     with (folder / "pids").open("a") as stream:
         stream.write(f"{os.getpid()}\n" if mp.parent_process() else "")
-    with (folder / "came").open("ab") as stream:
-        stream.write(b".")
-        number = stream.tell() - 1
     if number > 1:
         time.sleep(600)
     return number
@@ -80,11 +78,29 @@ def test_a_process_that_is_lost_is_one_message() -> None:
 
 
 def test_closing_it_ends_what_is_under_way(tmp_path: Path) -> None:
-    results = processes(2, NOW)(wait_or_tell, [tmp_path] * 6, 6)
+    results = processes(2, NOW)(wait_or_tell, [(tmp_path, number) for number in range(6)], 6)
     assert next(results) == 0
     assert next(results) == 1
     results.close()
     assert not [pid for pid in map(int, (tmp_path / "pids").read_text().split()) if Path("/proc", str(pid)).exists()]
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pipeline.base.spread import processes; import test_spread\n"
+        "print('began', flush=True)\n"
+        "print(*processes(2, 0.0)(test_spread.refuse, [0, 1, 2], 3))\n"
+    )
+    path = f"{ROOT}{os.pathsep}{Path(__file__).parent}{os.pathsep}{ROOT / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**environment(), "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "began\n0 1 2\n"), done.stderr
 
 
 def test_when_the_program_is_killed_its_processes_end(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from PIL import Image
 from pipeline.base.errors import UserError
 from pipeline.cli import commands, init
 from pipeline.cli.init import Answers
+from pipeline.data import shards
 from pipeline.local import LocalEngine
+from pipeline.settings.data import Data
 from pipeline.train.world import World
 
 
@@ -69,6 +71,33 @@ def test_a_checkpoint_is_taken_as_it_is_and_no_loss_is_a_target() -> None:
     assert "dense: {epochs: 0," in text
     assert "checkpoint: /w/a.safetensors" in text
     assert "target: {mode: no-loss," in text
+
+
+def test_shards_are_looked_at_as_a_folder_is(flowers: Path, tmp_path: Path) -> None:
+    for mode, channels in (("RGB", 3), ("L", 1)):
+        for file in flowers.rglob("*.png"):
+            Image.open(file).convert(mode).save(file)
+        root = str(tmp_path / mode)
+        shards.build(Data.model_validate({"source": "folder", "root": str(flowers), "size": 12}), 0, root)
+        found = init.look(root)
+        assert (found.source, found.root, found.channels, found.pixels, found.classes) == (
+            "shards", root, channels, 12, 3
+        )  # fmt: skip
+
+
+def test_a_checkpoint_of_s3_stays_where_it_is() -> None:
+    found = init.Found("folder", "/data", 3, 500, 5000, 7)
+    places = {"s3://bucket/a.pth": "s3://bucket/a.pth", "a.pth": str(Path.cwd() / "a.pth")}
+    for given, wanted in places.items():
+        text = init.make(Answers(data="/data", checkpoint=given), found, "mine")
+        assert f"checkpoint: {wanted}\n" in text
+
+
+@pytest.mark.parametrize("stem", ["2024", "1e5", "yes", "null", "0x1f", "mine-2"])
+def test_a_run_may_have_any_files_name(stem: str, tmp_path: Path) -> None:
+    out = tmp_path / f"{stem}.yaml"
+    init.write(Answers(data="digits"), out)
+    assert commands.read(out, []).name == stem
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,7 @@ def assembled(entries: list[PackedTensor], payload: bytes) -> bytes:
         ({"shape": (3,)}, "contradict"),
         ({"shape": (50, 79)}, "damaged|out of bounds"),
         ({"shape": ()}, "contradict"),
+        ({"shape": (), "entries": 1}, "damaged"),
         ({"entries": 10**9}, "contradict"),
         ({"entries": 0}, "damaged|out of bounds"),
         ({"entries": 100}, "damaged|out of bounds"),

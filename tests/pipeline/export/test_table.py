@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.export import latency, table
 from pipeline.network.groups import Groups, find
@@ -52,6 +56,29 @@ def test_each_step_of_each_network_has_a_time() -> None:
     steps = {step.name for step in groups.steps}
     assert all(each.steps.keys() == steps and each.ms > 0 for each in made.timed)
     assert all(ms >= 0 for each in made.timed for ms in each.steps.values())
+
+
+def by_shape(x: Tensor) -> Tensor:
+    samples, channels, height, width = x.shape
+    return x.view(samples, channels * height * width)
+
+
+@pytest.mark.parametrize("flat", [lambda x: x.view(x.size(0), -1), by_shape])
+def test_only_steps_of_the_groups_have_times(flat: Callable[[Tensor], Tensor]) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, 5)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.second(flat(torch.relu(self.first(x))))
+
+    model = Views().eval()
+    groups = find(model, torch.zeros(2, *SHAPE), {tensor.name: tensor.shape for tensor in survey(model)[0]})
+    assert groups.sizes == {"first.weight": 4}
+    passes = latency.Passes(repeats=1, warmup=0)
+    made = table.measure(model, groups, SHAPE, torch.device("cpu"), "here", passes=passes)
+    assert all(each.steps.keys() == {step.name for step in groups.steps} for each in made.timed)
 
 
 def test_a_network_is_told_from_another_by_its_widths_and_inputs() -> None:

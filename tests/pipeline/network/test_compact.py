@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from networks import Fire, OnTokens, Residual, damage, random_network, random_pa
 from torch import Tensor, nn
 
 from pipeline.network.compact import Compacted, compact
+from pipeline.network.logits import of_logits
 from pipeline.network.paper_networks import lenet_5
 from pipeline.network.weights import load_weights
 
@@ -298,7 +300,26 @@ def test_hidden_units_between_linear_layers_on_tokens_go() -> None:
     assert found.removed == {"0.wide": 2, "0.narrow": 0}
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize("put", [lambda *both: both, lambda one, other: SimpleNamespace(logits=one, features=other)])
+def test_a_network_of_several_outputs_shrinks_to_one_of_logits(put: Callable[[Tensor, Tensor], object]) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 1), nn.Linear(36, 2)
+
+        def forward(self, x: Tensor) -> object:
+            x = torch.relu(self.first(x))
+            return put(self.second(x.view(-1, 36)), x)
+
+    model = Several()
+    with torch.no_grad():
+        model.first.weight[:2], model.first.bias[:2] = 0, 0
+    found = shrunk(of_logits(model), 1, 3, 3)
+    assert found.removed == {"first": 2, "second": 0}
+    assert copy.deepcopy(found.model)(torch.ones(5, 1, 3, 3, dtype=torch.double)).shape == (5, 2)
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "mobilenet_v2", "mobilenet_v3_small"])
 def test_torchvision_networks_stay_the_same_function(name: str) -> None:
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(num_classes=10)

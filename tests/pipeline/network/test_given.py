@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+from typing import Any
 
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pipeline.base.errors import UserError
@@ -53,6 +56,46 @@ def test_a_change_of_weights_layers_or_class_is_another_network() -> None:
     known.add(given.digest(mine))
     assert len(known) == 6
     assert given.digest(mine.train()) == given.digest(mine.eval())
+
+
+class Holds(nn.Module):
+    """Computes with something that is neither a weight nor printed."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.layer, self.what = nn.Linear(2, 2), what
+        nn.init.ones_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+
+def test_networks_that_compute_with_other_things_are_others() -> None:
+    held = [
+        None, F.relu, F.tanh, F.gelu, torch.tanh, torch.sin, F.max_pool2d, F.adaptive_max_pool2d,
+        functools.partial(F.leaky_relu, negative_slope=0.1), functools.partial(F.leaky_relu, negative_slope=0.2),
+        lambda x: x + 1, lambda x: x + 2, lambda x: x.sin(), lambda x: x.cos(),
+        (1, 2), (1, 3), [1, [2, 3]], [1, [2, 4]], {"act": F.relu}, {"act": F.tanh}, {1, 2}, {1, 3},
+        torch.ones(2), torch.zeros(2), torch.zeros(2, dtype=torch.int64), (torch.ones(1),), (torch.zeros(1),),
+        torch.float16, torch.float32, {"mean": torch.ones(3)}, {"mean": torch.zeros(3)},
+    ]  # fmt: skip
+    names = [given.digest(Holds(what)) for what in held]
+    assert len(set(names)) == len(held)
+    assert names == [given.digest(copy.deepcopy(Holds(what))) for what in held]
+
+
+def test_a_buffer_that_is_not_saved_counts() -> None:
+    networks = [nn.Linear(2, 2) for _ in range(3)]
+    for number, network in enumerate(networks):
+        network.load_state_dict(networks[0].state_dict())
+        if number:
+            network.register_buffer("kept", torch.full((2,), float(number)), persistent=False)
+    assert len({given.digest(network) for network in networks}) == 3
+
+
+def test_networks_without_such_things_keep_their_names() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, (3, 3)), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    for parameter in network.parameters():
+        nn.init.ones_(parameter)
+    assert given.digest(network) == "c3b65fa95d7311362bd89431"  # as every version has named it
 
 
 def test_a_network_of_half_precision_has_a_digest() -> None:

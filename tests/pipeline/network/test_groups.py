@@ -182,7 +182,14 @@ def test_random_networks_without_some_channels_are_the_same_function_when_small(
 
 
 @pytest.mark.parametrize(
-    ("name", "groups"), [("squeezenet1_1", 25), ("resnet18", 12), ("mobilenet_v3_small", 27), ("efficientnet_b0", 40)]
+    ("name", "groups"),
+    [
+        ("squeezenet1_1", 25),
+        ("resnet18", 12),
+        ("mobilenet_v2", 25),
+        ("mobilenet_v3_small", 27),
+        ("efficientnet_b0", 40),
+    ],
 )
 def test_torchvision_networks_get_small(name: str, groups: int) -> None:
     torch.manual_seed(0)

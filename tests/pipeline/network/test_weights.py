@@ -38,6 +38,15 @@ def test_weights_come_back(tmp_path: Path, suffix: str, prefix: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_file_older_than_the_counters_of_norms_may_have_a_prefix(tmp_path: Path, prefix: str) -> None:
+    source, target = (nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)) for _ in range(2))
+    state = {prefix + name: tensor for name, tensor in source.state_dict().items() if "tracked" not in name}
+    torch.save(state, tmp_path / "old.pth")
+    load_weights(target, tmp_path / "old.pth")
+    assert torch.equal(target[0].weight, source[0].weight)
+
+
 def test_every_mismatch_is_listed(tmp_path: Path) -> None:
     state = lenet_5().state_dict()
     state["fc9.weight"] = state.pop("fc2.weight")

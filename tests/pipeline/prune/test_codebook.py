@@ -66,8 +66,10 @@ def test_the_order_of_the_values_changes_no_bit(given_values: list[float], chanc
 
 def test_rounding_is_to_half_precision_where_that_holds_all() -> None:
     assert codebook.rounded(np.array([0.1, -0.0])).tolist() == [float(np.float16(0.1)), 0.0]
-    assert not np.signbit(codebook.rounded(np.array([-0.0, -1e-30]))).any()
-    assert codebook.rounded(np.array([0.1, 1e5])).tolist() == [float(np.float32(0.1)), 1e5]
+    assert not np.signbit(codebook.rounded(np.array([-0.0, 0.0]))).any()
+    for other in (1e5, 1.01e-5, 1e-9, -1e-30):  # too large, and too small for 11 bits or for any
+        assert codebook.rounded(np.array([0.1, other])).tolist() == np.array([0.1, other], np.float32).tolist()
+    assert codebook.rounded(np.array([2.0**-20])).tolist() == [2.0**-20]  # small, and held as it is
 
 
 def test_bits_by_name_before_pattern_before_kind() -> None:
