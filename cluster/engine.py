@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from cluster import connect, losses, sweep, tasks
@@ -58,12 +59,14 @@ class RayEngine:
         if not connect.started_here(config):
             self._connect(config, run)
             if tasks.reaches_all(self.ray, config):
-                return self._spread_in_a_sentence
+                return partial(self._spread_in_a_sentence, config)
         return processes(config.data.build_workers)
 
-    def _spread_in_a_sentence(self, function: Callable[[T], R], items: Iterable[T], count: int) -> Generator[R]:
+    def _spread_in_a_sentence(
+        self, config: Config, function: Callable[[T], R], items: Iterable[T], count: int
+    ) -> Generator[R]:
         with self._in_a_sentence("shards"):
-            yield from tasks.on_cluster(self.ray)(function, items, count)
+            yield from tasks.on_cluster(self.ray, config)(function, items, count)
 
     def _connect(self, config: Config, run: Run, progress: Progress | None = None) -> None:
         """Join Ray, or start it, and tell `progress` of it; later calls find it there."""

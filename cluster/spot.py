@@ -6,6 +6,7 @@ For nodes that `ray up` starts (infra/aws). On Kubernetes the pods' preStop hook
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import urllib.request
 from collections.abc import Callable
 
 LOOK_EVERY_S = 5.0  # AWS gives two minutes, and recommends this
-LEFT_S = 110  # what of them is left for Ray when it has been told
+LEFT_S = 110  # what of them is left for Ray when it has been told at once
+TELL_S = 30.0  # how long one try to tell Ray may take: a busy machine takes seconds to start the command
 REASON = "DRAIN_NODE_REASON_PREEMPTION"
 _TIMEOUT_S = 5.0
 
@@ -46,10 +48,10 @@ def notice() -> str | None:
         raise
 
 
-def drain(action: str) -> list[str]:
-    """The command that tells Ray that this node goes away."""
+def drain(action: str, left: float = LEFT_S) -> list[str]:
+    """The command that tells Ray that this node goes away in so many seconds."""
     said = f"AWS will {action} this spot instance"
-    options = ["--reason", REASON, "--reason-message", said, "--deadline-remaining-seconds", str(LEFT_S)]
+    options = ["--reason", REASON, "--reason-message", said, "--deadline-remaining-seconds", str(math.ceil(left))]
     return [sys.executable, "-m", "ray.scripts.scripts", "drain-node", *options]
 
 
@@ -70,11 +72,30 @@ def watch(look: Callable[[], str | None] = notice) -> str:
         time.sleep(LOOK_EVERY_S)
 
 
+def tell(action: str) -> bool:
+    """Tell Ray, again and again until it has heard or the machine's time is over. Whether it has.
+
+    AWS gives its notice once: a head that is busy, or away for a moment, must not lose it.
+    """
+    end = time.monotonic() + LEFT_S
+    while (left := end - time.monotonic()) > 0:
+        try:
+            code = subprocess.run(drain(action, left), check=False, timeout=min(TELL_S, left)).returncode
+            why = f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            code, why = 1, "no answer"
+        if code == 0:
+            return True
+        print(f"Ray could not be told ({why}); telling it again", flush=True)
+        time.sleep(min(LOOK_EVERY_S, max(0.0, end - time.monotonic())))
+    return False
+
+
 def main() -> None:
-    """Watch, tell Ray, and end with the exit code of the command that told it."""
+    """Watch, and tell Ray; exit code 1 where it could not be told."""
     action = watch()
     print(f"AWS will {action} this instance: telling Ray", flush=True)
-    raise SystemExit(subprocess.run(drain(action), check=False).returncode)
+    raise SystemExit(0 if tell(action) else 1)
 
 
 if __name__ == "__main__":

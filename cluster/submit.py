@@ -119,9 +119,10 @@ def require_own_names(folder: Path) -> None:
 
 
 def check(config: Config) -> None:
-    """Check a run before a cluster is asked for it, as far as its files and its network's code are on this machine.
+    """Check a run before a cluster is asked for it, as far as its files and its network's code can be seen from here.
 
-    Raises UserError for what will not do; the job itself checks the rest.
+    A machine that submits may have no way to the stores of the run. Raises UserError for what will not do; the job
+    itself checks the rest.
     """
     preflight.check_names(config)
     files = (config.data.root, config.data.class_index, config.model.checkpoint)
@@ -130,12 +131,15 @@ def check(config: Config) -> None:
     if code != config.model.factory and importlib.util.find_spec(code) is None:
         missing.append(f"model.factory={config.model.factory}")
     source = None if config.start.source is None else state.source_root(config.start, config.runs_dir)
-    if source is not None and not storage.exists(storage.join(source, "run.json")):
-        missing.append(f"start.from={config.start.source}")
+    try:
+        if source is not None and not storage.exists(storage.join(source, "run.json")):
+            missing.append(f"start.from={config.start.source}")
+        if not missing:
+            preflight.check(config)
+    except (Away, storage.NoAccess) as error:
+        print(f"cannot be seen from this machine: {error}; the network is checked by the job", flush=True)
     if missing:
         print(f"not on this machine: {', '.join(missing)}; the network is checked by the job", flush=True)
-    else:
-        preflight.check(config)
 
 
 def _client(where: str) -> Any:

@@ -8,17 +8,20 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from cluster import connect
+from pipeline.base.errors import Away
 from pipeline.base.spread import Spread, caught, told
 from pipeline.settings.config import Config
 
 T = TypeVar("T")
 R = TypeVar("R")
+CORE = {"CPU": 1.0}  # what a task needs
+PAUSE_S = 1.0  # between two looks for room
 
 
-def on_cluster(ray: Any) -> Spread:
+def on_cluster(ray: Any, config: Config) -> Spread:
     """A task for each item, on a core of any node; a task whose node is lost is done again elsewhere.
 
-    Raises UserError as the function does.
+    Raises UserError as the function does, and Away where no node has had a core for cluster.wait_seconds.
     """
     cores = int(sum(node.get("CPU", 0.0) for node in connect.nodes(ray)))
 
@@ -30,12 +33,23 @@ def on_cluster(ray: Any) -> Spread:
                     waiting.append(task.remote(function, item))
                 if not waiting:
                     return
-                yield told(ray.get(waiting.popleft()))
+                yield told(_answer(ray, waiting.popleft(), connect.Waiting(config.cluster.wait_seconds)))
         finally:
             for each in waiting:
                 ray.cancel(each)
 
     return spread
+
+
+def _answer(ray: Any, task: Any, patience: connect.Waiting) -> Any:
+    """What a task returns. Ray itself would wait forever for a node that could do it."""
+    while not ray.wait([task], timeout=PAUSE_S)[0]:
+        nodes = connect.nodes(ray)
+        if patience.too_long(lacking=not connect.room(nodes, CORE)):
+            has = connect.amounts({"CPU": sum(node.get("CPU", 0.0) for node in nodes)})
+            said = patience.said(f"A task needs {connect.amounts(CORE)}, but the cluster has {has}: add nodes")
+            raise Away(f"shards: {said}")
+    return ray.get(task)
 
 
 def reaches_all(ray: Any, config: Config) -> bool:

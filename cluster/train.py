@@ -23,7 +23,7 @@ from pipeline.base import blame, machine
 from pipeline.base.errors import Agreed, Away, Leaving, Lost, RunStopped, UserError
 from pipeline.engine import Work
 from pipeline.run import log, machines
-from pipeline.run.events import Busy, Event, Paced, Progress, Warned, WorkersBegun
+from pipeline.run.events import Busy, Event, Paced, Progress, Stepped, Warned, WorkersBegun
 from pipeline.run.state import Run
 from pipeline.settings.config import Config, parse_config
 from pipeline.train import memory
@@ -73,7 +73,7 @@ def worker(job: dict[str, Any]) -> None:
 
     try:
         with log.kept(run, log.rank_name(run, stage, attempt, rank), tell, rank, attempt) as kept:
-            heard = kept.hearing(progress)
+            heard = kept.hearing(progress, without=(Stepped, Paced))  # the driver's log has them
             warnings.showwarning = lambda message, *_, **__: heard(Warned(str(message)))
             device = choose_device(config.device, context.get_local_rank())
             if device.type == "cuda":

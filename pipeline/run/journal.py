@@ -25,13 +25,21 @@ from pipeline.base.record import Record
 from pipeline.run.state import Run
 
 SYNC_S = 1.0  # seconds at least from one sync of a local file to the next
-LAZY, LAZY_S = 0.01, 60.0  # lines of a lazy journal on S3 wait for this share of its age, for so many seconds at most
+LAZY, LAZY_S = 0.01, 60.0  # what is lazy waits on S3 for this share of its age; a journal for so many seconds at most
 KNOWN = 2**16  # files on S3 that a process remembers
 LAST_S = 30.0  # seconds that a journal on S3 is waited for where the run ends by an error
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 _NAME = re.compile(r"(\d{6,})-(\d{6,})\.jsonl")  # the writer's number and the file's
 
 R = TypeVar("R", bound=Record)
+
+
+def lazy_s(began: float, most: float = LAZY_S) -> float:
+    """How many seconds lines for S3 wait for each other, where their writer `began` (`time.monotonic`).
+
+    The older it is the longer, so that days make no tens of thousands of files.
+    """
+    return min(most, LAZY * (time.monotonic() - began))
 
 
 class Journal:
@@ -244,8 +252,7 @@ class _Sent:
             with self._state:
                 self._state.wait_for(lambda: self._waiting or self._closing)
                 if self._lazy:
-                    age = time.monotonic() - self._began
-                    self._state.wait_for(lambda: self._closing, min(LAZY_S, LAZY * age))
+                    self._state.wait_for(lambda: self._closing, lazy_s(self._began))
                 lines, self._waiting = self._waiting, []
             if not lines:
                 return

@@ -2,7 +2,8 @@
 
 A line has the keys time (UTC), level, run, uid, fence, rank, attempt, step, event and message; one that does not apply
 is null. `data` has what else an event says, `error` a traceback. On a file system lines are appended. On S3, which
-cannot append, they are sent as files of their own, NAME.000001.jsonl and on, every SECATEUR_LOG_SECONDS and at the end.
+cannot append, they are sent as files of their own, NAME.000001.jsonl and on: every SECATEUR_LOG_SECONDS, less often the
+older the process is, soon after a warning, and at the end.
 
 Whatever goes wrong with a log, the run goes on: the user is told once.
 """
@@ -14,6 +15,7 @@ import json
 import logging
 import math
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -25,17 +27,20 @@ from pipeline import storage
 from pipeline.base.environment import number
 from pipeline.base.errors import Leaving, UserError
 from pipeline.base.hiding import hide
-from pipeline.run.events import Event, Noted, Progress, Warned
+from pipeline.run import journal
+from pipeline.run.events import Event, Noted, Paced, Progress, Warned
 from pipeline.run.records import RunFacts
 from pipeline.run.state import Run
 
 FOLDER = "log"
 MOST_WAITING = 4 * 2**20  # characters that wait for a store; beyond them the oldest lines are dropped
 CLOSING_S = 20.0  # how long the end of a process waits for its last lines to be sent
+LONGEST_S = 300.0  # between two files that are sent to S3, where a process has been at work for hours
+PACED_EVERY_S = 60.0  # between two lines on how fast a rank is
 
 
 def segment_s() -> float:
-    """Seconds between two files that are sent to S3; the last ones are lost with a process that is killed."""
+    """Seconds at least between two files that are sent to S3; the last ones are lost with a process that is killed."""
     return number("SECATEUR_LOG_SECONDS", 30)
 
 
@@ -120,8 +125,8 @@ class _Sent(_Kept):
         self.waiting: deque[str] = deque()
         self.size = self.dropped = self.sent = 0
         self._state = threading.Condition()
-        self._closing = False
-        self._every = segment_s()
+        self._closing = self._urgent = False
+        self._every, self._began = segment_s(), time.monotonic()
         self._thread = threading.Thread(target=self._work, name="run-log", daemon=True)
         self._thread.start()
 
@@ -130,6 +135,9 @@ class _Sent(_Kept):
             self.waiting.append(line)
             self.size += len(line)
             self._drop()
+            if level >= logging.WARNING:
+                self._urgent = True
+                self._state.notify_all()
 
     def _drop(self) -> None:
         """Drop the oldest lines where too many wait."""
@@ -150,7 +158,10 @@ class _Sent(_Kept):
     def _work(self) -> None:
         while True:
             with self._state:
-                closing = self._state.wait_for(lambda: self._closing, self._every)
+                self._state.wait_for(lambda: self._closing, self._every)
+                longer = max(0.0, journal.lazy_s(self._began, LONGEST_S) - self._every)
+                self._state.wait_for(lambda: self._closing or self._urgent, longer)
+                closing = self._closing
             self._send()
             if closing:
                 return
@@ -159,7 +170,7 @@ class _Sent(_Kept):
         """Send the lines that wait. Those that cannot be sent wait on."""
         with self._state:
             lines, dropped = self.waiting, self.dropped
-            self.waiting, self.size, self.dropped = deque(), 0, 0
+            self.waiting, self.size, self.dropped, self._urgent = deque(), 0, 0, False
         if not lines:
             return
         lost = [json.dumps({"level": "WARNING", "message": f"{dropped} lines before these were dropped"}) + "\n"]
@@ -172,6 +183,7 @@ class _Sent(_Kept):
                 self.waiting.extendleft(reversed(lines))
                 self.size, self.dropped = sum(map(len, self.waiting)), self.dropped + dropped
                 self._drop()
+                self._urgent = True
             return
         self.sent, self.sound = self.sent + 1, True
 
@@ -185,9 +197,12 @@ class RunLog:
         # Not one of logging's register: that would keep it for good, and its parents would print its lines too.
         self.logger = logging.Logger("secateur.run", logging.DEBUG)
         self.logger.addHandler(self._handler)
+        self._paced: dict[int, tuple[str, float]] = {}  # of each rank the phase of its last such line, and when
 
     def __call__(self, event: Event) -> None:
-        """Write an event."""
+        """Write an event; how fast a rank is within a phase every PACED_EVERY_S only."""
+        if isinstance(event, Paced) and not self._due(event):
+            return
         name = type(event).__name__
         if isinstance(event, Warned | Noted):
             level = logging.WARNING if isinstance(event, Warned) else logging.INFO
@@ -195,11 +210,20 @@ class RunLog:
         else:
             self.logger.info("", extra={"event": name, "data": dataclasses.asdict(event)})
 
-    def hearing(self, progress: Progress) -> Progress:
-        """A progress function that writes each event, and hands it on."""
+    def _due(self, event: Paced) -> bool:
+        phase, last = self._paced.get(event.rank, ("", 0.0))
+        now = time.monotonic()
+        if phase == event.phase and now - last < PACED_EVERY_S:
+            return False
+        self._paced[event.rank] = event.phase, now
+        return True
+
+    def hearing(self, progress: Progress, without: tuple[type, ...] = ()) -> Progress:
+        """A progress function that hands each event on, and writes it if it is not of the kinds `without`."""
 
         def heard(event: Event) -> None:
-            self(event)
+            if not isinstance(event, without):
+                self(event)
             progress(event)
 
         return heard

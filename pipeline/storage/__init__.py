@@ -23,10 +23,11 @@ from pipeline.storage import local, retry
 from pipeline.storage.local import Appending, DiskFull, local_path, room
 from pipeline.storage.locks import LockedByAnother, locked
 from pipeline.storage.retry import Check
-from pipeline.storage.stat import Stat, Versioned
+from pipeline.storage.stat import NoAccess, Stat, Versioned
 
 __all__ = [
-    "Appending", "Check", "DiskFull", "LockedByAnother", "Stat", "Versioned", "local_path", "locked", "room",
+    "Appending", "Check", "DiskFull", "LockedByAnother", "NoAccess", "Stat", "Versioned", "local_path", "locked",
+    "room",
 ]  # fmt: skip
 
 _PIECE = 2**22  # bytes hashed or copied at a time

@@ -8,6 +8,7 @@ from urllib3.exceptions import HTTPError
 
 from pipeline.base.errors import UserError
 from pipeline.storage.ranges import ShortBody
+from pipeline.storage.stat import NoAccess
 
 _PASSING_CODES = {
     "SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling", "ThrottlingException",
@@ -60,11 +61,11 @@ def of_credentials(error: Exception) -> bool:
 
 
 def meaning(url: str, error: Exception) -> Exception:
-    """The exception to raise instead: FileNotFoundError, Changed or UserError."""
+    """The exception to raise instead: FileNotFoundError, or a UserError such as Changed or NoAccess."""
     if isinstance(error, boto.ClientError):
         return _refused(url, error)
     if isinstance(error, (*_NO_IDENTITY, RuntimeError)):
-        return UserError(f"'{url}': no credentials for S3 ({_short(error)}): give them by {CHAIN}")
+        return NoAccess(f"'{url}': no credentials for S3 ({_short(error)}): give them by {CHAIN}")
     if isinstance(error, boto.SSLError):
         return UserError(f"'{url}': the store's certificate is not trusted ({_short(error)}): set AWS_CA_BUNDLE")
     return UserError(f"'{url}' cannot be used ({_short(error)}): check the bucket's name and the AWS settings")
@@ -81,10 +82,10 @@ def _refused(url: str, error: boto.ClientError) -> Exception:
         return UserError(
             f"'{url}': there is no bucket '{bucket}' at this endpoint: make it, or check its name and AWS_ENDPOINT_URL"
         )
-    if code in _IDENTITY:
-        return UserError(f"'{url}': S3 does not accept the credentials ({code}): renew them ({CHAIN})")
+    if code in _IDENTITY or of_credentials(error):
+        return NoAccess(f"'{url}': S3 does not accept the credentials ({code}): renew them ({CHAIN})")
     if code in _DENIED:
-        return UserError(
+        return NoAccess(
             f"'{url}': S3 denies access ({error.operation_name}): allow s3:GetObject, s3:PutObject, s3:DeleteObject, "
             "s3:AbortMultipartUpload, s3:ListBucket and s3:ListBucketMultipartUploads on bucket "
             f"'{bucket}', or use other credentials"

@@ -35,12 +35,16 @@ def first_wait_s() -> float:
 
 
 class Passing(NamedTuple):
-    """A transient error: its name, after how many in a row to give up, and what is said then."""
+    """A transient error: its name, after how many in a row to give up, and what is said then.
+
+    `otherwise` is raised then instead of Away: the error is more likely a mistake of the user's.
+    """
 
     reason: str
     tries: int
     failed: str = "did not answer"
     remedy: str = "check that the store is up and its address right (AWS_ENDPOINT_URL, the network)"
+    otherwise: Exception | None = None
 
 
 # Judges an error: returns Passing if it is transient, else raises what it means (UserError, FileNotFoundError).
@@ -57,10 +61,12 @@ class Attempts:
         self.longest_wait_s = longest_wait_s
 
     def failed(self, error: Exception) -> None:
-        """Wait before a retry. Raises Away after too many failures, or where a retry cannot help."""
+        """Wait before a retry. Raises after too many failures, as a rule Away, or where a retry cannot help."""
         passing = self.judge(self.url, error)
         self.failures += 1
         if self.failures > passing.tries:
+            if passing.otherwise is not None:
+                raise passing.otherwise from error
             detail = " ".join(str(error).split())[:200]
             raise Away(
                 f"'{self.url}' {passing.failed} in {self.failures} tries, the last ended with {passing.reason} "

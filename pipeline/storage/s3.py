@@ -33,6 +33,7 @@ Fields = dict[str, Any]  # what S3 takes and answers
 _WHOLE = 64 * 2**20  # a file up to this size is one PUT
 _BUFFER = 2**20
 _UNREACHED_TRIES = 4  # where the store has never answered this process, its address is more likely to be wrong
+_NO_CREDENTIALS_TRIES = 3  # where none were ever found, there are more likely none
 # botocore tells of credentials that are still expired after a refresh by a RuntimeError.
 ERRORS = (boto.ClientError, boto.BotoCoreError, ResponseParserError, HTTPError, RuntimeError)
 _reached = False  # whether the store has ever answered this process
@@ -72,7 +73,8 @@ def place(url: str) -> tuple[str, str]:
 def judge(url: str, error: Exception) -> Passing:
     """Whether an error is transient. For a permanent one, raises what it means.
 
-    Failing credentials are transient once they have worked: whoever renews them may be late.
+    Failing credentials are transient once they have worked: whoever renews them may be late. Before, none at all are
+    looked for a few times more: a new process must not end by one slow answer of the machine's metadata service.
     """
     global _reached
     if isinstance(error, RuntimeError) and not meanings.of_credentials(error):
@@ -87,6 +89,9 @@ def judge(url: str, error: Exception) -> Passing:
         return Passing(
             reason, retry.tries(), "had no good credentials", f"see why they are not renewed ({meanings.CHAIN})"
         )
+    if not refused and meanings.of_credentials(error):
+        client.cache_clear()  # one that found none has none for good
+        return Passing(reason, min(_NO_CREDENTIALS_TRIES, retry.tries()), otherwise=meaning(url, error))
     raise meaning(url, error) from error
 
 
@@ -311,14 +316,22 @@ def remove_tree(folder: str, check: Check | None = None) -> None:
         keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
         if keys:
             orders = {"Objects": keys, "Quiet": True}
-            answer = _call(folder, functools.partial(_delete, bucket, orders), check)
-            if answer.get("Errors"):
-                first = answer["Errors"][0]
-                raise UserError(f"'s3://{bucket}/{first['Key']}' cannot be deleted ({first['Code']}): allow it")
+            kept = _call(folder, functools.partial(_delete, bucket, orders), check)
+            if kept:
+                raise UserError(f"'s3://{bucket}/{kept[0]['Key']}' cannot be deleted ({kept[0]['Code']}): allow it")
 
 
-def _delete(bucket: str, orders: Fields) -> Any:
-    return client().delete_objects(Bucket=bucket, Delete=orders)
+def _delete(bucket: str, orders: Fields) -> list[Fields]:
+    """Delete objects; returns those that the store refuses to delete. Raises ClientError where it is only busy.
+
+    The request itself succeeds all the same, so nobody else looks at the errors of single objects.
+    """
+    failed = client().delete_objects(Bucket=bucket, Delete=orders).get("Errors", [])
+    errors = [boto.ClientError({"Error": each}, "DeleteObjects") for each in failed]
+    kept = [each for each, error in zip(failed, errors, strict=True) if not meanings.passes(error)]
+    if errors and not kept:
+        raise errors[0]
+    return kept
 
 
 def remove_leftovers(folder: str) -> None:

@@ -1,8 +1,14 @@
-"""What is known of a file without reading it."""
+"""What is known of a file without reading it, or why nothing can be."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from pipeline.base.errors import UserError
+
+
+class NoAccess(UserError):
+    """This process may not use a store: it has no credentials, or none that the store accepts for this."""
 
 
 class Stat(NamedTuple):

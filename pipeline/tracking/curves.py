@@ -5,12 +5,13 @@ Those of trainings stand on one axis, the updates of the whole run: dense, round
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.results import outcome
 from pipeline.run.contents import Contents
 from pipeline.run.course import Moment, placed
+from pipeline.run.events import Busy
 from pipeline.run.layout import DENSE, control_folder
 from pipeline.run.records import DenseMetrics, Epoch, RoundMetrics
 from pipeline.run.result import Result
@@ -51,14 +52,12 @@ def came_to(metrics: RoundMetrics) -> Iterator[Point]:
     yield from _numbers(outcome, metrics.round, metrics.finished_ms)
 
 
-def of_machines(run: Contents) -> list[list[Point]]:
-    """MLflow's system metrics of the run's machines, a list a line of the journal. The step is in seconds."""
+def of_machines(lines: Sequence[Busy], created_ms: int) -> list[Point]:
+    """MLflow's system metrics, of lines of the machines' journal. The step is in seconds since the run was created."""
     return [
-        [
-            Point(f"system/{busy.node}/{name}", value, max(0, busy.ms - run.run.created_ms) // 1000, busy.ms)
-            for name, value in busy.values.items()
-        ]
-        for busy in run.machines
+        Point(f"system/{busy.node}/{name}", value, max(0, busy.ms - created_ms) // 1000, busy.ms)
+        for busy in lines
+        for name, value in busy.values.items()
     ]
 
 

@@ -20,6 +20,9 @@ from pipeline.tracking.tracking import Synced
 _LONGEST_WAIT = 60.0  # seconds between tries while the server is away
 _POLL, _POLL_REMOTE = 2.0, 15.0  # seconds between looks at a run on disk, and at one on S3, where each is paid for
 LAG_EVERY_S = 10.0  # between reports while MLflow lacks something
+# After a sync so many times as long as it took, and at most so many seconds: it takes longer with each day of a run.
+# And at most half as long as the thread has been there, since what a run begins with must be seen soon.
+_REST, _LONGEST_REST = 20.0, 300.0
 
 
 def patience_s() -> float:
@@ -28,7 +31,7 @@ def patience_s() -> float:
 
 
 class Mirror:
-    """Calls `tracking.sync` when a file of the run has changed.
+    """Calls `tracking.sync` when a file of the run has changed, and rests a while after each.
 
     A problem is reported once, through `on_problem`, until a sync works again. Syncs are retried at growing intervals,
     and nothing is raised into the run. `on_problem` is called from this thread, or from the caller of `close`; `on_lag`
@@ -56,6 +59,7 @@ class Mirror:
         self._on_lag = on_lag
         self._behind: float | None = None  # when a change was seen that MLflow still lacks
         self._lag: float | None = None  # what `on_lag` was told last
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._work, name=MIRROR_THREAD, daemon=True)
         self._thread.start()
 
@@ -94,17 +98,22 @@ class Mirror:
         seen: object = None
         failures = 0
         due = 0.0  # when a sync that failed is tried again
+        rest = 0.0
         while True:
             with self._state:
-                self._state.wait_for(lambda: self._asked > self._answered, self._poll)
+                self._state.wait_for(lambda: self._asked > self._answered, max(self._poll, rest))
                 asked, closing = self._asked, self._closing
+            rest = 0.0
             now = self._fingerprint()
             requested = asked > self._answered
             if now and now != seen:
                 self._tell_lag(True)
             if requested or (now and now != seen and time.monotonic() >= due):
+                began = time.monotonic()
                 if self._try():
                     seen, failures = now, 0
+                    ended = time.monotonic()
+                    rest = min(_LONGEST_REST, _REST * (ended - began), (ended - self._began) / 2)
                     self._tell_lag(False)
                 else:
                     failures += 1

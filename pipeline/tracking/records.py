@@ -13,6 +13,7 @@ from pipeline.base.hiding import hide
 from pipeline.results import worth
 from pipeline.results.words import number
 from pipeline.run.contents import Contents, Round, mirrored_files
+from pipeline.run.events import Busy
 from pipeline.run.records import WeightHistogram
 from pipeline.settings.config import Config, flatten
 from pipeline.tracking import artifacts, curves, networks, notes
@@ -57,7 +58,7 @@ class MlflowRun:
     note: str = ""
     data: tuple[DataSet, ...] = ()
     model: Model | None = None
-    machines: tuple[tuple[Point, ...], ...] = ()  # points that come in lines, one after the other, and only grow
+    machines: tuple[Busy, ...] = ()  # lines that only come behind each other: points are made of new ones alone
 
 
 def parent(run: Contents, config: Config) -> MlflowRun:
@@ -93,7 +94,7 @@ def parent(run: Contents, config: Config) -> MlflowRun:
         note=notes.of_run(run),
         data=tuple(_data(run, config)),
         model=networks.final(run, config, points),
-        machines=tuple(tuple(line) for line in curves.of_machines(run)),
+        machines=run.machines,
     )
 
 

@@ -10,12 +10,15 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.base.errors import UserError
+from pipeline.run.events import Busy
 from pipeline.run.records import StartFacts
+from pipeline.tracking import curves
 from pipeline.tracking.curves import Point
 from pipeline.tracking.records import ATTEMPT, KIND, PARENT, ROUND, UID, Artifact, DataSet, MlflowRun
 
@@ -26,7 +29,19 @@ _POINTS = "mlflow.secateur.points"  # digest of the points that are all there
 _LINES = "mlflow.secateur.machines"  # how many lines of machines are all there
 _NOTE = "mlflow.note.content"
 _CONTEXTS = {"train": "training", "val": "validation", "test": "testing"}
-_BATCH = 100  # params, tags or points in one request
+_BATCH, _POINTS_BATCH = 100, 1000  # params, and points, in one request: as many as MLflow takes
+_REMEMBERED = 32  # MLflow runs of which this process remembers the points
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The points that an MLflow run holds, and the digest that this process left in its tag with them."""
+
+    digest: str
+    points: frozenset[Point]
+
+
+_held: dict[tuple[str, str], _Held] = {}  # by the store and the id of the MLflow run
 
 
 def known(client: Any, experiment: str, uid: str) -> list[Any]:
@@ -54,7 +69,7 @@ def put(client: Any, experiment: str, record: MlflowRun, known: Sequence[Any], t
         run = client.create_run(experiment, record.start_ms, {**record.identity, **record.tags, **tags}, record.name)
     _set_params(client, run, record)
     _add_points(client, run, record.points, new=not same)
-    _add_lines(client, run, record.machines)
+    _add_lines(client, run, record.machines, record.start_ms)
     _upload(client, run, record.artifacts)
     tables = {"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in record.tables])}
     note = {_NOTE: record.note.replace("{run_id}", run.info.run_id)} if record.note else {}
@@ -93,25 +108,36 @@ def _set_params(client: Any, run: Any, record: MlflowRun) -> None:
 
 
 def _add_points(client: Any, run: Any, points: Sequence[Point], new: bool) -> None:
-    """Log the points that MLflow lacks. sqlite ignores a second identical point; other stores may keep both."""
-    digest = hashlib.sha256(repr(points).encode()).hexdigest()[:16]
-    if run.data.tags.get(_POINTS) == digest:
+    """Log the points that MLflow lacks. sqlite ignores a second identical point; other stores may keep both.
+
+    MLflow is asked which it has where this process does not know: it has logged none yet, its last request failed, or
+    another process has logged some since.
+    """
+    digest, before = hashlib.sha256(repr(points).encode()).hexdigest()[:16], run.data.tags.get(_POINTS)
+    if before == digest:
         return
-    _log_missing(client, run, points, () if new else points)
+    place = client.tracking_uri, run.info.run_id
+    held = _held.pop(place, None)  # what is known holds again only when all of the requests below have been answered
+    there: Set[Point] = held.points if held is not None and held.digest == before else set()
+    unsure = () if new or there else points
+    _log_missing(client, run, [point for point in points if point not in there], unsure)
     _set_tags(client, run, {_POINTS: digest})  # after the points, so that an interrupted sync looks again
+    _held[place] = _Held(digest, frozenset(points))
+    if len(_held) > _REMEMBERED:
+        del _held[next(iter(_held))]
 
 
-def _add_lines(client: Any, run: Any, lines: Sequence[Sequence[Point]]) -> None:
-    """Log the lines of points that came since the last time. Those before are not asked for: there may be very many.
+def _add_lines(client: Any, run: Any, lines: Sequence[Busy], created_ms: int) -> None:
+    """Log the lines of machines that came since the last time. Those before are not asked for: there may be very many.
 
     The tag is "DONE", or "DONE+SENT" while lines are sent: an interrupted sync looks which of these are there.
     """
     done, _, sent = run.data.tags.get(_LINES, "0").partition("+")
     if int(done) >= len(lines):
         return
-    unsure = [point for line in lines[int(done) : int(sent or done)] for point in line]
+    unsure = curves.of_machines(lines[int(done) : int(sent or done)], created_ms)
     _set_tags(client, run, {_LINES: f"{done}+{len(lines)}"})
-    _log_missing(client, run, [point for line in lines[int(done) :] for point in line], unsure)
+    _log_missing(client, run, curves.of_machines(lines[int(done) :], created_ms), unsure)
     _set_tags(client, run, {_LINES: str(len(lines))})
 
 
@@ -125,8 +151,8 @@ def _log_missing(client: Any, run: Any, points: Sequence[Point], unsure: Sequenc
             history = client.get_metric_history(run.info.run_id, key)
             there |= {Point(m.key, m.value, m.step, m.timestamp) for m in history}
     missing = [Metric(p.key, p.value, p.when, p.step) for p in dict.fromkeys(points) if p not in there]
-    for start in range(0, len(missing), _BATCH):
-        client.log_batch(run.info.run_id, metrics=missing[start : start + _BATCH])
+    for start in range(0, len(missing), _POINTS_BATCH):
+        client.log_batch(run.info.run_id, metrics=missing[start : start + _POINTS_BATCH])
 
 
 def _add_data(client: Any, run: Any, data: Sequence[DataSet]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,39 @@ def test_a_notice_is_waited_for_and_found(service: type[Metadata], capsys: pytes
     assert spot.watch(look) == "terminate"
     assert len(looks) == 3
     assert "asking on" in capsys.readouterr().out
+
+
+def ray_that(monkeypatch: pytest.MonkeyPatch, folder: Path, *answers: str) -> Path:
+    """In the place of Python, which carries out Ray's command: answers in turn. Returns where it writes its calls."""
+    program, calls = folder / "python", folder / "calls"
+    cases = "\n".join(f"{number}) {answer};;" for number, answer in enumerate(answers, start=1))
+    program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncase $(wc -l < {calls}) in\n{cases}\nesac\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    monkeypatch.setattr(spot, "LOOK_EVERY_S", 0.01)
+    return calls
+
+
+def test_ray_is_told_again_until_it_has_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = ray_that(monkeypatch, tmp_path, "exit 1", "exec sleep 600", "exit 0")
+    monkeypatch.setattr(spot, "TELL_S", 2.0)
+    monkeypatch.setattr(spot, "watch", lambda: "terminate")
+    with pytest.raises(SystemExit) as ended:
+        spot.main()
+    assert ended.value.code == 0
+    left = [int(call.split()[-1]) for call in calls.read_text().splitlines()]
+    assert len(left) == 3
+    assert left[0] == spot.LEFT_S
+    assert left[2] <= left[0] - 2  # what is left by then
+
+
+def test_a_notice_that_ray_never_heard_ends_with_the_machines_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = ray_that(monkeypatch, tmp_path, *["exit 3"] * 1000)
+    monkeypatch.setattr(spot, "LEFT_S", 1)
+    assert not spot.tell("terminate")
+    assert len(calls.read_text().splitlines()) > 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Serve, which Ray's commands import

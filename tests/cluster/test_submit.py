@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from faults.proxy import Fault, Proxy
 from support import free_port
 
 from cluster import job_env, submit
 from pipeline.base.errors import UserError
 from pipeline.settings.config import Config
+from pipeline.storage import s3 as boto
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,43 @@ def test_a_folder_that_ray_would_refuse_is_refused_before_it_is_packed(
     job_env.make(tiny(runs_dir=f"{tmp_path}/big"), None, tmp_path)
     (tmp_path / ".gitignore").write_text("big\n")
     job_env.make(tiny(runs_dir="/elsewhere"), None, tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{}, {"start.from": "another:0"}])
+@pytest.mark.parametrize("how", ["no credentials", "no rights", "no store"])
+def test_a_machine_without_a_way_to_the_store_leaves_the_checks_to_the_job(
+    how: str,
+    changes: dict[str, str],
+    tiny: Callable[..., Config],
+    s3: str,
+    moto: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tiny(runs_dir=f"{s3}/runs", **changes)
+    monkeypatch.setattr(boto, "_served", False)
+    monkeypatch.setattr(boto, "_reached", False)
+    proxy = Proxy(moto)
+    proxy.fault = Fault("refuse", times=-1, method="", status=403, code="AccessDenied")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}" if how == "no store" else proxy.url)
+    if how == "no credentials":
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    boto.client.cache_clear()
+    submit.check(config)
+    proxy.close()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"cannot be seen from this machine: '{s3}/runs/")
+    assert said[0].endswith("; the network is checked by the job")
+
+
+@pytest.mark.parametrize("runs_dir", ["s3:///runs", "s3://me:secret@bucket/runs"])
+def test_an_address_that_no_machine_can_use_is_refused_before_a_job_is_made(
+    runs_dir: str, tiny: Callable[..., Config]
+) -> None:
+    with pytest.raises(UserError, match="s3://"):
+        submit.check(tiny(runs_dir=runs_dir))
 
 
 @contextmanager

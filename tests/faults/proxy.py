@@ -21,10 +21,11 @@ _PIECE = 2**12
 class Fault:
     """What happens to the next `times` requests of `method` (any, if empty) whose path holds `path`.
 
-    refuse: answered with `status` and S3's `code`. strip: carried out without its If-Match and If-None-Match. hang:
-    silence. delay: carried out `seconds` later. forget: carried out, and the connection reset instead of an answer.
-    Within the body, after `after` bytes: reset, cut (closed as if it were whole) or stall (silence). slow: `rate` bytes
-    a second.
+    refuse: answered with `status` and S3's `code`. keep: not carried out, and answered as a request to delete many
+    objects that has failed with `code` for one of them. strip: carried out without its If-Match and If-None-Match.
+    hang: silence. delay: carried out `seconds` later. forget: carried out, and the connection reset instead of an
+    answer. Within the body, after `after` bytes: reset, cut (closed as if it were whole) or stall (silence). slow:
+    `rate` bytes a second.
     """
 
     kind: str
@@ -90,9 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.proxy.requests.append((self.command, self.path, self.headers.get("Range", "")))
         fault = self.proxy.due(self.command, self.path)
-        if fault is not None and fault.kind == "refuse":
-            error = f"<Error><Code>{fault.code}</Code><Message>A fault.</Message></Error>".encode()
-            self.send_response(fault.status)
+        if fault is not None and fault.kind in ("refuse", "keep"):
+            error = f"<Error><Key>a</Key><Code>{fault.code}</Code><Message>A fault.</Message></Error>".encode()
+            if fault.kind == "keep":
+                error = b"<DeleteResult>" + error + b"</DeleteResult>"
+            self.send_response(200 if fault.kind == "keep" else fault.status)
             self.send_header("Content-Length", str(len(error)))
             self.end_headers()
             if self.command != "HEAD":

@@ -22,7 +22,7 @@ from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
 from support import ROOT
 
-from cluster import connect
+from cluster import connect, job_env
 from pipeline.cli.messages import MISTAKE, PASSING
 from pipeline.settings.config import load_config
 
@@ -95,6 +95,14 @@ def test_every_ray_process_starts_with_the_token_of_the_secret(name: str) -> Non
         env = {variable["name"]: variable for variable in variables}
         assert env["RAY_AUTH_MODE"]["value"] == "token"
         assert env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "secateur-ray-token", "key": "auth_token"}
+
+
+@pytest.mark.parametrize("name", RAY)
+def test_a_job_that_is_stopped_may_end_in_order_whatever_submitted_it(name: str) -> None:
+    """Ray's supervisor of a job runs on the head and reads its environment."""
+    head = next(container for container in containers(OBJECTS[name]) if container["name"] == "ray-head")
+    env = {variable["name"]: variable.get("value") for variable in head["env"]}
+    assert env["RAY_JOB_STOP_WAIT_TIME_S"] == str(job_env.STOP_SECONDS)
 
 
 @pytest.mark.parametrize("name", RAY)

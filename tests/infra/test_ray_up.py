@@ -12,6 +12,8 @@ import yaml
 from infra_files import INFRA
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from cluster import job_env
+
 TEXT = (INFRA / "aws/cluster.yaml").read_text()
 CLUSTER: dict[str, Any] = yaml.safe_load(TEXT)
 HEAD = CLUSTER["available_node_types"]["head"]["node_config"]
@@ -57,6 +59,10 @@ def test_the_token_is_a_file_and_in_no_command() -> None:
     assert "--env RAY_AUTH_MODE=token" in options
     assert f"--env RAY_AUTH_TOKEN_PATH={mounted}/auth_token" in options
     assert "RAY_AUTH_TOKEN=" not in TEXT
+
+
+def test_a_job_that_is_stopped_may_end_in_order_whatever_submitted_it() -> None:
+    assert f"--env RAY_JOB_STOP_WAIT_TIME_S={job_env.STOP_SECONDS}" in CLUSTER["docker"]["run_options"]
 
 
 def test_the_dashboard_is_not_on_the_network() -> None:

@@ -19,7 +19,7 @@ from pipeline import stages, storage
 from pipeline.base.errors import UserError
 from pipeline.cli.display import Display
 from pipeline.local import LocalEngine
-from pipeline.run import log
+from pipeline.run import journal, log
 from pipeline.run.events import Event, Noted, Paced, Stepped, Warned
 from pipeline.run.log import JsonLines
 from pipeline.run.records import RunFacts
@@ -136,6 +136,54 @@ def test_on_s3_lines_are_sent_in_pieces_that_make_the_whole(s3: str, monkeypatch
     assert [line["message"] for line in parsed(whole)] == ["first", "second", "ended well"]
     assert sent(run)[-1] in ("one.000002.jsonl", "one.000003.jsonl")
     assert told == []
+
+
+def test_on_s3_the_pieces_of_a_long_run_are_few_and_a_warning_comes_soon(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECATEUR_LOG_SECONDS", "0.1")
+    monkeypatch.setattr(journal, "LAZY", 1e6)  # as of a run of days
+    run, told = a_run(f"{s3}/runs/demo"), list[str]()
+    began = time.monotonic()
+    with log.kept(run, "one", told.append) as kept:
+        for number in range(10):
+            kept(Noted(f"line {number}"))
+            time.sleep(0.1)
+        assert sent(run) == []
+        kept(Warned("look"))
+        until = time.monotonic() + 30
+        while not sent(run) and time.monotonic() < until:
+            time.sleep(0.05)
+        first = parsed(storage.read_bytes(run.path("log", "one.000001.jsonl")))
+        assert first[-1]["message"] == "look"
+        kept(Noted("the last"))
+    assert time.monotonic() - began < log.LONGEST_S / 2  # nor does the end wait
+    assert len(sent(run)) == 2
+    assert told == []
+
+
+def test_how_fast_ranks_are_is_written_now_and_then_and_told_each_time(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    with log.kept(a_run(tmp_path), "driver-0003", lambda text: None) as kept:
+        hear = kept.hearing(heard.append)
+        for phase in ("dense", "rounds/01"):
+            for step in range(5, 50, 5):
+                for rank in (0, 1):
+                    hear(Paced(phase, step, rank, 100.0, 0.5, 0, 0))
+    written = lines(tmp_path, "driver-0003")[:-1]
+    found = [(line["data"]["phase"], line["data"]["rank"], line["step"]) for line in written]
+    assert found == [("dense", 0, 5), ("dense", 1, 5), ("rounds/01", 0, 5), ("rounds/01", 1, 5)]
+    assert len(heard) == 2 * 9 * 2
+
+
+def test_a_worker_leaves_what_the_driver_writes_to_it(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    events = [Noted("began"), Stepped("dense", 5, 10), Paced("dense", 5, 0, 100.0, 0.5, 0, 0)]
+    with log.kept(a_run(tmp_path), "one", lambda text: None, 0, 1) as kept:
+        for event in events:
+            kept.hearing(heard.append, without=(Stepped, Paced))(event)
+    assert heard == events
+    assert [line["event"] for line in lines(tmp_path, "one")] == ["Noted", "Ended"]
 
 
 def test_lines_wait_for_a_store_that_is_away(s3: str, moto: str, monkeypatch: pytest.MonkeyPatch) -> None:

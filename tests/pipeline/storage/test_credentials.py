@@ -90,6 +90,38 @@ def test_credentials_that_have_never_worked_are_not_waited_for(
     assert proxy.made == 1
 
 
+def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at the start of a process that finds none anywhere; it waits between its tries as long as it really does."""
+    monkeypatch.setattr(boto, "_served", False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "SECATEUR_STORAGE_BACKOFF_S"):
+        monkeypatch.delenv(name)
+    boto.client.cache_clear()
+
+
+def test_no_credentials_at_all_are_one_message_within_seconds(
+    proxy: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_credentials(monkeypatch)
+    began = time.monotonic()
+    with pytest.raises(storage.NoAccess, match=r"/x': no credentials for S3 \(Unable to .*: give them by a role"):
+        storage.read_bytes(f"{s3}/x")
+    assert time.monotonic() - began < 10
+
+
+def test_credentials_that_a_new_process_finds_a_moment_later_are_used(
+    proxy: Proxy, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the machine's metadata service was slow to answer once."""
+    no_credentials(monkeypatch)
+
+    def found() -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+
+    with when_tried_again("NoCredentialsError", found):
+        assert storage.read_bytes(f"{s3}/x") == b"x"
+
+
 def test_a_file_of_credentials_is_read_again(
     proxy: Proxy, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,8 +190,15 @@ def issuer(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Issuer]:
     made.server.server_close()
 
 
-def test_a_service_of_credentials_that_is_away_is_waited_for(issuer: Issuer, s3: str) -> None:
-    assert storage.read_bytes(f"{s3}/x") == b"x"
+@pytest.mark.parametrize("first", [False, True])
+def test_a_service_of_credentials_that_is_away_is_waited_for(
+    issuer: Issuer, s3: str, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a new process, as a worker that was started again: the service is away for a moment only."""
+    if first:
+        monkeypatch.setattr(boto, "_served", False)
+    else:
+        assert storage.read_bytes(f"{s3}/x") == b"x"
     before, issuer.failing = storage.retries(), 4  # botocore asks it three times
     assert storage.read_bytes(f"{s3}/x") == b"x"
     assert (storage.retries() - before)["CredentialRetrievalError"] == 1
@@ -182,4 +221,4 @@ def test_a_service_that_is_away_at_the_start_is_one_message(
     issuer.failing = 100
     with pytest.raises(UserError, match=r"no credentials for S3 \(Error when retrieving credentials from container"):
         storage.read_bytes(f"{s3}/x")
-    assert issuer.asked == 3
+    assert issuer.asked == 3 * 4  # botocore asks it three times

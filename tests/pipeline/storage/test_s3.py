@@ -85,6 +85,23 @@ def test_a_listing_of_many_pages_is_whole(s3: str) -> None:
     assert storage.list_files(f"{s3}/many") == []
 
 
+@pytest.mark.parametrize("code", ["InternalError", "SlowDown"])
+def test_a_store_too_busy_to_delete_an_object_is_asked_again(proxy: Proxy, s3: str, code: str) -> None:
+    """It says so within an answer that is otherwise good."""
+    before = storage.retries()
+    proxy.fault = Fault("keep", times=2, method="POST", code=code)
+    storage.remove_tree(s3)
+    assert storage.list_files(s3) == []
+    assert (storage.retries() - before)[code] == 2
+
+
+def test_an_object_that_may_not_be_deleted_is_one_message(proxy: Proxy, s3: str) -> None:
+    proxy.fault = Fault("keep", times=-1, method="POST", code="AccessDenied")
+    with pytest.raises(UserError, match=r"'s3://test-\w+/a' cannot be deleted \(AccessDenied\): allow it"):
+        storage.remove_tree(s3)
+    assert proxy.made == 1
+
+
 def test_a_large_file_goes_up_in_parts_and_appears_at_the_end(s3: str) -> None:
     url = f"{s3}/big"
     with storage.create(url, "noted") as stream:

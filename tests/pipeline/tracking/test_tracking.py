@@ -24,8 +24,8 @@ from pipeline.run.events import Busy
 from pipeline.run.lease import Lease
 from pipeline.run.records import Ended, RunFacts
 from pipeline.settings.config import Config
+from pipeline.tracking import curves, store, tracking
 from pipeline.tracking import mirror as mirrors
-from pipeline.tracking import tracking
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.server import Server
 
@@ -283,6 +283,35 @@ def test_mirror_follows_a_run(tmp_path: Path) -> None:
     assert problems == []
 
 
+def test_mirror_rests_between_syncs_that_nobody_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose curves grow all the time is not synced all the time; what it begins with, and its end, come soon."""
+    settings, run = config(tmp_path), begin(config(tmp_path))
+    syncs: list[tuple[float, float]] = []
+    original = tracking.sync
+
+    def timed(*args: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return original(*args)
+        finally:
+            syncs.append((began, time.monotonic()))
+
+    monkeypatch.setattr(tracking, "sync", timed)
+    monkeypatch.setattr(mirrors, "_LONGEST_REST", 2.0)
+    started = time.monotonic()
+    mirror = Mirror(run, settings, pytest.fail, poll_seconds=0.05)
+    step = 0
+    while len(syncs) < 3:
+        step += 1
+        moments(run, Moment(CREATED + step, "dense", step, 10**6, 1.0, loss=2.0, lr=0.1))
+        time.sleep(0.02)
+    for (began, ended), (following, _) in itertools.pairwise(syncs):
+        assert following - ended >= min(2.0, 20 * (ended - began), (ended - started) / 2) - 0.1
+    monkeypatch.setattr(mirrors, "_LONGEST_REST", 600.0)
+    assert mirror.close(60) is not None
+    assert max(step for step, *_ in named(everything(settings))["lenet"]["points"]["train/loss"]) == step
+
+
 def test_mirror_outlives_a_server_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     away = config(tmp_path, tracking={"uri": f"http://127.0.0.1:{free_port()}"})
@@ -352,6 +381,90 @@ def test_metrics_while_it_trains_stay_as_they_are_when_it_is_done(tmp_path: Path
         (50, CREATED + 1000, 2.0), (800, CREATED + 2000, 1.0), (1200, CREATED + 3000, 1.5),
     ]  # fmt: skip
     assert [point[0::2] for point in after["control/val_accuracy"]] == [(1600, 0.95)]
+
+
+def loss(step: int) -> Moment:
+    return Moment(CREATED + 1000 * step, "dense", step, 800, 1.0, loss=2.0 / step)
+
+
+def test_a_server_is_asked_once_for_the_curves_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again only where a request failed, or another process has logged points meanwhile."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # it keeps a point that comes twice
+    settings = config(tmp_path, tracking={"uri": f"file://{tmp_path}/store"})
+    run, asked = begin(settings), list[str]()
+    history, log_batch = MlflowClient.get_metric_history, MlflowClient.log_batch
+
+    def asking(self: Any, run_id: str, key: str) -> Any:
+        asked.append(key)
+        return history(self, run_id, key)
+
+    def lost(self: Any, *args: Any, **kwargs: Any) -> None:
+        log_batch(self, *args, **kwargs)
+        if kwargs.get("metrics"):
+            raise ConnectionResetError("the answer got lost")
+
+    def elsewhere() -> None:
+        """Another process."""
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_held", {})
+            tracking.sync(run, settings)
+
+    def asked_by(*lines: Moment) -> int:
+        asked.clear()
+        moments(run, *lines)
+        tracking.sync(run, settings)
+        return len(asked)
+
+    monkeypatch.setattr(MlflowClient, "get_metric_history", asking)
+    moments(run, loss(1))
+    elsewhere()
+    assert asked_by(loss(2)) > 0
+    assert asked_by(loss(3)) == 0
+    moments(run, loss(4))
+    elsewhere()
+    assert asked_by(loss(5)) > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", lost)
+        with pytest.raises(UserError, match="did not take the run"):
+            asked_by(loss(6))
+    assert asked_by() > 0
+    assert asked_by(loss(7)) == 0
+    points = named(everything(settings))["lenet"]["points"]["train/loss"]
+    assert sorted(points) == [(step, CREATED + 1000 * step, 2.0 / step) for step in range(1, 8)]
+
+
+def test_points_go_to_a_server_by_the_thousand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    settings, sizes, original = config(tmp_path), list[int](), MlflowClient.log_batch
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        sizes.append(len(kwargs.get("metrics", ())))
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    run = begin(settings)
+    busy(run, *(Busy("a", CREATED + 1000 * second, "c", {"x": 1.0, "y": 2.0}) for second in range(600)))
+    tracking.sync(run, settings)
+    assert [size for size in sizes if size] == [1000, 200]
+
+
+def test_points_are_made_of_new_lines_of_machines_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, made, original = config(tmp_path), list[int](), curves.Point
+
+    def counted(*args: Any) -> Any:
+        made.append(1)
+        return original(*args)
+
+    run = begin(settings)
+    busy(run, *(line("a", second, 50.0) for second in range(600)))
+    tracking.sync(run, settings)
+    busy(run, line("a", 600, 60.0))
+    monkeypatch.setattr(curves, "Point", counted)
+    tracking.sync(run, settings)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("how", ["killed", "failed"])
