@@ -10,9 +10,12 @@ ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, 
 OneConfig = Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Also check what this config names.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")]
 Budgets = Annotated[
-    str | None, typer.Option(metavar="2,4,8", help="Show what several compressions would keep, solved from the scan.")
+    str | None,
+    typer.Option(metavar="2,4,8", help="Show what would be kept at these compressions, by the run's scan."),
 ]
-FigureFile = Annotated[str | None, typer.Option(metavar="FILE", help="Draw their curve, as .svg or .png.")]
+FigureFile = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Draw these compressions, or these runs, as a curve: .svg or .png.")
+]
 OnDevice = Annotated[
     bool, typer.Option("--device", help="Also try out the largest batch that this machine's GPU has memory for.")
 ]

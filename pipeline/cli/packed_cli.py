@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-packed_app = typer.Typer(help="Read and write files in the layout of the paper's authors.", no_args_is_help=True)
+packed_app = typer.Typer(
+    help="Read and write files as the paper's authors released them, not a run's final/model.packed.",
+    no_args_is_help=True,
+)
 
 LayersPath = Annotated[Path, typer.Argument(metavar="LAYERS.yaml", help="A list of {name, shape}, in prototxt order.")]
 

@@ -46,7 +46,11 @@ class Cluster(Section):
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each worker.")
     gpus_per_worker: Gpus = Field(0.0, description="GPUs reserved for each worker.")
     cpus_per_trial: Annotated[float, Field(gt=0.0)] = Field(1.0, description="CPUs reserved for each scan trial.")
-    gpus_per_trial: Gpus = Field(0.0, description="GPUs, or a share of one, for a trial.")
+    gpus_per_trial: Gpus = Field(
+        0.0,
+        description="Share of a GPU reserved for each scan trial, as in 0.25. With 0 all trials of a node use its "
+        "first GPU at once.",
+    )
     placement: Literal["pack", "spread"] = Field(
         "pack", description="pack: workers on as few nodes as hold them; spread: on as many nodes as there are."
     )

@@ -17,16 +17,19 @@ class Data(Section):
     source: Text = Field(
         "digits",
         description="digits: scikit-learn's 1,797 real digits, nothing to download; idx: files of the MNIST family, "
-        ".gz or not; folder: train/<class>/* and val or test/<class>/*, a folder or one tar; imagenet: a folder of "
-        "ILSVRC 2012's original tars, unpacked or not, whose val is used as test; shards: WebDataset shards with a "
-        "manifest.json (`secateur shards build` or `index`).",
+        ".gz or not; folder: train/<class>/* and test/<class>/*, a folder or one tar. A val/ beside test/ is val. "
+        "Without test/, val/ is used as test, as in ImageNet. What is then missing is cut from train (val_fraction, "
+        "test_fraction); imagenet: a folder of ILSVRC 2012's original tars, unpacked or not, whose val is used as "
+        "test; shards: WebDataset shards with a manifest.json (`secateur shards build` or `index`).",
     )
     root: Text | None = Field(None, description="Folder, tar or URL that the source reads; not used by digits.")
     classes: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
         None, description="Number of classes; by default what the source holds."
     )
     class_index: Text | None = Field(
-        None, description="JSON file {index: [folder name, title]} that numbers class folders, as ImageNet's does."
+        None,
+        description="JSON file {index: [folder name, title]} that numbers class folders, as ImageNet's does; by "
+        "default they are in alphabetical order. A checkpoint needs the order that it was trained with.",
     )
     label: Text = Field("cls", description="Where a foreign shard keeps the label: cls, or the name of a json field.")
     channels: Literal[1, 3] = Field(1, description="1 reads every image as greyscale, 3 as RGB.")

@@ -100,7 +100,7 @@ class Prune(Section):
     )
     sigma: Literal["first", "renewed"] = Field(
         "first",
-        description="paper: first takes each layer's std from the dense weights, renewed from each round's survivors.",
+        description="paper: first takes each layer's std from the dense weights, renewed from those kept so far.",
     )
     include: tuple[Text, ...] = Field(
         ("*",), description="Patterns of whole tensor names (fc1.weight, features.*) that may be pruned."
@@ -119,7 +119,7 @@ class Prune(Section):
     )
     survivors: Literal["keep", "reinitialise"] = Field(
         "keep",
-        description="keep: retrain the survivors from the values that they have; reinitialise: from a network "
+        description="keep: retrain the kept weights from the values that they have; reinitialise: from a network "
         "initialised anew in each round, with the pruned network's pattern of zeros (the paper's control).",
     )
     bn_samples: Count = Field(
@@ -129,9 +129,9 @@ class Prune(Section):
     )
     reconstruct_samples: Count = Field(
         0,
-        description="Reconstruction after each prune, before retraining: layer by layer, survivors and biases are set "
-        "by least squares so that on so many train samples the layer gives what it gave before the prune. It needs no "
-        "labels; 0 leaves it out.",
+        description="Reconstruction after each prune, before retraining: layer by layer, kept weights and biases are "
+        "set by least squares so that on so many train samples the layer gives what it gave before the prune. It needs "
+        "no labels; 0 leaves it out.",
     )
     dead_neurons: bool = Field(
         False,
@@ -142,7 +142,7 @@ class Prune(Section):
     gradual: Fraction = Field(
         0.0,
         description="Share of a round's updates over which weights are pruned gradually, most of them early (Zhu and "
-        "Gupta 2017); the later updates only train the survivors. 0 prunes all before the first update.",
+        "Gupta 2017); the later updates only train the kept weights. 0 prunes all before the first update.",
     )
     gradual_every: Positive = Field(100, description="gradual: updates from one prune to the next.")
     shrink_between_rounds: bool = Field(

@@ -64,7 +64,7 @@ class Train(Section):
 
 
 class Retrain(Train):
-    """How survivors are retrained in each round; the dense control is trained alike."""
+    """How the kept weights are retrained in each round; the dense control is trained alike."""
 
     lr: _Above0 | None = Field(  # type: ignore[assignment]  # see recipe.resolve
         None, description="Learning rate at the start (after warm-up); by default lr_scale * dense.lr, or else 0.01."

@@ -106,10 +106,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str
     whole = optimizer.state_dict()
     whole["state"] = state
     optimizer.load_state_dict(whole)
-    for parameter, slots in optimizer.state.items():
-        for key, value in slots.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                slots[key] = torch.empty_like(parameter).copy_(value)
+    for weight, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                slots[slot] = torch.empty_like(weight).copy_(value)
 
 
 def momentum_buffers(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> list[list[Tensor]]:

@@ -42,14 +42,14 @@ NOT_RUN = Counter(
     {
         "installs packages": 1,
         "takes minutes": 1,
-        "needs a cluster": 2,
+        "needs a cluster": 3,
         "needs S3": 1,
         "needs ImageNet and GPUs": 1,
         "needs Imagenette and trained weights": 1,
         "needs MNIST, takes 10 to 30 minutes": 1,
         "needs MNIST, takes minutes": 1,
         "needs MNIST, takes hours": 1,
-        "takes two hours": 1,
+        "takes two and a half hours": 1,
         "starts two processes": 1,
         "serves until Ctrl-C": 1,
         "depends on the speed of the machine": 1,
@@ -71,13 +71,14 @@ OWN = {
     "prune": {},
     "retrain": {**TINY["retrain"], "epochs": 1},
 }
-UNTRACKED = "tracking.enabled=false"  # given to runs on all pages but MLflow's: it takes longer than the run itself
+# Given to runs: on MLflow's page the default, on the others not, since it takes longer than the run itself.
+TRACKED, UNTRACKED = "tracking.enabled=true", "tracking.enabled=false"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where a page's commands run: my.yaml, my_module.py, and below data/ what the pages call /data/."""
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(OWN))
+    """Where a page's commands run: my-network.yaml, my_module.py, and below data/ what the pages call /data/."""
+    (tmp_path / "my-network.yaml").write_text(yaml.safe_dump(OWN))
     (tmp_path / "my_module.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -108,7 +109,7 @@ def make_data(folder: Path) -> None:
                 writer.write({"__key__": f"{index:04d}", "png": file.read_bytes(), "cls": label})
     names: dict[str, Any] = {}
     exec(MODULE, names)
-    save_file(names["build"]().state_dict(), folder / "my_net.safetensors")
+    save_file(names["build"]().state_dict(), folder / "my_network.safetensors")
 
 
 def here(text: str, folder: Path) -> str:
@@ -131,8 +132,8 @@ def names_of(folder: Path) -> dict[str, Any]:
 def execute(command: Command, block: Block, capsys: pytest.CaptureFixture[str]) -> None:
     """Run a command in this process; it must succeed, ignore no setting, and print what the page shows."""
     program, *arguments = command.words
-    if "run" in arguments and block.page.name != "mlflow.md":
-        arguments.append(UNTRACKED)
+    if "run" in arguments:
+        arguments.append(TRACKED if block.page.name == "mlflow.md" else UNTRACKED)
     if command.words[:3] == ["python", "-m", "pipeline"]:
         app, arguments = without_ray, arguments[2:]
     else:
@@ -205,8 +206,8 @@ def configs(given: dict[str, Any], folder: Path) -> list[Config]:
         return [config for job in reproduce.jobs(wanted, overrides) for config in job.runs.values()]
     if "config" not in given:
         return []
-    if given["config"] in ("my.yaml", "flowers.yaml"):
-        return [load_config(folder / "my.yaml", ["tracking.enabled=true", *overrides])]
+    if given["config"] in ("my-network.yaml", "flowers.yaml"):
+        return [load_config(folder / "my-network.yaml", [TRACKED, *overrides])]
     return [load_config(ROOT / given["config"], overrides)]
 
 
