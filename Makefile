@@ -13,7 +13,7 @@ export PYTHONUNBUFFERED = 1
 help:
 	@echo "make demo    prune a real network on real digits, through every stage (about 2 minutes)"
 	@echo "make test    all tests"
-	@echo "make faults  every fault that a run should survive, made; ends with a table (two hours on 2 cores)"
+	@echo "make faults  every fault that a run should survive, made; ends with a table (two and a half hours on 2 cores)"
 	@echo "make lint    ruff, the layers of imports, mypy"
 	@echo "make bench   benchmarks, each prints a table (half an hour on 2 cores); ONLY=images,gpu takes those named"
 	@echo "make docs    build/site/index.html: the pages of docs/ and the reference"
@@ -33,7 +33,7 @@ demo: install
 	$(BIN)/secateur demo
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: install
 	$(BIN)/python -m pytest -v -n 2 --dist loadfile -m "" tests/faults tests/pipeline/train/test_world_sizes.py

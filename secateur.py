@@ -262,7 +262,7 @@ def _call(
     if engine not in ("local", "ray"):
         raise UserError(f"engine='{engine}' is unknown: give 'local' or 'ray'")
     if model is None and config is None and model_settings is None:
-        raise UserError("model is missing: give a network, an import path (my_module:build), or config='my.yaml'")
+        raise UserError("model is missing: give a network, its import path (my_module:build), or config='my.yaml'")
     if compression is not None:
         target = settings.get("target", {})
         if not isinstance(target, Mapping):

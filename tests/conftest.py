@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from head import Head, answering_head
 from hypothesis import settings
 from small import SMALL
 from support import S3_ENVIRONMENT, free_port, start_moto
-from tiny_run import TINY, merged
+from tiny_run import TINY, merged, to_yaml
 from tracking_server import TrackingServer
 
 from pipeline import stages
@@ -32,6 +31,12 @@ settings.register_profile("untimed", deadline=None)  # a busy machine is no faul
 settings.load_profile("untimed")
 # Ray starts its workers at nice 15: whatever else runs on this machine, other tests too, would stop them nearly.
 os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first: begun last, one of them would keep one core busy for minutes, alone."""
+    long = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture
@@ -74,9 +79,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], 
 @pytest.fixture
 def tiny_yaml(tmp_path: Path) -> Path:
     """A tiny run as a file, for the command line."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "runs_dir": str(tmp_path / "runs")}))
-    return path
+    return to_yaml(tmp_path)
 
 
 @pytest.fixture(scope="session")

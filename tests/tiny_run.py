@@ -48,6 +48,13 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return dict(tree)
 
 
+def to_yaml(folder: Path) -> Path:
+    """A tiny run as a file in a folder, for the command line; its runs go to `runs` beside it."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "runs_dir": str(folder / "runs")}))
+    return path
+
+
 ALONE = World(0, 1, torch.device("cpu"))
 
 

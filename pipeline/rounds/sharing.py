@@ -133,7 +133,7 @@ def agreed(session: Session, sharing: Sharing, centroids: Tensor) -> tuple[Shari
 
 
 def settle(parameter: nn.Parameter, sharing: Sharing, name: str, bits: int) -> SharedTensor:
-    """Round a tensor's centroids to half precision, as codebooks store them."""
+    """Round a tensor's centroids as codebooks store them (`codebook.rounded`)."""
     values = parameter.detach().contiguous().view(-1)[sharing.first]
     final = codebook.rounded(values.float().cpu().numpy())
     put(parameter.data, sharing, torch.from_numpy(final).to(values.device))

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
@@ -31,6 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 _PIECE = 2**22  # bytes hashed or copied at a time
+_AT_ONCE = 32  # requests for files that cannot be listed
 _LIST_FROM = 8  # files from which one listing of their folder is quicker than a look at each
 
 
@@ -108,12 +110,13 @@ def stats(folder: str | Path) -> dict[str, Stat]:
 
 
 def stats_of(folder: str, names: list[str]) -> dict[str, Stat]:
-    """The named files that exist in a folder. Lists the folder once where that saves requests."""
+    """The named files that exist in a folder. Lists the folder once, or asks side by side, where that saves time."""
     if is_s3(folder) and len(names) >= _LIST_FROM:
         found = stats(folder)
         return {name: found[name] for name in names if name in found}
-    each = {name: stat(join(folder, name)) for name in names}
-    return {name: known for name, known in each.items() if known is not None}
+    with ThreadPoolExecutor(1 if is_local(folder) else _AT_ONCE, thread_name_prefix="secateur-stat") as pool:
+        each = zip(names, pool.map(lambda name: stat(join(folder, name)), names), strict=True)
+        return {name: known for name, known in each if known is not None}
 
 
 def list_files(folder: str | Path) -> list[str]:
