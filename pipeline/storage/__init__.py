@@ -114,9 +114,13 @@ def stats_of(folder: str, names: list[str]) -> dict[str, Stat]:
     if is_s3(folder) and len(names) >= _LIST_FROM:
         found = stats(folder)
         return {name: found[name] for name in names if name in found}
-    with ThreadPoolExecutor(1 if is_local(folder) else _AT_ONCE, thread_name_prefix="secateur-stat") as pool:
-        each = zip(names, pool.map(lambda name: stat(join(folder, name)), names), strict=True)
-        return {name: known for name, known in each if known is not None}
+    places = [join(folder, name) for name in names]
+    if is_local(folder):
+        found_each = [*map(stat, places)]
+    else:
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="secateur-stat") as pool:
+            found_each = [*pool.map(stat, places)]
+    return {name: known for name, known in zip(names, found_each, strict=True) if known is not None}
 
 
 def list_files(folder: str | Path) -> list[str]:

@@ -247,8 +247,9 @@ class Training:
         speed, waiting = self.pace.epoch_ended()
         loss, samples, bad = self.tally.totals
         self.world.agree(self.session.too_many_bad("train", int(bad), int(samples + bad)))
-        for buffer in self.model.buffers():  # each rank's batch norm saw its own samples last; rank 0's are saved
-            self.world.from_first(buffer)
+        if self.world.size > 1:  # each rank's batch norm saw its own samples last; rank 0's statistics are saved
+            for buffer in self.model.buffers():
+                buffer.copy_(self.world.from_first(buffer.contiguous()))  # collectives want plain memory
         val = self.session.evaluate(self.model, "val").metrics()
         entry = Epoch(
             epoch=epoch + 1,

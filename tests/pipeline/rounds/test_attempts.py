@@ -223,13 +223,13 @@ def test_a_campaign_that_ends_with_nothing_says_so(run: Run) -> None:
 
 def test_a_branch_counts_from_what_it_took(run: Run) -> None:
     subject = four(session_of(run, []))
-    assert attempts.origin(run, subject.prunable) == Origin(4, 4)
+    assert attempts.origin(run, subject.prunable, subject.session.config) == Origin(4, 4)
     begun = StartFacts(
         run="first", path="runs/first", uid="beef", round=2, generation=2, weights=4, kept=3, density=0.75,
         compression=4 / 3, mlflow_run_id=None, ancestors=(), retrain=(),
     )  # fmt: skip
     run.commit(begun, "start", "start.json")
-    assert attempts.origin(run, subject.prunable) == Origin(3, 4, 2)
+    assert attempts.origin(run, subject.prunable, subject.session.config) == Origin(3, 4, 2)
     goal = attempts.following(subject)
     assert goal is not None
     assert (goal.round, goal.density, goal.budget, goal.generation) == (1, 0.375, 1, 3)

@@ -136,10 +136,11 @@ def test_the_recipes_of_a_lineage_are_those_before_and_then_its_own(tmp_path: Pa
 def test_a_branch_that_has_taken_what_it_needs_does_not_look_again(tmp_path: Path) -> None:
     config, here = config_of(tmp_path, "branch", **{"start.from": "source:1"}), few_samples.run_in(tmp_path / "here")
     with pytest.raises(UserError, match="is not a run"):
-        branch.origin(config, here, network())
+        branch.origin(config, here, network(), None)
     here.commit(facts(), "start", "start.json")
-    assert branch.origin(config, here, network()) == Origin(6, 8, 1)
-    assert branch.origin(config_of(tmp_path, "own"), few_samples.run_in(tmp_path / "own"), network()) == Origin(8, 8)
+    assert branch.origin(config, here, network(), None) == Origin(6, 8, 1)
+    own = few_samples.run_in(tmp_path / "own")
+    assert branch.origin(config_of(tmp_path, "own"), own, network(), None) == Origin(8, 8)
 
 
 def refusal(folder: Path, start: str, **changes: Any) -> str:

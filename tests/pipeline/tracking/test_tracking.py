@@ -184,7 +184,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_real_server(tmp_path: Path, tracking_server: TrackingServer) -> None:
-    settings = config(tmp_path, tracking={"uri": tracking_server.uri})
+    own = {"experiment": "a real server"}  # other tests' runs are on it, too
+    settings = config(tmp_path, tracking={"uri": tracking_server.uri, **own})
     run = begin(settings)
     dense(run)
     round_done(run, 1, 0.54)
@@ -199,7 +200,7 @@ def test_a_real_server(tmp_path: Path, tracking_server: TrackingServer) -> None:
     text = client_of(settings).download_artifacts(first.run_id, "result.json", str(tmp_path))
     assert json.loads(Path(text).read_text())["verdict"] == "no loss"
     assert not (tmp_path / "mlflow.db").exists()
-    sqlite = config(tmp_path)
+    sqlite = config(tmp_path, tracking=own)
     tracking.sync(run, sqlite)
     assert same_everywhere(everything(sqlite)) == same_everywhere(held)
 
