@@ -433,16 +433,22 @@ def test_zeros_of_a_network_that_is_given_are_never_counted_as_kept(
         assert rows["fc2.weight"]["density"] == pytest.approx((25100 - nonzero) / 31000, abs=1e-4)
 
 
+def given_sparse(tiny: Callable[..., Config], folder: Path, every: int, compression: float) -> Config:
+    """A run of two rounds of a network that is given with one of so many weights."""
+    state = build_network(tiny().model, 10, 3).state_dict()
+    for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
+        state[name].view(-1)[torch.arange(state[name].numel()) % every != 0] = 0.0
+    torch.save(state, folder / "sparse.pth")
+    return tiny(**{
+        "model.checkpoint": str(folder / "sparse.pth"), "dense.epochs": 0, "retrain.epochs": 1, "prune.rounds": 2,
+        "prune.allocation": "uniform", "target.compression": compression,
+    })  # fmt: skip
+
+
 def test_rounds_of_a_network_that_is_given_sparse_begin_at_what_it_has(
     tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
-    base = tiny()
-    state = build_network(base.model, 10, 3).state_dict()
-    for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
-        state[name].view(-1)[torch.arange(state[name].numel()) % 5 != 0] = 0.0
-    torch.save(state, tmp_path / "sparse.pth")
-    recipe = {"dense.epochs": 0, "retrain.epochs": 1, "prune.rounds": 2, "target.compression": 20}
-    config = tiny(**recipe, **{"model.checkpoint": str(tmp_path / "sparse.pth"), "prune.allocation": "uniform"})
+    config = given_sparse(tiny, tmp_path, every=5, compression=20)
     result = carry_out(config)
     assert [each["density"] for each in result["rounds"]] == [0.1, 0.05]  # half of a fifth, and half of that
     fresh = Run(str(tmp_path / "none"), 0)
@@ -453,16 +459,7 @@ def test_rounds_of_a_network_that_is_given_sparse_begin_at_what_it_has(
 def test_a_network_that_is_given_sparser_than_asked_for_keeps_all_that_it_has(
     tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
-    base = tiny()
-    state = build_network(base.model, 10, 3).state_dict()
-    for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
-        state[name].view(-1)[::10] = 1.0
-        state[name][state[name] != 1.0] = 0.0
-    torch.save(state, tmp_path / "sparse.pth")
-    recipe = {"dense.epochs": 0, "retrain.epochs": 1, "prune.rounds": 2, "target.compression": 4}
-    result = carry_out(
-        tiny(**recipe, **{"model.checkpoint": str(tmp_path / "sparse.pth"), "prune.allocation": "uniform"})
-    )
+    result = carry_out(given_sparse(tiny, tmp_path, every=10, compression=4))
     assert result["weights_kept"] == 5020
     assert result["compression"] == 10
 
