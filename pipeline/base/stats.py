@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import bdtr, ndtr, stdtrit
 
 Z95 = 1.959963984540054  # the 97.5% point of the normal distribution
+MOST_TIMES = 1000.0  # as many samples as there are: more would hardly be had to decide a verdict
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,6 @@ def verdict(low: float, high: float, margin: float) -> Literal["no loss", "loss"
     if high <= margin:
         return "no loss"
     return "loss" if low > 0 else "undecided"
-
-
-MOST_TIMES = 1000.0
 
 
 def deciding(lost: int, won: int, samples: int, margin: float) -> int | None:

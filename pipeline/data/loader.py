@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -49,15 +50,12 @@ class TrainLoader:
 
         def read() -> Iterator[Raw]:
             readers = [self._read_lane(lane, start_step) for lane in lanes]
-            try:
-                begun = stream.begun(readers) if split.distant else readers
+            together = stream.side_by_side(readers, self.micro) if split.distant else contextlib.nullcontext(readers)
+            with together as ready:
                 for _ in range(start_step, self.steps_per_epoch):
-                    for reader in begun:
+                    for reader in ready:
                         for _ in range(self.micro):
                             yield next(reader)
-            finally:
-                for reader in readers:
-                    stream.close(reader)
 
         return split.batches(order(), read, derive(self.seed, "augment", epoch))
 
@@ -68,10 +66,7 @@ class TrainLoader:
         place[lane.order] = np.arange(len(lane.order))
         begin = placement.resume_point(lane.order, first)
         needed = begin + np.flatnonzero((place[begin:] >= first) & (place[begin:] < last))
-        wanted, places = lane.line[needed], place[needed] - first
-        return (
-            self.split.read_ahead(wanted, places, self.micro) if self.split.distant else self.split.read(wanted, places)
-        )
+        return self.split.read(lane.line[needed], place[needed] - first)
 
 
 class EvalLoader:

@@ -35,7 +35,7 @@ _GAP = 2**20  # bytes; a longer stretch of unwanted samples is jumped over, a sh
 _SMALL = 8 * 2**10  # bytes; one thread decodes smaller images: several would only wait for each other
 _FEW = 2**20  # samples of a split whose labels are all held in memory
 _OPEN = 512  # shards of which it is remembered what the manifest says
-_CHUNK = 64  # images that go through a thread at a time where nobody waits for fewer
+_CHUNK = 64  # images a thread decodes at a time when a split is brought to memory
 
 
 @dataclass
@@ -192,12 +192,6 @@ class Split:
     def distant(self) -> bool:
         """Whether the shards are behind requests, not on a disk."""
         return not storage.is_local(self.root)
-
-    def read_ahead(self, numbers: Numbers, places: Numbers, ahead: int) -> Iterator[Raw]:
-        """As `read`, with a thread of its own that is `ahead` images in advance: such readers wait side by side."""
-        chunks = stream.chunks(self.read(numbers, places), min(ahead, _CHUNK))
-        with contextlib.closing(stream.prefetch(chunks, ahead=1 + ahead // _CHUNK)) as read:
-            yield from itertools.chain.from_iterable(read)
 
     def _pieces(self, numbers: Numbers) -> Iterator[Piece]:
         """Ranges of shards that hold `numbers` in turn: a new one at another shard, a step back or a long gap.

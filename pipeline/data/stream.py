@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import tarfile
@@ -29,6 +30,7 @@ R = TypeVar("R")
 Item = dict[str, Any]  # what WebDataset's stages pass on
 Members = Item  # one sample: __key__, __url__, then suffix -> bytes
 _END: Any = object()
+_HANDED = 64  # items that a thread hands over at a time, at most
 _AT_ONCE = 4096  # numbers of a long array that are Python's at a time: each takes 4 times the memory then
 
 
@@ -159,11 +161,27 @@ def reorder(places: NDArray[np.int64], items: Iterable[T]) -> Iterator[T]:
     assert not waiting, len(waiting)
 
 
-def begun(readers: Sequence[Iterator[T]]) -> list[Iterator[T]]:
-    """The same readers, which wait for their first items side by side, each in a thread."""
-    with ThreadPoolExecutor(len(readers) or 1, thread_name_prefix="secateur-data") as pool:
-        firsts = pool.map(lambda reader: list(itertools.islice(reader, 1)), readers)
-        return [itertools.chain(first, reader) for first, reader in zip(firsts, readers, strict=True)]
+@contextlib.contextmanager
+def side_by_side(readers: Sequence[Iterator[T]], ahead: int) -> Iterator[list[Iterator[T]]]:
+    """The same readers, each read by a thread that is `ahead` items in advance: they wait for their sources, also for
+    the first items, at the same time. At the end of the block the threads are gone.
+    """
+    fetched = [_ahead(reader, ahead) for reader in readers]
+    try:
+        with ThreadPoolExecutor(len(fetched) or 1, thread_name_prefix="secateur-data") as pool:
+            firsts = pool.map(lambda items: list(itertools.islice(items, 1)), fetched)
+            begun: list[Iterator[T]] = [
+                itertools.chain(first, items) for first, items in zip(firsts, fetched, strict=True)
+            ]
+        yield begun
+    finally:
+        for items in fetched:
+            items.close()
+
+
+def _ahead(items: Iterator[T], ahead: int) -> Generator[T, None, None]:
+    with contextlib.closing(prefetch(chunks(items, min(ahead, _HANDED)), ahead=1 + ahead // _HANDED)) as fetched:
+        yield from itertools.chain.from_iterable(fetched)
 
 
 def chunks(items: Iterable[T], count: int) -> Iterator[list[T]]:

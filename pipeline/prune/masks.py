@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pipeline.base.errors import UserError
 
+MOST_NESTED = 255  # masks that one byte a weight can hold
+
 
 def top_mask(scores: Tensor, alive: Tensor, keep: int) -> Tensor:
     """The mask, shaped like `scores`, that keeps exactly the `keep` highest scores among `alive`.
@@ -36,9 +38,6 @@ def top_mask(scores: Tensor, alive: Tensor, keep: int) -> Tensor:
     mask[ties[: keep - int(np.count_nonzero(mask))]] = True
     assert int(np.count_nonzero(mask)) == keep, "scores hold NaN"
     return torch.from_numpy(mask).reshape(scores.shape).to(scores.device)
-
-
-MOST_NESTED = 255
 
 
 def nested(scores: Tensor, alive: Tensor, keeps: Sequence[int]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from faults.runs import EVERY, LONG, SETTINGS, newest_step, resumed_at, same_weights
 from head import DASHBOARD, Head
 from support import ROOT, hearing_ctrl_c, program
+from tiny_run import LONG_ROUND
 
 from pipeline.run import state
 from pipeline.settings.config import Config, load_config
@@ -96,6 +99,38 @@ def test_a_live_run_is_not_started_twice_and_a_cancelled_one_is_kept_and_resumes
     assert resumed_at(again.stdout) >= saved > 0
     assert same_weights(runs / "undisturbed", runs / "job")
     line("job cancelled", "identical", f"<={EVERY}", took)
+
+
+@pytest.mark.timeout(1800)
+def test_a_job_whose_driver_is_killed_fails_and_goes_on_when_submitted_again(
+    head: Head, tmp_path: Path, line: Callable[..., None]
+) -> None:
+    runs = tmp_path / "runs"
+    small = ["dense.epochs=4", *LONG_ROUND]
+    job = ["ray", "job", "submit", ADDRESS, "--working-dir", ".", "--", "python", "-m", "cluster", "run", CONFIG]
+
+    absolute = [f"runs_dir={runs}", "tracking.enabled=false", *small]
+    undisturbed = program("pipeline", "run", CONFIG, "name=undisturbed", *absolute, ray=False)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    submitted = head.run(*job[:4], "--submission-id=first", "--no-wait", *job[4:], "name=job", *absolute)
+    assert submitted.returncode == 0, submitted.stderr
+    deadline = time.monotonic() + 600
+    while not list((runs / "job").glob("rounds/01/steps/*/manifest.json")):
+        assert time.monotonic() < deadline, head.run("ray", "job", "logs", ADDRESS, "first").stdout
+        time.sleep(0.05)
+    pid = json.loads((runs / "job/lease.json").read_text())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    while "FAILED" not in head.run("ray", "job", "status", ADDRESS, "first").stdout.upper():
+        assert time.monotonic() < deadline + 60
+        time.sleep(1)
+
+    again = head.run(*job, "name=job", *absolute)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resumed at step" in again.stdout
+    assert "compression" in again.stdout
+    assert same_weights(runs / "undisturbed", runs / "job")
+    line("driver of a job killed", "identical", "<=50")
 
 
 def config_of(runs: Path) -> Config:
